@@ -1,0 +1,214 @@
+"""The configuration of one trial: what it takes, how it is spelled, and the key that names it.
+
+A knob has one spelling everywhere: `init.scheme` is the path in these dataclasses, the flag on the
+command line, the entry in Tune's config, the MLflow param and the column in the analysis.
+
+Importing this module imports neither torch nor anything else that is heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_type_hints
+
+Scalar = int | float | str
+
+EXPERIMENT_VERSION = 1
+"""Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial."""
+
+
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+class InputError(ValueError):
+    """Bad input from a person: one clear sentence saying what was wrong and what is accepted.
+
+    Commands print it on stderr and exit with code 2.
+    """
+
+
+def seed_of(*words: str | int) -> int:
+    """A 64-bit seed for one use of randomness, from the words that name the use and a seed.
+
+    No draw depends on global state or on how many draws came before it elsewhere.
+    """
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def knob(
+    default: Scalar,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    in_key: bool = True,
+) -> Any:
+    """A field of a config: its default, a phrase for --help and the range it accepts.
+
+    `low` and `high` are inclusive, `above` and `below` exclusive. `in_key=False` keeps the field
+    out of the trial key: it changes where a trial runs, not what it finds.
+    """
+    limits = {">=": low, "<=": high, ">": above, "<": below}
+    limits = {sign: limit for sign, limit in limits.items() if limit is not None}
+    return field(default=default, metadata={"doc": doc, "limits": limits, "in_key": in_key})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the GPT (pre-LN blocks, output head tied to the token embedding, no dropout)."""
+
+    n_layer: int = knob(6, "number of blocks", low=1)
+    n_head: int = knob(4, "attention heads a block", low=1)
+    d_model: int = knob(64, "width of the residual stream", low=1)
+    context: int = knob(64, "tokens a sequence", low=2)
+    vocab_size: int = knob(50257, "rows of the token embedding", low=50257)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """How the parameters start."""
+
+    scheme: str = knob("model5", "name in INIT_SCHEMES")
+    std: float = knob(0.02, "standard deviation, for schemes that take one", above=0.0)
+    seed: int = knob(0, "seed of the initial weights", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What the trial reads, and in which order."""
+
+    # The text's digest stands in the key instead: the same bytes under another name or path are
+    # the same trial.
+    name: str = knob("gulliver", "name in CORPORA, or path of a UTF-8 text file", in_key=False)
+    subset: str = knob("all", "`all`, a section such as `part-1`, or fractions such as `0-0.25`")
+    data_seed: int = knob(0, "seed of the order of batches, and of draws among tied tokens", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) at a constant learning rate."""
+
+    lr: float = knob(1e-3, "learning rate", above=0.0)
+    beta1: float = knob(0.9, "decay of the first moment", low=0.0, below=1.0)
+    beta2: float = knob(0.999, "decay of the second moment", low=0.0, below=1.0)
+    eps: float = knob(1e-8, "added to the root of the second moment", above=0.0)
+    # 0, so that a row the corpus never uses moves by its gradient alone.
+    weight_decay: float = knob(0.0, "decoupled weight decay", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on how much at a time, and where."""
+
+    steps: int = knob(200, "optimiser updates", low=1)
+    batch_size: int = knob(8, "sequences a step", low=1)
+    device: str = knob("auto", "`auto` (a GPU where there is one), `cpu` or `cuda`", in_key=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """How often the trial is looked at. Step 0 and the last step are always recorded."""
+
+    every: int = knob(10, "steps between records of weights and token groups", low=1)
+    histogram_every: int = knob(50, "steps between histograms", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """Everything that makes a trial. `TrialConfig()` is the default trial."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.d_model % self.model.n_head:
+            raise InputError(
+                f"model.n_head must divide model.d_model: "
+                f"{self.model.n_head} heads do not divide a width of {self.model.d_model}"
+            )
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> TrialConfig:
+        """Build a config from dotted keys; keys left out take their defaults.
+
+        Raises InputError, naming the key, for an unknown key, a value of the wrong type or one
+        out of range.
+        """
+        sections: dict[str, dict[str, Scalar]] = {}
+        for key, value in flat.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = check_value(key, value)
+        types = get_type_hints(cls)
+        return cls(**{section: types[section](**values) for section, values in sections.items()})
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """The config as dotted keys, every knob of it, in the order of the dataclasses."""
+        return {
+            f"{section.name}.{entry.name}": getattr(getattr(self, section.name), entry.name)
+            for section in fields(self)
+            for entry in fields(getattr(self, section.name))
+        }
+
+    def key(self, corpus_digest: str) -> str:
+        """The trial's identity everywhere: 12 hex digits of a SHA-256.
+
+        `corpus_digest` is the digest of the whole text that `corpus.subset` cuts from.
+        """
+        identity = {
+            "experiment_version": EXPERIMENT_VERSION,
+            "corpus_digest": corpus_digest,
+            **{key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]},
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+KNOBS: dict[str, Field[Any]] = {
+    f"{section}.{entry.name}": entry
+    for section, kind in get_type_hints(TrialConfig).items()
+    for entry in fields(kind)
+}
+"""Every knob by its dotted key, in the order of the dataclasses."""
+
+
+def knob_type(key: str) -> type:
+    """int, float or str: the type of the values that the knob `key` takes."""
+    # Annotations are strings here (from __future__ import annotations).
+    return {"int": int, "float": float, "str": str}[str(KNOBS[key].type)]
+
+
+def check_value(key: str, value: Any) -> Scalar:
+    """`value` as the type that the knob takes. Raises InputError that names the key and what it takes."""
+    if key not in KNOBS:
+        raise InputError(f"unknown key {key!r}: the keys are {', '.join(KNOBS)}")
+    kind, limits = knob_type(key), KNOBS[key].metadata["limits"]
+    if kind is float and type(value) is int:
+        value = float(value)
+    takes = {int: "a whole number", float: "a finite number", str: "a text"}[kind]
+    takes += "".join(f" {sign} {limit:g}" for sign, limit in limits.items())
+    right_type = type(value) is kind and value != "" and (kind is str or math.isfinite(value))
+    if not right_type or not all(COMPARE[sign](value, limits[sign]) for sign in limits):
+        raise InputError(f"{key} takes {takes}, not {value!r}")
+    return value
+
+
+def parse_value(key: str, text: str) -> Scalar:
+    """The value of a knob from its spelling on a command line. Raises InputError as check_value does."""
+    try:
+        return check_value(key, knob_type(key)(text) if key in KNOBS else text)
+    except InputError:
+        raise
+    except ValueError:  # the text is no number: check_value says what the key takes
+        return check_value(key, text)

@@ -1,0 +1,237 @@
+"""Texts to train on: find or fetch one, tokenise it once, cut a subset, draw batches.
+
+A corpus is tokenised once per machine into `<cache>/<digest>.npy` (uint16), which every trial
+memory-maps. `$GPTCORE_CACHE` moves the cache from ~/.cache/gpt-sweeps; `$GPTCORE_CORPORA` names a
+folder of texts to look in first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pydoc_data.topics
+import re
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptcore.config import CorpusConfig, InputError, seed_of
+from gptcore.tokenizer import gpt2_encoding, token_bytes
+
+GULLIVER_URL = "https://www.gutenberg.org/cache/epub/829/pg829.txt"
+GULLIVER_FILES = ("gulliver.txt", "pg829.txt", "829-0.txt")
+DOWNLOAD_TRIES, DOWNLOAD_SECONDS = 3, 5.0
+
+
+class CorpusUnavailable(InputError):
+    """A corpus of CORPORA that this machine neither has nor can fetch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The part of a text that a trial trains on."""
+
+    name: str
+    subset: str
+    digest: str  # SHA-256 of the whole text, UTF-8
+    origin: str  # where the text came from
+    tokens: NDArray[np.uint16]  # [n_tokens], memory-mapped
+
+    def batch(
+        self, step: int, *, batch_size: int, context: int, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Inputs and next-token targets of one step, [batch_size, context] each.
+
+        Sequences start anywhere, drawn with replacement. A batch is a function of the step and the
+        seed alone, so a trial can begin again at any step.
+        """
+        rng = np.random.default_rng(seed_of("batch", seed, step))
+        starts = rng.integers(0, len(self.tokens) - context, size=batch_size)
+        windows = self.tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to come by a text, and the named sections one can cut from it."""
+
+    read: Callable[[], tuple[str, str]]  # -> (text, origin)
+    sections: Callable[[str], dict[str, tuple[int, int]]]  # text -> name -> first and past-last char
+
+
+def load_corpus(config: CorpusConfig, context: int) -> Corpus:
+    """The corpus and subset that a config names, with at least one sequence of `context` tokens.
+
+    Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
+    unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
+    """
+    text, origin = CORPORA[config.name].read() if config.name in CORPORA else _read_file(config.name)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    tokens = _tokenised(text, digest)
+    start, stop = _subset_bounds(config, text, tokens)
+    if stop - start < context + 1:
+        raise InputError(
+            f"corpus.subset {config.subset} of corpus {config.name} has {stop - start} tokens: "
+            f"a context of {context} needs at least {context + 1}"
+        )
+    return Corpus(
+        name=config.name,
+        subset=config.subset,
+        digest=digest,
+        origin=origin,
+        tokens=tokens[start:stop],
+    )
+
+
+def _subset_bounds(
+    config: CorpusConfig, text: str, tokens: NDArray[np.uint16]
+) -> tuple[int, int]:
+    """First and past-last token of a subset."""
+    if config.subset == "all":
+        return 0, len(tokens)
+    sections = CORPORA[config.name].sections(text) if config.name in CORPORA else {}
+    if config.subset in sections:
+        # The token in which a character of the text lies, by the bytes before each token's end.
+        ends = np.cumsum(np.array([len(piece) for piece in token_bytes()])[tokens])
+        offsets = [len(text[:char].encode()) for char in sections[config.subset]]
+        start, stop = np.searchsorted(ends, offsets, side="right")
+        return int(start), int(stop)
+    if match := re.fullmatch(r"([\d.]+)-([\d.]+)", config.subset):
+        try:
+            low, high = (float(fraction) for fraction in match.groups())
+        except ValueError:
+            low, high = 1.0, 0.0
+        if 0 <= low < high <= 1:
+            return round(low * len(tokens)), round(high * len(tokens))
+    named = "".join(f"{section}, " for section in sections)
+    raise InputError(
+        f"corpus.subset {config.subset!r} is unknown: corpus {config.name} has all, {named}"
+        "and fractions from 0 to 1 such as 0-0.25"
+    )
+
+
+def _read_file(path: str) -> tuple[str, str]:
+    """A UTF-8 text file, line ends made \\n."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(
+            f"corpus.name {path!r} is neither a corpus ({', '.join(CORPORA)}) nor a text file"
+        )
+    try:
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"corpus.name {path!r} cannot be read as a UTF-8 text: {error}") from error
+    if "\0" in text:
+        raise InputError(f"corpus.name {path!r} is no text: it holds NUL bytes")
+    if not text.strip():
+        raise InputError(f"corpus.name {path!r} is empty")
+    return text, str(file.resolve())
+
+
+def _tokenised(text: str, digest: str) -> NDArray[np.uint16]:
+    """The text's GPT-2 tokens, memory-mapped from the cache, where the first caller puts them."""
+    file = cache_dir() / f"{digest}.npy"
+    if not file.exists():
+        # A text that spells <|endoftext|> means those characters, not the special token.
+        tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+        _write_atomically(file, lambda temporary: np.save(temporary, tokens))
+    return np.load(file, mmap_mode="r")
+
+
+def cache_dir() -> Path:
+    """Where texts and tokens are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GPTCORE_CACHE") or Path(base) / "gpt-sweeps").expanduser()
+
+
+def _write_atomically(file: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `file` that then takes its name: whole or absent."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            write(Path(folder, file.name))
+            Path(folder, file.name).replace(file)
+    except OSError as error:
+        raise InputError(
+            f"the corpus cache {file.parent} cannot be written ({error}): "
+            "set GPTCORE_CACHE to a folder that can"
+        ) from error
+
+
+def _read_gulliver() -> tuple[str, str]:
+    """Swift, *Gulliver's Travels* (1726), Project Gutenberg 829, without Gutenberg's own words."""
+    folders = [cache_dir()]
+    if folder := os.environ.get("GPTCORE_CORPORA"):
+        if not Path(folder).is_dir():
+            raise InputError(f"GPTCORE_CORPORA is {folder!r}, which is no folder")
+        folders.insert(0, Path(folder))
+    for file in (folder / name for folder in folders for name in GULLIVER_FILES):
+        if file.is_file():
+            text, origin = _read_file(str(file))
+            return strip_gutenberg(text), origin
+    raw = _download(GULLIVER_URL)
+    text = strip_gutenberg(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+    if len(_gulliver_parts(text)) != 4:
+        raise CorpusUnavailable(f"what {GULLIVER_URL} sends is not Gulliver's Travels")
+    _write_atomically(cache_dir() / GULLIVER_FILES[0], lambda temporary: _save(temporary, text))
+    return text, GULLIVER_URL
+
+
+def _save(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _download(url: str) -> bytes:
+    for attempt in range(DOWNLOAD_TRIES):
+        time.sleep(attempt)
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
+                return response.read()
+        except OSError as error:
+            why = error
+    raise CorpusUnavailable(
+        f"corpus gulliver could not be had ({url}: {why}): put Project Gutenberg's text 829 as "
+        f"{GULLIVER_FILES[0]} into a folder and name that folder in GPTCORE_CORPORA"
+    )
+
+
+def strip_gutenberg(text: str) -> str:
+    """The book between Project Gutenberg's start and end lines; the text itself where it has none."""
+    start = re.search(r"^\*\*\* ?START OF TH.*\*\*\*\n", text, re.MULTILINE)
+    end = re.search(r"^\*\*\* ?END OF TH.*\*\*\*$", text, re.MULTILINE)
+    return text[start.end() if start else 0 : end.start() if end else len(text)].strip("\n") + "\n"
+
+
+def _gulliver_parts(text: str) -> dict[str, tuple[int, int]]:
+    """part-1 .. part-4: each from its heading to the next, the last to the end of the text."""
+    # The table of contents names each part too, on an indented or an earlier line.
+    starts = [
+        [match.start() for match in re.finditer(rf"^PART {roman}\. ", text, re.MULTILINE)]
+        for roman in ("I", "II", "III", "IV")
+    ]
+    if not all(starts):
+        return {}
+    bounds = [found[-1] for found in starts] + [len(text)]
+    return {f"part-{i + 1}": (bounds[i], bounds[i + 1]) for i in range(4)}
+
+
+def _read_pydocs() -> tuple[str, str]:
+    """The topics of Python's own manual: real English that every Python carries."""
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics)), "pydoc_data.topics"
+
+
+def _no_sections(text: str) -> dict[str, tuple[int, int]]:
+    return {}
+
+
+CORPORA: dict[str, Source] = {
+    "gulliver": Source(_read_gulliver, _gulliver_parts),
+    "pydocs": Source(_read_pydocs, _no_sections),
+}

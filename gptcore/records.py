@@ -1,0 +1,136 @@
+"""What a trial leaves behind: the row types it emits, where they go, and how it ended.
+
+A row is one frozen dataclass, a table is all rows of one type, and a Recorder takes rows as the
+trial makes them. The same rows reach a test (MemoryRecorder), a debug run and a sweep.
+
+Importing this module imports neither torch nor anything else that is heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+SCHEMA_VERSION = 1
+"""Raise it when a row type changes. Readers refuse tables of another version by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRow:
+    """One step. `step` counts the updates already made: step 0 is the untrained model."""
+
+    step: int
+    loss: float  # mean cross-entropy of the step's batch, nats per token
+    lr: float
+    grad_norm: float | None  # L2 norm over all parameters; null at the last step, which has no update
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightRow:
+    """Statistics over the elements of one parameter tensor at one step."""
+
+    step: int
+    tensor: str  # blocks.0.attn.q
+    kind: str  # q k v qkv proj fc mlp_proj wte wpe, or bias ln_weight ln_bias
+    layer: int | None  # null outside the blocks
+    size: int  # number of elements
+    mean: float
+    std: float  # of the population: divided by `size`
+    excess_kurtosis: float | None  # 0 for a normal; null where all elements are equal
+    max_abs: float
+    rms_displacement: float  # root mean square of (now - at step 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistogramRow:
+    """How the elements of one layer's merged QKV weight spread over fixed bins.
+
+    `counts` has one entry more than `edges`: the first counts what lies below edges[0], the last
+    what lies at or above edges[-1], entry i what lies in [edges[i-1], edges[i]).
+    """
+
+    step: int
+    kind: str
+    layer: int
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenGroupRow:
+    """How probable the model finds a group of tokens, on the inputs of one batch.
+
+    Means run over every position of the batch and every token of the group that `mask` leaves in:
+    `sequence` leaves out, for each sequence, the tokens among that sequence's inputs; `batch`
+    those among any sequence's inputs; `none` leaves out none. Below 20 tokens they are null.
+    mean_logprob = mean_logit - log_z.
+    """
+
+    step: int
+    group: str
+    mask: str
+    n_tokens: float  # tokens of the group left in, mean over the sequences
+    mean_logprob: float | None  # nats
+    mean_logit: float | None
+    log_z: float | None  # mean log-normaliser over the same pairs of sequence and token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupMemberRow:
+    """One token of a group, and how often it occurs in the text the trial trains on."""
+
+    group: str
+    token: int
+    count: int
+
+
+Row = TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMemberRow
+
+TABLES: dict[str, type[Row]] = {
+    "training": TrainingRow,
+    "weights": WeightRow,
+    "histograms": HistogramRow,
+    "token_groups": TokenGroupRow,
+    "group_members": GroupMemberRow,
+}
+"""Name of the Parquet file -> type of its rows."""
+
+TABLE_OF: dict[type[Row], str] = {row_type: table for table, row_type in TABLES.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialResult:
+    """How a trial ended. A diverged trial is a result; faults are exceptions."""
+
+    status: Literal["finished", "diverged"]
+    steps: int  # updates made
+    loss: float | None  # of the last recorded step; null where there is none
+    reason: str  # why it diverged; empty otherwise
+    seconds: float  # wall time of the training loop
+    tokens_per_second: float
+
+
+class Recorder(Protocol):
+    """Where the rows of one trial go."""
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Take rows in the order the trial makes them."""
+
+    def close(self, result: TrialResult) -> None:
+        """Make everything logged durable. Called once, when the trial has ended by itself."""
+
+
+@dataclass
+class MemoryRecorder:
+    """Keeps every row in memory, by table."""
+
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {table: [] for table in TABLES})
+    result: TrialResult | None = None
+
+    def log(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.rows[TABLE_OF[type(row)]].append(row)
+
+    def close(self, result: TrialResult) -> None:
+        self.result = result
