@@ -49,6 +49,7 @@ def knob(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    choices: tuple[str, ...] = (),
     in_key: bool = True,
 ) -> Any:
     """A field of a config: its default, a phrase for --help and the range it accepts.
@@ -58,7 +59,8 @@ def knob(
     """
     limits = {">=": low, "<=": high, ">": above, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
-    return field(default=default, metadata={"doc": doc, "limits": limits, "in_key": in_key})
+    metadata = {"doc": doc, "limits": limits, "choices": choices, "in_key": in_key}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,9 @@ class TrainConfig:
 
     steps: int = knob(200, "optimiser updates", low=1)
     batch_size: int = knob(8, "sequences a step", low=1)
-    device: str = knob("auto", "`auto` (a GPU where there is one), `cpu` or `cuda`", in_key=False)
+    device: str = knob(
+        "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), in_key=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +173,9 @@ class TrialConfig:
         identity = {
             "experiment_version": EXPERIMENT_VERSION,
             "corpus_digest": corpus_digest,
-            **{key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]},
+            **{
+                key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]
+            },
         }
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
@@ -194,12 +200,15 @@ def check_value(key: str, value: Any) -> Scalar:
     if key not in KNOBS:
         raise InputError(f"unknown key {key!r}: the keys are {', '.join(KNOBS)}")
     kind, limits = knob_type(key), KNOBS[key].metadata["limits"]
+    choices = KNOBS[key].metadata["choices"]
     if kind is float and type(value) is int:
         value = float(value)
     takes = {int: "a whole number", float: "a finite number", str: "a text"}[kind]
+    takes = ", ".join(choices) or takes
     takes += "".join(f" {sign} {limit:g}" for sign, limit in limits.items())
     right_type = type(value) is kind and value != "" and (kind is str or math.isfinite(value))
-    if not right_type or not all(COMPARE[sign](value, limits[sign]) for sign in limits):
+    in_range = right_type and all(COMPARE[sign](value, limits[sign]) for sign in limits)
+    if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
     return value
 

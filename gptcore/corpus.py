@@ -62,7 +62,9 @@ class Source:
     """How to come by a text, and the named sections one can cut from it."""
 
     read: Callable[[], tuple[str, str]]  # -> (text, origin)
-    sections: Callable[[str], dict[str, tuple[int, int]]]  # text -> name -> first and past-last char
+    sections: Callable[
+        [str], dict[str, tuple[int, int]]
+    ]  # text -> name -> first and past-last char
 
 
 def load_corpus(config: CorpusConfig, context: int) -> Corpus:
@@ -71,7 +73,9 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
     unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
     """
-    text, origin = CORPORA[config.name].read() if config.name in CORPORA else _read_file(config.name)
+    text, origin = (
+        CORPORA[config.name].read() if config.name in CORPORA else _read_file(config.name)
+    )
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokens = _tokenised(text, digest)
     start, stop = _subset_bounds(config, text, tokens)
@@ -89,9 +93,7 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     )
 
 
-def _subset_bounds(
-    config: CorpusConfig, text: str, tokens: NDArray[np.uint16]
-) -> tuple[int, int]:
+def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) -> tuple[int, int]:
     """First and past-last token of a subset."""
     if config.subset == "all":
         return 0, len(tokens)

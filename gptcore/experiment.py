@@ -17,24 +17,13 @@ from gptcore.train import train
 
 
 def check_trial(config: TrialConfig) -> Corpus:
-    """The corpus of a trial that can run here. Raises InputError for one that cannot.
+    """The corpus of a trial that can run. Raises InputError for a trial that cannot.
 
-    Beyond what TrialConfig checks by itself: names that the registries must know, the text and
-    its length, the device.
+    Beyond what TrialConfig checks by itself: the scheme and its parameters, the text, the subset
+    and its length.
     """
     check_init(config.init)
-    device_of(config)
     return load_corpus(config.corpus, config.model.context)
-
-
-def device_of(config: TrialConfig) -> torch.device:
-    """The device that `train.device` stands for on this machine."""
-    name = config.train.device
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"train.device takes auto, cpu or cuda, not {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device is cuda, but PyTorch finds no CUDA device here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def run_trial(config: TrialConfig, recorder: Recorder) -> TrialResult:
@@ -44,15 +33,25 @@ def run_trial(config: TrialConfig, recorder: Recorder) -> TrialResult:
     On a CPU the same config gives bitwise the same rows, wherever it runs.
     """
     corpus = check_trial(config)
+    device = device_of(config)
     with one_thread():
         model = GPT(config.model)
-        initialise(model, config.init)
-        model.to(device_of(config))
+        recorder.log(initialise(model, config.init))
+        model.to(device)
         groups = token_groups(corpus.tokens, config.corpus.data_seed)
         recorder.log(groups.rows())
         result = train(model, corpus, groups, config, recorder)
     recorder.close(result)
     return result
+
+
+def device_of(config: TrialConfig) -> torch.device:
+    """The device that `train.device` stands for on this machine."""
+    if config.train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device is cuda, but PyTorch finds no CUDA device here")
+    return torch.device(config.train.device)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import nn
 
 from gptcore.config import InitConfig, InputError, seed_of
 from gptcore.model import GPT, parts_of
+from gptcore.records import InitRow
 
 
 class Place(NamedTuple):
@@ -89,8 +90,8 @@ def orthogonal(place: Place) -> Draw:
     return Draw("orthogonal", 1 / math.sqrt(max(place.fan_in, place.fan_out)))
 
 
-def initialise(model: GPT, config: InitConfig) -> dict[str, float]:
-    """Set every parameter of the model; -> the std each was drawn with, by the tensor's name.
+def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
+    """Set every parameter of the model; -> what each tensor was drawn from.
 
     Each draw has a generator of its own, seeded by the tensor's name and `config.seed`, so that
     two schemes differ by their rule alone and a model with more layers begins like one with fewer.
@@ -98,15 +99,17 @@ def initialise(model: GPT, config: InitConfig) -> dict[str, float]:
     scheme = INIT_SCHEMES[config.scheme]
     parameters = {name: getattr(config, name) for name in scheme_parameters(config.scheme)}
     names = {module: name for name, module in model.named_modules()}
-    stds: dict[str, float] = {}
+    rows: dict[str, InitRow] = {}
 
     @torch.no_grad()
     def set_own_parameters(module: nn.Module) -> None:
         for part in parts_of(names[module], module):
-            if part.kind in ("bias", "ln_bias", "ln_weight"):
+            if part.kind == "qkv":  # set through its three parts
+                continue
+            if part.values.dim() == 1:  # biases, and what a LayerNorm scales by
                 part.values.fill_(1.0 if part.kind == "ln_weight" else 0.0)
-                stds[part.name] = 0.0
-            elif part.kind != "qkv":  # set through its three parts
+                draw = Draw("constant", 0.0)
+            else:
                 fan_out, fan_in = part.values.shape
                 place = Place(part.kind, fan_in, fan_out, len(model.blocks))
                 draw = scheme(place, **parameters)
@@ -114,11 +117,14 @@ def initialise(model: GPT, config: InitConfig) -> dict[str, float]:
                 fresh = torch.empty_like(part.values, device="cpu")
                 DRAWS[draw.shape](fresh, draw.std, generator)
                 part.values.copy_(fresh)
-                # The head is the tied embedding: the later visit is the one that stays.
-                stds["wte" if part.kind == "head" else part.name] = draw.std
+            # The head is the tied embedding: the later visit is the one that stays.
+            tensor, kind = ("wte", "wte") if part.kind == "head" else (part.name, part.kind)
+            rows[tensor] = InitRow(
+                tensor=tensor, kind=kind, layer=part.layer, draw=draw.shape, std=draw.std
+            )
 
     model.apply(set_own_parameters)
-    return stds
+    return list(rows.values())
 
 
 def scheme_parameters(scheme: str) -> list[str]:
@@ -129,7 +135,9 @@ def scheme_parameters(scheme: str) -> list[str]:
 def check_init(config: InitConfig) -> None:
     """Raise InputError for an unknown scheme, or a parameter given to one that does not take it."""
     if config.scheme not in INIT_SCHEMES:
-        raise InputError(f"init.scheme {config.scheme!r} is unknown: take {', '.join(INIT_SCHEMES)}")
+        raise InputError(
+            f"init.scheme {config.scheme!r} is unknown: take {', '.join(INIT_SCHEMES)}"
+        )
     if config.std != InitConfig().std and "std" not in scheme_parameters(config.scheme):
         takers = [name for name in INIT_SCHEMES if "std" in scheme_parameters(name)]
         raise InputError(

@@ -153,7 +153,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         log_z_N = torch.empty_like(y_z_N)
         dh_ND, dw_VD = torch.zeros_like(h_ND), torch.zeros_like(w_VD)
         # |z| <= |h| |w|: where that is small, no maximum needs to be found and subtracted.
-        bounded = (h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max() < _ChunkedCrossEntropy.SAFE_LOGIT).item()
+        bounded = (
+            h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max() < _ChunkedCrossEntropy.SAFE_LOGIT
+        ).item()
         exp_VC = h_ND.new_empty(V, min(chunk, N))
         for h, y, log_z, dh in zip(
             *(whole.split(chunk) for whole in (h_ND, y_N, log_z_N, dh_ND)), strict=True

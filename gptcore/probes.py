@@ -98,9 +98,9 @@ def _statistics(values: Tensor, initial: Tensor) -> Tensor:
     squares = (values - mean).square_()
     variance = squares.mean()
     kurtosis = squares.square_().mean() / variance.square() - 3
-    low, high = values.aminmax()
+    max_abs = torch.stack(values.aminmax()).abs().max()
     displacement = (values - initial).square_().mean().sqrt()
-    return torch.stack([mean, variance.sqrt(), kurtosis, torch.maximum(-low, high), displacement])
+    return torch.stack([mean, variance.sqrt(), kurtosis, max_abs, displacement])
 
 
 def histogram_rows(moment: Moment) -> list[HistogramRow]:
@@ -156,7 +156,9 @@ def token_group_rows(moment: Moment) -> list[TokenGroupRow]:
                     group=group,
                     mask=mask,
                     n_tokens=n_tokens,
-                    mean_logprob=None if mean_logit is None or log_z is None else mean_logit - log_z,
+                    mean_logprob=None
+                    if mean_logit is None or log_z is None
+                    else mean_logit - log_z,
                     mean_logit=mean_logit,
                     log_z=log_z,
                 )

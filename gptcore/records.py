@@ -17,13 +17,26 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InitRow:
+    """What one parameter tensor was drawn from before training."""
+
+    tensor: str  # blocks.0.attn.q
+    kind: str  # q k v proj fc mlp_proj wte wpe, or bias ln_weight ln_bias
+    layer: int | None  # null outside the blocks
+    draw: str  # name in DRAWS, or constant
+    std: float  # of the distribution, not of the draw
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRow:
     """One step. `step` counts the updates already made: step 0 is the untrained model."""
 
     step: int
     loss: float  # mean cross-entropy of the step's batch, nats per token
     lr: float
-    grad_norm: float | None  # L2 norm over all parameters; null at the last step, which has no update
+    grad_norm: (
+        float | None
+    )  # L2 norm over all parameters; null at the last step, which has no update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +98,10 @@ class GroupMemberRow:
     count: int
 
 
-Row = TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMemberRow
+Row = InitRow | TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMemberRow
 
 TABLES: dict[str, type[Row]] = {
+    "init": InitRow,
     "training": TrainingRow,
     "weights": WeightRow,
     "histograms": HistogramRow,

@@ -71,14 +71,15 @@ def train(
             hidden_BTD=hidden_BTD,
             log_z_BT=log_z_BT,
         )
-        recorder.log(observe(moment, config.probes, last=step == steps))
+        rows = observe(moment, config.probes, last=step == steps)
         grad_norm = None
         if step < steps:
             loss.backward()
             grad_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters).item()
             optimizer.step()
             optimizer.zero_grad()
-        recorder.log([TrainingRow(step=step, loss=loss_value, lr=optim.lr, grad_norm=grad_norm)])
+        rows.append(TrainingRow(step=step, loss=loss_value, lr=optim.lr, grad_norm=grad_norm))
+        recorder.log(rows)
         last_loss = loss_value
     seconds = time.perf_counter() - start
     return TrialResult(

@@ -1,0 +1,53 @@
+"""Finding A: do the attention weights of early layers widen fastest?
+
+The growth of a layer is d(log std) of its merged QKV weight since step 0. The gradient of a run is
+tau = -Kendall(layer, growth): 1 where each layer grows less than the one before it, -1 where more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import polars as pl
+from scipy import stats
+
+
+def layer_growth(weights: pl.LazyFrame) -> pl.DataFrame:
+    """Per run, layer and step: trial_key, layer, step, std, growth (log ratio to step 0)."""
+    qkv = weights.filter(pl.col("kind") == "qkv")
+    start = qkv.filter(pl.col("step") == 0).select("trial_key", "layer", start="std")
+    return (
+        qkv.join(start, on=["trial_key", "layer"])
+        .with_columns(growth=(pl.col("std") / pl.col("start")).log())
+        .select("trial_key", "layer", "step", "std", "growth")
+        .sort("trial_key", "layer", "step")
+        .collect()
+    )
+
+
+def depth_gradient(weights: pl.LazyFrame) -> pl.DataFrame:
+    """Per run, at its last step: trial_key, step, tau, widest_layer, median_growth.
+
+    tau is null where it is undefined: fewer than two layers, or all growth alike.
+    """
+    last = layer_growth(weights).filter(pl.col("step") == pl.col("step").max().over("trial_key"))
+    rows = []
+    for (key,), run in last.group_by("trial_key", maintain_order=True):
+        tau = float(stats.kendalltau(run["layer"], run["growth"]).statistic)
+        rows.append(
+            {
+                "trial_key": key,
+                "step": run["step"][0],
+                "tau": None if math.isnan(tau) else -tau,
+                "widest_layer": run["layer"][run["growth"].arg_max()],
+                "median_growth": run["growth"].median(),
+            }
+        )
+    schema = {
+        "trial_key": pl.String,
+        "step": pl.Int64,
+        "tau": pl.Float64,
+        "widest_layer": pl.Int64,
+        "median_growth": pl.Float64,
+    }
+    return pl.DataFrame(rows, schema=schema)

@@ -1,0 +1,80 @@
+"""Figures of a report: fig_*(frame) -> Altair chart. One line a scheme, a band over its runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+# Okabe & Ito's colours, told apart with any kind of colour vision; black last.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+GROUP_ORDER = ["common_100", "rare_100", "never_100", "singletons", "never_used"]
+
+
+def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
+    """Mean, smallest and largest `value` over the runs of each combination of `by`."""
+    return (
+        frame.drop_nulls(value)
+        .group_by(by)
+        .agg(
+            mean=pl.col(value).mean(),
+            low=pl.col(value).min(),
+            high=pl.col(value).max(),
+            runs=pl.col("trial_key").n_unique(),
+        )
+        .sort(by)
+    )
+
+
+def _band_and_line(frame: pl.DataFrame, x: alt.X, y_title: str) -> alt.LayerChart:
+    scheme = alt.Color("scheme:N", title="init.scheme", scale=alt.Scale(range=COLOURS))
+    dash = alt.StrokeDash("scheme:N", title="init.scheme")
+    x_field = x.to_dict()["field"]
+    tooltip: list[Any] = [
+        "scheme:N",
+        f"{x_field}:Q",
+        alt.Tooltip("mean:Q", format=".4f"),
+        alt.Tooltip("low:Q", format=".4f"),
+        alt.Tooltip("high:Q", format=".4f"),
+        "runs:Q",
+    ]
+    base = alt.Chart(frame).encode(x=x)
+    band = base.mark_area(opacity=0.2).encode(
+        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)), y2="high:Q", color=scheme
+    )
+    line = base.mark_line(point=alt.OverlayMarkDef(size=18)).encode(
+        y=alt.Y("mean:Q"), color=scheme, strokeDash=dash, tooltip=tooltip
+    )
+    return alt.layer(band, line).properties(width=220, height=160)
+
+
+def fig_qkv_std(growth: pl.DataFrame) -> alt.FacetChart:
+    """Std of the merged QKV weight over steps, a panel a layer. `growth` has column scheme."""
+    frame = over_runs(growth, ["scheme", "layer", "step"], "std")
+    return (
+        _band_and_line(frame, alt.X("step:Q", title="step"), "std of QKV")
+        .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
+        .properties(description="Standard deviation of each layer's QKV weights over steps")
+    )
+
+
+def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
+    """Growth of QKV std at the last step against depth."""
+    last = growth.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
+    frame = over_runs(last, ["scheme", "layer"], "growth")
+    x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"))
+    return _band_and_line(frame, x, "d(log std) of QKV").properties(
+        width=460, height=260, description="Growth of QKV weight spread against depth, by scheme"
+    )
+
+
+def fig_group_log_prob(token_groups: pl.DataFrame) -> alt.FacetChart:
+    """Mean log-prob of each token group over steps. `token_groups` has one mask and column scheme."""
+    frame = over_runs(token_groups, ["scheme", "group", "step"], "mean_logprob")
+    return (
+        _band_and_line(frame, alt.X("step:Q", title="step"), "mean log-prob (nats)")
+        .facet(facet=alt.Facet("group:N", title="token group", sort=GROUP_ORDER), columns=3)
+        .properties(description="Mean log-probability of each token group over steps")
+    )

@@ -1,0 +1,52 @@
+"""Finding B: what training does to the probability of common, rare and never-used tokens."""
+
+from __future__ import annotations
+
+import polars as pl
+
+MASK = "sequence"
+"""The primary mask: a token among a sequence's own inputs is left out of that sequence."""
+
+ORDERS = {
+    "never_below_rare_below_common": ("never_100", "rare_100", "common_100"),
+    "never_below_singletons_below_common": ("never_used", "singletons", "common_100"),
+}
+"""Groups from least to most probable as the source reports them: its own three, then whole bins."""
+
+
+def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
+    """Per run and group, from step 0 to the last step under the primary mask.
+
+    Columns: trial_key, group, start, end, change, logit_change, log_z_change, with
+    change = logit_change - log_z_change (nats). Null where too few tokens were left in.
+    """
+    columns = ("mean_logprob", "mean_logit", "log_z")
+    ordered = token_groups.filter(pl.col("mask") == MASK).sort("step")
+    ends = ordered.group_by("trial_key", "group", maintain_order=True).agg(
+        *(pl.col(name).first().alias(f"{name}_start") for name in columns),
+        *(pl.col(name).last().alias(f"{name}_end") for name in columns),
+    )
+    return ends.select(
+        "trial_key",
+        "group",
+        start="mean_logprob_start",
+        end="mean_logprob_end",
+        change=pl.col("mean_logprob_end") - pl.col("mean_logprob_start"),
+        logit_change=pl.col("mean_logit_end") - pl.col("mean_logit_start"),
+        log_z_change=pl.col("log_z_end") - pl.col("log_z_start"),
+    ).collect()
+
+
+def orders_hold(changes: pl.DataFrame) -> pl.DataFrame:
+    """Per run: trial_key and, for each of ORDERS, whether the last log-probs stand in that order.
+
+    Null where one of the groups has no log-prob.
+    """
+    last = changes.pivot("group", index="trial_key", values="end")
+    return last.select(
+        "trial_key",
+        *(
+            ((pl.col(low) < pl.col(middle)) & (pl.col(middle) < pl.col(high))).alias(name)
+            for name, (low, middle, high) in ORDERS.items()
+        ),
+    )

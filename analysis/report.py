@@ -1,0 +1,203 @@
+"""From a sweep's finished runs to a report that people read.
+
+    python analysis/report.py                       # the newest sweep of ./runs
+    python analysis/report.py --name quick --out somewhere
+
+Writes report.html (opens without a network), findings.json and the tables as Parquet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+if __name__ == "__main__":
+    # The checkout's root, not its analysis/, is where imports start.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import jinja2
+import polars as pl
+import vl_convert
+
+from analysis import figures
+from analysis.depth_gradient import depth_gradient, layer_growth
+from analysis.rare_tokens import MASK, ORDERS, group_changes, orders_hold
+from analysis.runs import RunTables, read_sweep, tracking_uri
+from analysis.stats import mean_interval, median_interval, share_interval
+from gptcore.config import KNOBS, InputError
+
+
+def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -> Path:
+    """Write the report of a sweep (the newest where `name` is None); -> its folder.
+
+    `out` is by default RUNS_DIR/reports/NAME. Raises InputError where there is nothing to report
+    or the folder cannot be written; what was there before is then left as it was.
+    """
+    sweep = read_sweep(uri, name)
+    folder = out or runs_dir / "reports" / sweep.sweep
+    by_run = statistics_of_runs(sweep)
+    findings = find(sweep, by_run)
+    page = render(sweep, by_run, findings)
+    frames = {**sweep.tables, **by_run, "trials": sweep.trials}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = Path(scratch)
+            (new / "report.html").write_text(page, encoding="utf-8")
+            (new / "findings.json").write_text(json.dumps(findings, indent=2, allow_nan=False))
+            for table, frame in frames.items():
+                frame.write_parquet(new / f"{table}.parquet")
+            for file in list(new.iterdir()):
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise InputError(
+            f"the report folder {folder} cannot be written: {error.strerror}"
+        ) from error
+    return folder
+
+
+def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
+    """The per-run statistics of both findings, one frame a statistic, each with column scheme."""
+    weights, token_groups = sweep.tables["weights"].lazy(), sweep.tables["token_groups"].lazy()
+    changes = group_changes(token_groups)
+    frames = {
+        "layer_growth": layer_growth(weights),
+        "depth_gradient": depth_gradient(weights),
+        "group_changes": changes,
+        "group_orders": orders_hold(changes),
+    }
+    schemes = sweep.trials.select("trial_key", scheme="init.scheme")
+    return {name: frame.join(schemes, on="trial_key") for name, frame in frames.items()}
+
+
+def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
+    """What the runs say, by scheme, as findings.json holds it."""
+    counts = Counter(sweep.trials["status"])
+    ended = {status: counts[status] for status in ("finished", "diverged", "failed")}
+    schemes = by_run["depth_gradient"]["scheme"].unique(maintain_order=True).to_list()
+    return {
+        "sweep": sweep.sweep,
+        "notes": sweep.plan["notes"],
+        "trials": {**ended, "unfinished": len(sweep.trials) - sum(ended.values())},
+        "depth_gradient": {scheme: _depth_findings(by_run, scheme) for scheme in schemes},
+        "rare_tokens": {scheme: _token_findings(by_run, scheme) for scheme in schemes},
+    }
+
+
+def _depth_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
+    runs = by_run["depth_gradient"].filter(pl.col("scheme") == scheme)
+    growth = by_run["layer_growth"].filter(
+        pl.col("scheme") == scheme, pl.col("step") == pl.col("step").max().over("trial_key")
+    )
+    by_layer = growth.group_by("layer").agg(pl.col("growth").median()).sort("layer")
+    widest = Counter(runs["widest_layer"])
+    return {
+        "tau": median_interval(runs["tau"].drop_nulls().to_list()),
+        "tau_of_runs": dict(zip(runs["trial_key"], runs["tau"], strict=True)),
+        "first_layer_widest": share_interval((runs["widest_layer"] == 0).to_list()),
+        "widest_layer_of_runs": {str(layer): widest[layer] for layer in sorted(widest)},
+        "median_growth_by_layer": by_layer["growth"].to_list(),
+        "median_growth": median_interval(runs["median_growth"].to_list()),
+    }
+
+
+def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
+    changes = by_run["group_changes"].filter(pl.col("scheme") == scheme).drop_nulls("change")
+    orders = by_run["group_orders"].filter(pl.col("scheme") == scheme)
+    return {
+        "mask": MASK,
+        "groups": {
+            group: {
+                column: mean_interval(changes.filter(pl.col("group") == group)[column].to_list())
+                for column in ("start", "end", "change", "logit_change", "log_z_change")
+            }
+            for group in figures.GROUP_ORDER
+        },
+        **{name: share_interval(orders[name].drop_nulls().to_list()) for name in ORDERS},
+    }
+
+
+def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str, Any]) -> str:
+    """The page: one HTML file with everything in it."""
+    primary = sweep.tables["token_groups"].filter(pl.col("mask") == MASK)
+    schemes = sweep.trials.select("trial_key", scheme="init.scheme")
+    charts = {
+        "qkv_std": figures.fig_qkv_std(by_run["layer_growth"]),
+        "growth_by_layer": figures.fig_growth_by_layer(by_run["layer_growth"]),
+        "group_log_prob": figures.fig_group_log_prob(primary.join(schemes, on="trial_key")),
+    }
+    varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
+    losses = (
+        sweep.tables["training"].group_by("trial_key").agg(pl.col("loss").sort_by("step").last())
+    )
+    trials = sweep.trials.join(losses, on="trial_key", how="left").join(
+        by_run["depth_gradient"].drop("scheme", "step"), on="trial_key", how="left"
+    )
+    fixed = {knob: sweep.trials[knob][0] for knob in KNOBS if knob not in varied}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["estimate"] = format_estimate
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
+    return environment.get_template("report.html.jinja").render(
+        sweep=sweep,
+        findings=findings,
+        charts={name: chart.to_dict() for name, chart in charts.items()},
+        vega=vl_convert.javascript_bundle(),
+        varied=varied,
+        fixed=fixed,
+        trials=trials.to_dicts(),
+        groups=figures.GROUP_ORDER,
+        orders=ORDERS,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def format_estimate(estimate: dict[str, Any]) -> str:
+    """`-3.12 [-3.40, -2.84]`, or the value alone where the runs are too few for an interval."""
+    if estimate["value"] is None:
+        return "–"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.2f} [too few runs]"
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; -> its exit code: 0, or 2 for bad input."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(message)
+
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--name", help="of the sweep; by default the one launched last")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="where runs are (./runs)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the report (RUNS_DIR/reports/NAME)")
+    try:
+        args = parser.parse_args(argv)
+        uri = tracking_uri(args.runs_dir)
+        folder = build_report(uri, args.name, args.out, args.runs_dir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

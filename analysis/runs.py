@@ -1,0 +1,184 @@
+"""The only reader of MLflow: from a sweep's name to its trials and their tables.
+
+A sweep is one experiment. Its own run (kind=sweep) holds plan.json, the keys of its trials; each
+trial is a run (kind=trial) whose Parquet artifacts are what the analysis reads. Of several runs of
+one key a finished one counts, else the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import polars as pl
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+from mlflow.exceptions import MlflowException
+
+from gptcore.config import InputError
+from gptcore.records import SCHEMA_VERSION
+
+SERVER_SECONDS = 5.0
+TABLES_READ = ("init", "training", "weights", "histograms", "token_groups")
+
+for chatty in ("mlflow.store.db.utils", "alembic"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class RunTables:
+    """A sweep as frames."""
+
+    sweep: str
+    plan: Mapping[str, Any]
+    trials: pl.DataFrame
+    """One row a trial of the plan: trial_key, status, reason, loss, steps, then every knob."""
+    tables: Mapping[str, pl.DataFrame]
+    """The rows of finished trials by table, as gptcore.records says, behind a column trial_key."""
+
+
+def tracking_uri(runs_dir: Path) -> str:
+    """MLFLOW_TRACKING_URI where it is set, else the SQLite file in the runs folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+
+
+def has_started(uri: str) -> bool:
+    """Whether the store exists; a server always counts as one."""
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a store that answers; a SQLite file that is not there is made.
+
+    Raises InputError where the store does not answer. One process must have connected to a new
+    file before several do: they would all make its tables.
+    """
+    try:
+        if uri.startswith(("http://", "https://")):
+            # MLflow's client would go on trying for minutes.
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except (OSError, MlflowException) as error:
+        password = urllib.parse.urlsplit(uri).password
+        shown = uri.replace(f":{password}@", ":***@") if password else uri
+        why = str(error).splitlines()[0]
+        raise InputError(f"the tracking server {shown} does not answer: {why}") from error
+    return client
+
+
+def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> list[Run]:
+    """All runs of a kind (trial, sweep) in the experiments, newest first."""
+    runs: list[Run] = []
+    page = None
+    while experiment_ids:
+        found = client.search_runs(
+            experiment_ids,
+            f"tags.kind = '{kind}'",
+            ViewType.ACTIVE_ONLY,
+            max_results=1000,
+            order_by=["attributes.start_time DESC"],
+            page_token=page,
+        )
+        runs += found
+        if not (page := found.token):
+            break
+    return runs
+
+
+def trial_runs(client: MlflowClient, experiment_id: str) -> dict[str, Run]:
+    """The run that counts for every trial key of the experiment."""
+    runs = search_runs(client, [experiment_id], "trial")
+    runs.sort(key=lambda run: run.info.status != "FINISHED")
+    by_key: dict[str, Run] = {}
+    for run in runs:
+        by_key.setdefault(run.data.tags["trial_key"], run)
+    return by_key
+
+
+def trial_status(run: Run | None) -> str:
+    """finished, diverged, failed, running, or missing where there is no run."""
+    return "missing" if run is None else run.data.tags["trial_status"]
+
+
+def read_sweep(uri: str, name: str | None) -> RunTables:
+    """The named sweep, or the one launched last. Raises InputError where there is none to read."""
+    if not has_started(uri):
+        raise InputError(f"there is no sweep yet: {uri.removeprefix('sqlite:///')} does not exist")
+    client = connect(uri)
+    experiments = client.search_experiments(view_type=ViewType.ACTIVE_ONLY)
+    sweeps = search_runs(client, [experiment.experiment_id for experiment in experiments], "sweep")
+    sweeps.sort(key=lambda run: float(run.data.tags["launched"]))
+    chosen = [run for run in sweeps if name in (None, run.data.tags["sweep"])]
+    if not chosen:
+        known = ", ".join(run.data.tags["sweep"] for run in sweeps) or "none"
+        raise InputError(f"there is no sweep {name}: the sweeps of this store are {known}")
+    sweep = chosen[-1]
+    runs = trial_runs(client, sweep.info.experiment_id)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = json.loads(
+            Path(client.download_artifacts(sweep.info.run_id, "plan.json", folder)).read_text()
+        )
+        trials = pl.DataFrame(
+            [
+                {
+                    "trial_key": key,
+                    "run_id": runs[key].info.run_id if key in runs else None,
+                    "status": trial_status(runs.get(key)),
+                    "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
+                    **trial["params"],
+                }
+                for key, trial in plan["trials"].items()
+            ],
+            infer_schema_length=None,
+        )
+        finished = trials.filter(pl.col("status") == "finished")
+        if finished.is_empty():
+            raise InputError(f"sweep {sweep.data.tags['sweep']} has no finished trials yet")
+        folders = {
+            key: artifact_folder(client, runs[key], Path(folder)) for key in finished["trial_key"]
+        }
+        tables = {table: read_table(table, folders) for table in TABLES_READ}
+    return RunTables(sweep.data.tags["sweep"], plan, trials, tables)
+
+
+def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:
+    """Where a run's artifacts lie: in place where the store is local, else fetched into `scratch`."""
+    parts = urllib.parse.urlsplit(run.info.artifact_uri)
+    if parts.scheme == "file":
+        return Path(urllib.parse.unquote(parts.path))
+    folder = scratch / run.info.run_id
+    folder.mkdir()
+    for table in TABLES_READ:
+        client.download_artifacts(run.info.run_id, f"{table}.parquet", str(folder))
+    return folder
+
+
+def read_table(table: str, folders: Mapping[str, Path]) -> pl.DataFrame:
+    """One table of many trials, `folders` by trial key. Raises InputError for another schema."""
+    frames = []
+    for key, folder in folders.items():
+        file = folder / f"{table}.parquet"
+        try:
+            found = pl.read_parquet_metadata(file).get("schema_version")
+            frame = pl.read_parquet(file)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise InputError(f"the {table} of trial {key} cannot be read: {error}") from error
+        if found != str(SCHEMA_VERSION):
+            raise InputError(
+                f"{file} of trial {key} has schema version {found}: this report reads "
+                f"{SCHEMA_VERSION}"
+            )
+        frames.append(frame.select(pl.lit(key).alias("trial_key"), pl.all()))
+    return pl.concat(frames)

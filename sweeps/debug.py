@@ -1,0 +1,105 @@
+"""One trial in this process: no Ray, no server, `breakpoint()` works, a line a step.
+
+The rows are those of a sweep, as Parquet files in a folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gptcore.config import TrialConfig
+from gptcore.experiment import run_trial
+from gptcore.records import (
+    InitRow,
+    MemoryRecorder,
+    Row,
+    TokenGroupRow,
+    TrainingRow,
+    TrialResult,
+    WeightRow,
+)
+from sweeps.parquet import write_tables
+
+
+def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console) -> TrialResult:
+    """Run one trial here and write its tables to RUNS_DIR/debug/KEY."""
+    folder = runs_dir / "debug" / key
+    console.print(f"trial {key} in this process, rows to {folder}")
+    recorder = ConsoleRecorder(config, console)
+    result = run_trial(config, recorder)
+    write_tables(recorder.rows, folder)
+    console.print(
+        f"{result.status} after {result.steps} steps, {result.seconds:.1f} s, "
+        f"{result.tokens_per_second:.0f} tokens/s {result.reason}".rstrip()
+    )
+    console.print(f"tables: {folder}/*.parquet", soft_wrap=True)
+    return result
+
+
+class ConsoleRecorder(MemoryRecorder):
+    """Keeps the rows and prints them as they come."""
+
+    def __init__(self, config: TrialConfig, console: Console) -> None:
+        super().__init__()
+        self.config, self.console = config, console
+
+    def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
+        logprobs = {
+            row.group: row.mean_logprob
+            for row in rows
+            if isinstance(row, TokenGroupRow) and row.mask == "sequence"
+        }
+        for row in rows:
+            if isinstance(row, TrainingRow):
+                if row.step == 0:
+                    self._print_untrained(logprobs)
+                norm = "" if row.grad_norm is None else f"  grad_norm {row.grad_norm:.4f}"
+                groups = "".join(
+                    f"  {group} {value:.2f}"
+                    for group, value in logprobs.items()
+                    if value is not None
+                )
+                self.console.print(
+                    f"step {row.step:4d}  loss {row.loss:.4f}{norm}{groups}", soft_wrap=True
+                )
+
+    def _print_untrained(self, logprobs: dict[str, float | None]) -> None:
+        """The init as drawn beside what it was drawn from, and the untrained token groups."""
+        drawn_from: defaultdict[str, set[float]] = defaultdict(set)
+        for row in self.rows["init"]:
+            assert isinstance(row, InitRow)
+            drawn_from[row.kind].add(row.std)
+        measured: defaultdict[str, list[WeightRow]] = defaultdict(list)
+        for row in self.rows["weights"]:
+            assert isinstance(row, WeightRow)
+            measured[row.kind].append(row)
+        table = Table("kind", "tensors", "std expected", "std measured", "max |w|")
+        for kind, stds in drawn_from.items():
+            rows = measured[kind]
+            spread = [row.std for row in rows]
+            table.add_row(
+                kind,
+                str(len(rows)),
+                " ".join(f"{std:.5f}" for std in sorted(stds)),
+                f"{min(spread):.5f}" + (f" .. {max(spread):.5f}" if len(rows) > 1 else ""),
+                f"{max(row.max_abs for row in rows):.5f}",
+            )
+        self.console.print(table)
+        (wte_std,) = drawn_from["wte"]
+        level = -(
+            math.log(self.config.model.vocab_size) + self.config.model.d_model * wte_std**2 / 2
+        )
+        untrained = ", ".join(
+            f"{group} {'too few tokens' if value is None else format(value, '.3f')}"
+            for group, value in logprobs.items()
+        )
+        self.console.print(
+            f"untrained log-prob: {untrained}; -(ln V + d std^2 / 2) = {level:.3f}", soft_wrap=True
+        )

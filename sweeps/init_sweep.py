@@ -1,0 +1,18 @@
+"""Sweep GPT trials over initialisation, seed and corpus subset, and report what held.
+
+python sweeps/init_sweep.py
+python sweeps/init_sweep.py --init.scheme model5 gpt2 --init.seed 0 1 2 --train.steps 100
+python sweeps/init_sweep.py --debug --init.scheme model5
+"""
+
+import sys
+from pathlib import Path
+
+# The checkout's root, not its sweeps/, is where imports start, also before an installed `sweeps`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from sweeps.launch import main
+from sweeps.spaces import PRESETS
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, PRESETS))

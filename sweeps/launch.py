@@ -1,0 +1,398 @@
+"""From a command line to finished trials: plan -> dry run | debug | Ray Tune -> report.
+
+A sweep is a set of trial keys. Running it makes the missing ones exist and leaves finished ones
+alone, so the same command continues a sweep that was cut off, and a wider one runs the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from gptcore.config import KNOBS, InputError, TrialConfig, parse_value
+from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, load_corpus
+from gptcore.init_schemes import check_init
+from sweeps.spaces import Preset, Space, trials_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is: its name and, by trial key, the trials that it wants."""
+
+    name: str
+    preset: str
+    trials: Mapping[str, TrialConfig]
+    corpora: Mapping[str, Corpus]  # by trial key
+    notes: tuple[str, ...]  # what the user should know of how the plan came about
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "sweep": self.name,
+            "preset": self.preset,
+            "command": shlex.join(["python", *sys.argv]),
+            "notes": list(self.notes),
+            "trials": {
+                key: {"params": config.to_flat(), "corpus_digest": self.corpora[key].digest}
+                for key, config in self.trials.items()
+            },
+        }
+
+
+def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
+    """The command; -> its exit code: 0, 1 where a trial failed, 2 for bad input, 130 for Ctrl-C."""
+    console = Console(highlight=False)
+    try:
+        args, overrides = command_line(doc, presets, argv)
+        preset = presets[args.preset]
+        plan = make_plan(args.name or args.preset, args.preset, {**preset.space, **overrides})
+        for note in plan.notes:
+            console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
+        if args.debug:
+            from sweeps.debug import debug_trial
+
+            key, config = next(iter(plan.trials.items()))
+            check_writable(args.runs_dir)
+            return 0 if debug_trial(config, key, args.runs_dir, console).status == "finished" else 1
+        return run_sweep(plan, preset, args, console)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def command_line(
+    doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, Space]:
+    """The options, and the values given for knobs. Raises InputError."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(message)
+
+    parser = Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--preset",
+        default="quick",
+        help="; ".join(f"{name}: {preset.doc}" for name, preset in presets.items()),
+    )
+    parser.add_argument(
+        "--name", help="of the sweep, by default the preset's; runs are kept under it"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), help="where everything goes (./runs)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what is done and what is missing"
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="run the first trial here, without Ray"
+    )
+    parser.add_argument("--no-report", action="store_true", help="end without building the report")
+    knobs = parser.add_argument_group("knobs", "one value, or several to sweep over")
+    defaults = TrialConfig().to_flat()
+    for key, entry in KNOBS.items():
+        knobs.add_argument(
+            f"--{key}",
+            nargs="+",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{entry.metadata['doc']} (one trial: {defaults[key]})",
+        )
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(
+            f"unknown argument {unknown[0]}: see --help for the options; "
+            f"the keys are {', '.join(KNOBS)}"
+        )
+    if args.preset not in presets:
+        raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.name):
+        raise InputError(
+            f"--name takes up to 100 letters, digits, dots, dashes and underscores, not {args.name!r}"
+        )
+    overrides = {
+        key: [parse_value(key, text) for text in vars(args)[key]] for key in KNOBS if key in args
+    }
+    return args, overrides
+
+
+def make_plan(name: str, preset: str, space: Space) -> Plan:
+    """Check every trial of the space and give it its key. Raises InputError for the first bad one."""
+    notes: list[str] = []
+    load = functools.cache(load_corpus)
+    if "corpus.name" not in space:
+        try:
+            load(TrialConfig().corpus, context=2)
+        except CorpusUnavailable as error:
+            space = {**space, "corpus.name": ["pydocs"]}
+            notes.append(f"pydocs (Python's manual) stands in for the default corpus: {error}")
+    trials, corpora = {}, {}
+    for config in trials_of(space):
+        check_init(config.init)
+        # The order of batches does not matter to what is loaded.
+        corpus = load(replace(config.corpus, data_seed=0), config.model.context)
+        if config.corpus.name not in CORPORA:
+            # A worker need not stand in the folder where the user typed the path.
+            config = replace(config, corpus=replace(config.corpus, name=corpus.origin))
+        key = config.key(corpus.digest)
+        trials[key], corpora[key] = config, corpus
+    return Plan(name, preset, trials, corpora, tuple(notes))
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder. Raises InputError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error
+
+
+def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Console) -> int:
+    """Run what is missing of the plan, then report; -> the exit code."""
+    from analysis.runs import connect, has_started, tracking_uri, trial_runs
+    from sweeps import tracking
+
+    runs_dir = args.runs_dir.resolve()
+    uri = tracking_uri(runs_dir)
+    if args.dry_run and not has_started(uri):
+        console.print(f"sweep {plan.name}: {len(plan.trials)} trials, none done")
+        console.print(trial_table(plan, dict.fromkeys(plan.trials, "missing")))
+        return 0
+    check_writable(runs_dir)
+    client = connect(uri)
+    experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
+    status = plan_status(client, experiment_id, plan)
+    missing = [key for key, state in status.items() if state not in ("finished", "diverged")]
+    console.print(
+        f"sweep {plan.name}: {len(status)} trials, "
+        f"{len(status) - len(missing)} done, {len(missing)} missing"
+    )
+    if args.dry_run:
+        console.print(trial_table(plan, status))
+        return 0
+
+    sweep = tracking.SweepRun(client, experiment_id, plan.name)
+    sweep.start(plan.as_dict(), {**plan_tags(plan), "launched": f"{time.time():.3f}"})
+    interrupted = False
+    if missing:
+        store = {"uri": uri, "experiment_id": experiment_id}
+        try:
+            reasons = run_on_ray(plan, missing, store, preset.trials_per_gpu, runs_dir, console)
+        except KeyboardInterrupt:
+            interrupted, reasons = True, {}
+        except BaseException:
+            sweep.end("FAILED")
+            raise
+        tracking.close_unfinished(client, trial_runs(client, experiment_id).values(), reasons)
+        status = plan_status(client, experiment_id, plan)
+    console.print(trial_table(plan, status))
+
+    counts = Counter(status.values())
+    unfinished = [key for key in status if status[key] not in ("finished", "diverged")]
+    if interrupted:
+        sweep.end("KILLED")
+        console.print(f"stopped with {len(unfinished)} trials to go: the same command goes on")
+        return 130
+    artifacts = []
+    if not counts["finished"]:
+        console.print("no trial finished, so there is nothing to report")
+    elif not args.no_report:
+        from analysis.report import build_report
+
+        folder = build_report(uri, plan.name, None, runs_dir)
+        artifacts = [folder / "report.html", folder / "findings.json"]
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    sweep.end("FAILED" if unfinished else "FINISHED", artifacts)
+    console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
+    console.print(f"  then: {chart_page(uri, experiment_id)}", soft_wrap=True)
+    return 1 if unfinished else 0
+
+
+def run_on_ray(
+    plan: Plan,
+    keys: Sequence[str],
+    store: Mapping[str, str],
+    trials_per_gpu: int,
+    runs_dir: Path,
+    console: Console,
+) -> dict[str, str]:
+    """Run the trials on Ray Tune, one core each and a share of a GPU; -> why, of those that failed.
+
+    Raises KeyboardInterrupt after a Ctrl-C that Tune took.
+    """
+    # Read by Ray as it is imported or started.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+    from ray import tune
+
+    from sweeps.progress import SweepProgress
+    from sweeps.trainable import run_batch
+
+    start_ray(console)
+    devices = {plan.trials[key].train.device for key in keys}
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if "cuda" in devices and not gpus:
+        raise InputError("train.device is cuda, but Ray has no GPU")
+    resources = {"cpu": 1.0}
+    if gpus and devices != {"cpu"}:
+        resources["gpu"] = 1 / trials_per_gpu
+    batches = [
+        [
+            {
+                "key": key,
+                "params": plan.trials[key].to_flat(),
+                "tags": {
+                    **plan_tags(plan),
+                    "corpus_digest": plan.corpora[key].digest,
+                    "corpus_origin": plan.corpora[key].origin,
+                },
+            }
+        ]
+        for key in keys
+    ]
+    with SweepProgress(console, {key: plan.trials[key].train.steps for key in keys}) as progress:
+        results = tune.Tuner(
+            tune.with_resources(run_batch, resources),
+            param_space={"store": dict(store), "batch": tune.grid_search(batches)},
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["batch"][0]["key"],
+                trial_dirname_creator=lambda trial: trial.config["batch"][0]["key"],
+            ),
+            run_config=tune.RunConfig(
+                name=f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+                storage_path=str(runs_dir / "ray"),
+                callbacks=[progress],
+                verbose=0,
+            ),
+        ).fit()
+    ray.shutdown()
+    return {
+        result.config["batch"][0]["key"]: str(result.error).strip().splitlines()[-1]
+        for result in results
+        if result.error and result.config
+    }
+
+
+def start_ray(console: Console) -> None:
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray here."""
+    import ray
+
+    # That Ray made itself a token is no news to anyone here.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # Tune's own files of results are off: MLflow and Parquet have them.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    common: dict[str, Any] = {
+        "runtime_env": {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]},
+        "log_to_driver": False,
+        "logging_level": "warning",
+    }
+    try:
+        ray.init(address="auto", **common)
+        where = "the cluster"
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            raise InputError(
+                f"the Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']} does not answer: {error}"
+            ) from error
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # nothing large goes through it
+            **common,
+        )
+        where = "this machine"
+    resources = ray.cluster_resources()
+    console.print(
+        f"Ray: {where}, {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
+    )
+
+
+def plan_status(client: MlflowClient, experiment_id: str, plan: Plan) -> dict[str, str]:
+    """How each trial of the plan stands, as analysis.runs.trial_status has it."""
+    from analysis.runs import trial_runs, trial_status
+
+    runs = trial_runs(client, experiment_id)
+    return {key: trial_status(runs.get(key)) for key in plan.trials}
+
+
+def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
+    """The trials of a plan, with the knobs in which they differ, and how each stands."""
+    flats = {key: config.to_flat() for key, config in plan.trials.items()}
+    varied = [knob for knob in KNOBS if len({flat[knob] for flat in flats.values()}) > 1]
+    table = Table("trial", *varied, "status")
+    for key, flat in flats.items():
+        table.add_row(key, *(str(flat[knob]) for knob in varied), status[key])
+    return table
+
+
+def plan_tags(plan: Plan) -> dict[str, str]:
+    """What the driver knows and a run should keep."""
+    packages = ("torch", "ray", "mlflow", "polars", "numpy")
+    return {
+        "sweep": plan.name,
+        "notes": " ".join(plan.notes),
+        "git_commit": git_commit(),
+        "versions": ", ".join(
+            [
+                f"python {platform.python_version()}",
+                *(f"{name} {version(name)}" for name in packages),
+            ]
+        ),
+    }
+
+
+@functools.cache
+def git_commit() -> str:
+    """The checkout's commit, with `+` where files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip() + ("+" if dirty.stdout else "")
+
+
+def mlflow_command(uri: str) -> str:
+    """What to type to see the store's pages; the address itself where a server already shows them."""
+    if uri.startswith("http"):
+        return uri
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+
+
+def chart_page(uri: str, experiment_id: str) -> str:
+    """The address of MLflow's chart page with the sweep's trials."""
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    query = "searchFilter=tags.kind%20%3D%20%27trial%27&compareRunsMode=CHART"
+    return f"{server}/#/experiments/{experiment_id}/runs?{query}"

@@ -1,0 +1,52 @@
+"""Rows to Parquet files: one file a table, each whole or absent."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import polars as pl
+
+from gptcore.records import SCHEMA_VERSION, TABLES, Row
+
+COLUMN_TYPES = {
+    int: pl.Int64(),
+    float: pl.Float64(),
+    str: pl.String(),
+    list[int]: pl.List(pl.Int64),
+    list[float]: pl.List(pl.Float64),
+}
+
+
+def schema_of(row_type: type[Row]) -> dict[str, pl.DataType]:
+    """The columns of a table, from the fields of its row type."""
+    hints = get_type_hints(row_type)
+    return {
+        entry.name: COLUMN_TYPES[_without_none(hints[entry.name])] for entry in fields(row_type)
+    }
+
+
+def _without_none(hint: type) -> type:
+    if get_origin(hint) is types.UnionType:
+        (hint,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
+    return hint
+
+
+def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
+    """Write each table of a trial into `folder`; -> the files.
+
+    A file carries its schema version as Parquet metadata.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for table, rows in tables.items():
+        frame = pl.DataFrame([asdict(row) for row in rows], schema=schema_of(TABLES[table]))
+        file = folder / f"{table}.parquet"
+        partial = file.with_suffix(".partial")
+        frame.write_parquet(partial, metadata={"schema_version": str(SCHEMA_VERSION)})
+        partial.replace(file)
+        files.append(file)
+    return files

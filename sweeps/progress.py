@@ -1,0 +1,99 @@
+"""How far a sweep is: finished, running, failed, and the time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from rich.console import Console
+from rich.live import Live
+
+LINE_EVERY = 15.0
+"""Seconds between lines where the console is no terminal."""
+
+
+class SweepProgress(tune.Callback):
+    """One line about the sweep, live on a terminal, now and then anywhere else.
+
+    Time left is the steps that remain at the pace of all steps so far.
+    """
+
+    def __init__(self, console: Console, steps: dict[str, int]) -> None:
+        """`steps`: how many each trial will make, by its key."""
+        self.console, self.steps = console, steps
+        self.done = dict.fromkeys(steps, 0)
+        self.running: set[str] = set()
+        self.finished: set[str] = set()
+        self.failed: set[str] = set()
+        self.first_report: float | None = None
+        self.last_line = time.monotonic()
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> SweepProgress:
+        if self.console.is_terminal:
+            self.live.start()
+        self._show()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks beside the experiment, and nothing reads them there."""
+        return {}
+
+    def line(self) -> str:
+        """`3 of 12 finished, 2 running, 0 failed, 1:40 left`."""
+        counts = (
+            f"{len(self.finished)} of {len(self.steps)} finished, "
+            f"{len(self.running)} running, {len(self.failed)} failed"
+        )
+        if self.first_report is None or not (made := sum(self.done.values())):
+            return f"{counts}, starting"
+        remain = sum(
+            total - self.done[key] for key, total in self.steps.items() if key not in self.failed
+        )
+        seconds = int(remain * (time.monotonic() - self.first_report) / made)
+        return f"{counts}, {seconds // 60}:{seconds % 60:02d} left"
+
+    def _show(self, event: str = "") -> None:
+        if event:
+            self.console.print(event, soft_wrap=True, highlight=False)
+        if self.console.is_terminal:
+            self.live.update(self.line(), refresh=True)
+        elif event or time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            self.console.print(self.line(), highlight=False)
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        self.running.add(_key(trial))
+        self._show()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    ) -> None:
+        if self.first_report is None:
+            self.first_report = time.monotonic()
+        self.done[_key(trial)] = result["step"]
+        if result.get("status") == "diverged":
+            self.done[_key(trial)] = self.steps[_key(trial)]
+        self._show()
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        self.running.discard(_key(trial))
+        self.finished.add(_key(trial))
+        self._show(f"trial {_key(trial)} {trial.last_result.get('status', 'finished')}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        self.running.discard(_key(trial))
+        self.failed.add(_key(trial))
+        self._show(f"trial {_key(trial)} failed")
+
+
+def _key(trial: Trial) -> str:
+    (batch,) = trial.config["batch"]
+    return batch["key"]

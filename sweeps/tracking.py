@@ -1,0 +1,191 @@
+"""The only writer of MLflow: one experiment a sweep, one run a trial key, found or created.
+
+A run's timestamps are its start plus the step, so that a trial that runs again writes the very
+points it wrote before, and MLflow keeps one of each. Metrics are a selection for eyes; the Parquet
+artifacts hold everything and are what the analysis reads.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+
+from gptcore.config import InputError, Scalar
+from gptcore.records import (
+    TABLE_OF,
+    TABLES,
+    Row,
+    TokenGroupRow,
+    TrainingRow,
+    TrialResult,
+    WeightRow,
+)
+from sweeps.parquet import write_tables
+
+FLUSH_AT = 1000
+"""Metrics a call: MLflow's own limit for log_batch."""
+
+
+def open_experiment(client: MlflowClient, name: str, runs_dir: Path) -> str:
+    """The id of the sweep's experiment, made if it is new."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server keeps artifacts where it was told to; the local file keeps them beside itself.
+        local = client.tracking_uri.startswith("sqlite:")
+        location = (runs_dir.resolve() / "artifacts").as_uri() if local else None
+        return client.create_experiment(name, artifact_location=location)
+    if experiment.lifecycle_stage != "active":
+        raise InputError(
+            f"sweep {name} was deleted in MLflow: restore it there or take another --name"
+        )
+    return experiment.experiment_id
+
+
+def find_run(client: MlflowClient, experiment_id: str, kind: str, **tags: str) -> Run | None:
+    """The newest run of a kind (trial, sweep) with the given tags."""
+    clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
+    found = client.search_runs(
+        [experiment_id],
+        " and ".join(clauses),
+        ViewType.ACTIVE_ONLY,
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    return found[0] if found else None
+
+
+class SweepRun:
+    """The sweep's own run: its plan, its report, and whether it is under way."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
+        self.client = client
+        run = find_run(client, experiment_id, "sweep") or client.create_run(
+            experiment_id, run_name=f"sweep {name}", tags={"kind": "sweep", "sweep": name}
+        )
+        self.run_id = run.info.run_id
+
+    def start(self, plan: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Record what is about to run. A later plan takes the place of an earlier one."""
+        self.client.log_dict(self.run_id, dict(plan), "plan.json")
+        for name, value in tags.items():
+            self.client.set_tag(self.run_id, name, value)
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def end(self, status: str, artifacts: Sequence[Path] = ()) -> None:
+        for file in artifacts:
+            self.client.log_artifact(self.run_id, str(file), "report")
+        self.client.set_terminated(self.run_id, status)
+
+
+class MlflowRecorder:
+    """The rows of one trial into its MLflow run."""
+
+    def __init__(
+        self,
+        uri: str,
+        experiment_id: str,
+        key: str,
+        params: Mapping[str, Scalar],
+        tags: Mapping[str, str],
+    ) -> None:
+        self.client = MlflowClient(uri)
+        name = f"{params['init.scheme']} {params['corpus.subset']} seed {params['init.seed']} {key}"
+        run = find_run(
+            self.client, experiment_id, "trial", trial_key=key
+        ) or self.client.create_run(
+            experiment_id, run_name=name, tags={"kind": "trial", "trial_key": key}
+        )
+        self.run_id, self.start_ms = run.info.run_id, run.info.start_time
+        self.client.update_run(self.run_id, status="RUNNING")
+        self.client.log_batch(
+            self.run_id,
+            params=[Param(name, str(value)) for name, value in params.items()],
+            tags=[
+                RunTag(name, value)
+                for name, value in {
+                    **tags,
+                    "host": platform.node(),
+                    "trial_status": "running",
+                }.items()
+            ],
+        )
+        self.tables: dict[str, list[Row]] = {table: [] for table in TABLES}
+        self.metrics: list[Metric] = []
+
+    def log(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.tables[TABLE_OF[type(row)]].append(row)
+            for name, step, value in chart_points(row):
+                self.metrics.append(Metric(name, value, self.start_ms + step, step))
+        if len(self.metrics) >= FLUSH_AT:
+            self._flush()
+
+    def close(self, result: TrialResult) -> None:
+        self._flush()
+        with tempfile.TemporaryDirectory() as folder:
+            write_tables(self.tables, Path(folder))
+            self.client.log_artifacts(self.run_id, folder)
+        self._set_tags(
+            trial_status=result.status,
+            reason=result.reason,
+            steps=str(result.steps),
+            seconds=f"{result.seconds:.1f}",
+            tokens_per_second=f"{result.tokens_per_second:.0f}",
+        )
+        self.client.set_terminated(self.run_id, "FINISHED")
+
+    def fail(self, error: BaseException) -> None:
+        """Close the run of a trial that broke, with the reason."""
+        self._set_tags(trial_status="failed", reason=f"{type(error).__name__}: {error}")
+        self.client.log_text(self.run_id, "".join(traceback.format_exception(error)), "failure.txt")
+        self.client.set_terminated(self.run_id, "FAILED")
+
+    def _set_tags(self, **tags: str) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(name, tags[name][:5000]) for name in tags])
+
+    def _flush(self) -> None:
+        for start in range(0, len(self.metrics), FLUSH_AT):
+            self.client.log_batch(self.run_id, metrics=self.metrics[start : start + FLUSH_AT])
+        self.metrics.clear()
+
+
+def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
+    """(metric, step, value) of a row for MLflow's charts; what stands before "/" is a section."""
+    match row:
+        case TrainingRow():
+            yield "loss/train", row.step, row.loss
+            if row.grad_norm is not None:
+                yield "grad_norm/global", row.step, row.grad_norm
+        case TokenGroupRow(mask="sequence", mean_logprob=float()):
+            yield f"logprob/{row.group}", row.step, row.mean_logprob
+        case WeightRow(kind="qkv"):
+            yield f"qkv_std/layer_{row.layer:02d}", row.step, row.std
+        case WeightRow(kind="q" | "k" | "v" | "proj" | "fc" | "mlp_proj"):
+            inside = row.tensor.split(".", 2)[2]
+            yield f"w_std/layer_{row.layer:02d}.{inside}", row.step, row.std
+        case WeightRow(kind="wte" | "wpe"):
+            yield f"w_std/{row.tensor}", row.step, row.std
+
+
+def close_unfinished(client: MlflowClient, runs: Iterable[Run], reasons: Mapping[str, str]) -> None:
+    """Leave nobody's run RUNNING: close those of trials that no longer run.
+
+    `reasons` says, by trial key, why a trial broke; others were stopped.
+    """
+    for run in runs:
+        if run.info.status == "RUNNING":
+            key = run.data.tags["trial_key"]
+            client.set_tag(run.info.run_id, "trial_status", "failed")
+            client.set_tag(run.info.run_id, "reason", reasons.get(key, "stopped")[:5000])
+            client.set_terminated(run.info.run_id, "FAILED" if key in reasons else "KILLED")

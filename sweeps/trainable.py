@@ -1,0 +1,54 @@
+"""What a Ray worker runs: a batch of trials, each into its MLflow run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray import tune
+
+from gptcore.config import InputError, TrialConfig
+from gptcore.experiment import check_trial, run_trial
+from gptcore.records import Recorder, Row, TrainingRow, TrialResult
+from sweeps.tracking import MlflowRecorder
+
+REPORT_EVERY = 10
+
+
+def run_batch(config: dict[str, Any]) -> None:
+    """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
+
+    The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id.
+    A trial that breaks leaves its MLflow run FAILED, and the exception to Tune.
+    """
+    for trial in config["batch"]:
+        recorder = MlflowRecorder(**config["store"], **trial)
+        try:
+            config_of_trial = TrialConfig.from_flat(trial["params"])
+            key = config_of_trial.key(check_trial(config_of_trial).digest)
+            if key != trial["key"]:
+                raise InputError(
+                    f"trial {trial['key']} is {key} on this worker: "
+                    "its corpus or its gptcore is not the driver's"
+                )
+            run_trial(config_of_trial, _Reporting(recorder, key))
+        except BaseException as error:
+            recorder.fail(error)
+            raise
+
+
+class _Reporting:
+    """A recorder that also tells Tune now and then how far the trial is."""
+
+    def __init__(self, recorder: Recorder, key: str) -> None:
+        self.recorder, self.key = recorder, key
+
+    def log(self, rows: Sequence[Row]) -> None:
+        self.recorder.log(rows)
+        for row in rows:
+            if isinstance(row, TrainingRow) and row.step % REPORT_EVERY == 0:
+                tune.report({"trial_key": self.key, "step": row.step, "loss": row.loss})
+
+    def close(self, result: TrialResult) -> None:
+        self.recorder.close(result)
+        tune.report({"trial_key": self.key, "step": result.steps, "status": result.status})
