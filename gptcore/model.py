@@ -8,8 +8,9 @@ Shapes: B sequences, T positions, D = d_model, H heads, V = vocab_size, N = B * 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,13 +136,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and both gradients in one pass over chunks of tokens and tiles of the vocabulary.
 
     With p = softmax(z), z = h W^T: d loss / d z = (p - onehot) / N. For each chunk, exp(z) is made
-    tile by tile; its sums give log Z, and its products with W and h the gradients, both scaled by
-    1 / Z afterwards, so the softmax itself is never written. A tile's logits stay in a core's
-    cache: that is what makes this faster than the same arithmetic over whole rows.
+    tile by tile; its sums give Z, and its products with W and h the gradients, both scaled by 1 / Z
+    afterwards, so the softmax itself is never written. A tile's logits stay in a core's cache: that
+    is what makes this faster than the same arithmetic over whole rows.
     """
 
     # 1 MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
-    CHUNK_AND_TILE = {"cpu": (128, 2048), "cuda": (2048, 1 << 20)}
+    CHUNK_AND_TILE: ClassVar = {"cpu": (128, 2048), "cuda": (2048, 1 << 20)}
     # exp(|z|) and its sum over the vocabulary stay far inside float32 below this.
     SAFE_LOGIT = 40.0
 
@@ -149,25 +150,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
         N, V = h_ND.shape[0], w_VD.shape[0]
         chunk, tile = _ChunkedCrossEntropy.CHUNK_AND_TILE[h_ND.device.type]
-        y_z_N = (h_ND * w_VD[y_N]).sum(1)
-        log_z_N = torch.empty_like(y_z_N)
+        log_z_N = h_ND.new_empty(N)
         dh_ND, dw_VD = torch.zeros_like(h_ND), torch.zeros_like(w_VD)
-        # |z| <= |h| |w|: where that is small, no maximum needs to be found and subtracted.
-        bounded = (
-            h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max() < _ChunkedCrossEntropy.SAFE_LOGIT
-        ).item()
         exp_VC = h_ND.new_empty(V, min(chunk, N))
-        for h, y, log_z, dh in zip(
-            *(whole.split(chunk) for whole in (h_ND, y_N, log_z_N, dh_ND)), strict=True
-        ):
+        # |z| <= |h| |w|: where that is small, no maximum needs to be found and subtracted.
+        largest = h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max()
+        bounded = largest.item() < _ChunkedCrossEntropy.SAFE_LOGIT
+        for start in range(0, N, chunk):
+            h, y, log_z, dh = (
+                whole[start : start + chunk] for whole in (h_ND, y_N, log_z_N, dh_ND)
+            )
             exp = exp_VC[:, : len(h)]
             shift = h.new_zeros(len(h)) if bounded else (w_VD @ h.T).amax(0)
             total = h.new_zeros(len(h))
+            # exp(z) = 2^(z / ln 2): PyTorch's exp2 takes a third of the time of its exp on a CPU.
+            h_in_bits = h / math.log(2)
             for w, exp_tile in zip(w_VD.split(tile), exp.split(tile), strict=True):
-                torch.mm(w, h.T, out=exp_tile)
+                torch.mm(w, h_in_bits.T, out=exp_tile)
                 if not bounded:
-                    exp_tile -= shift
-                exp_tile.exp_()
+                    exp_tile -= shift / math.log(2)
+                exp_tile.exp2_()
                 total += exp_tile.sum(0)
                 dh.addmm_(exp_tile.T, w)
             log_z.copy_(total.log() + shift)
@@ -176,7 +178,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dw_VD.addmm_(exp, h * scale).index_add_(0, y, h, alpha=-1 / N)
         ctx.save_for_backward(dh_ND, dw_VD)
         ctx.mark_non_differentiable(log_z_N)
-        return (log_z_N - y_z_N).mean(), log_z_N
+        return (log_z_N - (h_ND * w_VD[y_N]).sum(1)).mean(), log_z_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:

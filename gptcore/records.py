@@ -90,15 +90,15 @@ class TokenGroupRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupMemberRow:
-    """One token of a group, and how often it occurs in the text the trial trains on."""
+class GroupMembersRow:
+    """The tokens of one group, ascending, and how often each occurs in the trial's text."""
 
     group: str
-    token: int
-    count: int
+    tokens: list[int]
+    counts: list[int]
 
 
-Row = InitRow | TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMemberRow
+Row = InitRow | TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMembersRow
 
 TABLES: dict[str, type[Row]] = {
     "init": InitRow,
@@ -106,7 +106,7 @@ TABLES: dict[str, type[Row]] = {
     "weights": WeightRow,
     "histograms": HistogramRow,
     "token_groups": TokenGroupRow,
-    "group_members": GroupMemberRow,
+    "group_members": GroupMembersRow,
 }
 """Name of the Parquet file -> type of its rows."""
 

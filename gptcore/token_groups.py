@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore.config import seed_of
-from gptcore.records import GroupMemberRow
+from gptcore.records import GroupMembersRow
 from gptcore.tokenizer import VOCAB_SIZE, is_word_piece
 
 Counts = NDArray[np.int64]  # [VOCAB_SIZE], occurrences of each id
@@ -27,11 +27,10 @@ class TokenGroups:
     ids: Mapping[str, Ids]
     counts: Counts
 
-    def rows(self) -> list[GroupMemberRow]:
+    def rows(self) -> list[GroupMembersRow]:
         return [
-            GroupMemberRow(group=group, token=int(token), count=int(self.counts[token]))
+            GroupMembersRow(group=group, tokens=ids.tolist(), counts=self.counts[ids].tolist())
             for group, ids in self.ids.items()
-            for token in ids
         ]
 
 

@@ -310,24 +310,25 @@ def start_ray(console: Console) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Tune's own files of results are off: MLflow and Parquet have them.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    common: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]},
-        "log_to_driver": False,
-        "logging_level": "warning",
-    }
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     try:
-        ray.init(address="auto", **common)
+        code = {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]}
+        ray.init(address="auto", runtime_env=code, **quiet)
         where = "the cluster"
     except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
+        if address := os.environ.get("RAY_ADDRESS"):
             raise InputError(
-                f"the Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']} does not answer: {error}"
+                f"the Ray cluster at RAY_ADDRESS {address} does not answer: {error}"
             ) from error
+        # Workers on this machine import from the checkout itself.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         ray.init(
             address="local",
             include_dashboard=False,
             object_store_memory=100 * 2**20,  # nothing large goes through it
-            **common,
+            **quiet,
         )
         where = "this machine"
     resources = ray.cluster_resources()

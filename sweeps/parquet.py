@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -43,7 +43,9 @@ def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for table, rows in tables.items():
-        frame = pl.DataFrame([asdict(row) for row in rows], schema=schema_of(TABLES[table]))
+        schema = schema_of(TABLES[table])
+        columns = {name: [getattr(row, name) for row in rows] for name in schema}
+        frame = pl.DataFrame(columns, schema=schema)
         file = folder / f"{table}.parquet"
         partial = file.with_suffix(".partial")
         frame.write_parquet(partial, metadata={"schema_version": str(SCHEMA_VERSION)})

@@ -1,0 +1,184 @@
+import http.server
+import threading
+
+import numpy as np
+import pytest
+
+from gptcore import corpus
+from gptcore.config import CorpusConfig, InputError
+from gptcore.corpus import CORPORA, CorpusUnavailable, load_corpus, strip_gutenberg
+from gptcore.tokenizer import gpt2_encoding
+
+
+def load(name, subset="all", context=8):
+    return load_corpus(CorpusConfig(name=name, subset=subset), context)
+
+
+def decode(found):
+    return gpt2_encoding().decode(found.tokens.tolist())
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def serve():
+    """Serve bytes from a real server on loopback; -> a function from bytes to an address."""
+    servers = []
+
+    def start(body):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/pg829.txt"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_corpus_gives_text_and_slices_that_tile_it(name, book):
+    whole = load(name)
+    assert len(whole.tokens) > 100
+    assert len(whole.digest) == 64
+    assert whole.origin
+    halves = [load(name, subset) for subset in ("0-0.5", "0.5-1")]
+    assert np.array_equal(np.concatenate([half.tokens for half in halves]), whole.tokens)
+    assert {half.digest for half in halves} == {whole.digest}
+    with pytest.raises(InputError, match=r"corpus\.subset 'part-9' is unknown"):
+        load(name, "part-9")
+
+
+def test_gullivers_parts_begin_at_their_headings_and_follow_one_another(book):
+    parts = [load("gulliver", f"part-{i}") for i in range(1, 5)]
+    texts = [decode(part) for part in parts]
+    assert [text.split(".")[0] for text in texts] == ["PART I", "PART II", "PART III", "PART IV"]
+    assert decode(load("gulliver")).endswith("".join(texts))
+
+
+def test_gutenbergs_own_words_are_stripped(book):
+    text = decode(load("gulliver"))
+    assert text.startswith("GULLIVER’S TRAVELS")
+    assert "PROJECT GUTENBERG" not in text
+    assert "Licence" not in text
+    assert strip_gutenberg("no markers\n") == "no markers\n"
+
+
+def test_the_real_book_has_its_known_size(real_gulliver):
+    whole = load("gulliver")
+    distinct = len(np.unique(whole.tokens))
+    assert 143_000 < len(whole.tokens) < 144_500
+    assert 0.19 < distinct / 50257 < 0.20
+
+
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_digest(tmp_path):
+    (tmp_path / "unix.txt").write_bytes(b"one two\n" * 9)
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbf" + b"one two\r\n" * 9)
+    unix, dos = (load(str(tmp_path / name)) for name in ("unix.txt", "dos.txt"))
+    assert unix.digest == dos.digest
+
+
+def test_tokens_are_made_once_and_memory_mapped(empty_cache, monkeypatch):
+    first = load("pydocs")
+    assert isinstance(first.tokens.base, np.memmap) or isinstance(first.tokens, np.memmap)
+    monkeypatch.setattr(corpus, "gpt2_encoding", lambda: pytest.fail("tokenised twice"))
+    assert np.array_equal(load("pydocs").tokens, first.tokens)
+    assert [file.name for file in empty_cache.iterdir()] == [f"{first.digest}.npy"]
+
+
+def test_a_batch_is_a_function_of_step_and_seed_alone():
+    found = load("pydocs")
+    ids, targets = found.batch(3, batch_size=4, context=8, seed=0)
+    assert ids.shape == targets.shape == (4, 8)
+    assert np.array_equal(ids[:, 1:], targets[:, :-1])
+    again, _ = found.batch(3, batch_size=4, context=8, seed=0)
+    assert np.array_equal(ids, again)
+    for step, seed in ((4, 0), (3, 1)):
+        assert not np.array_equal(ids, found.batch(step, batch_size=4, context=8, seed=seed)[0])
+
+
+def test_the_shortest_text_that_holds_a_sequence_is_enough(tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text(" a" * 9)
+    ids, targets = load(str(file)).batch(0, batch_size=2, context=8, seed=0)
+    assert ids.shape == targets.shape == (2, 8)
+    with pytest.raises(InputError, match="has 9 tokens: a context of 9 needs at least 10"):
+        load(str(file), context=9)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "is neither a corpus (gulliver, pydocs) nor a text file"),
+        (b"", "is empty"),
+        (b" \n ", "is empty"),
+        (b"\xff\xfe\x00a", "cannot be read as a UTF-8 text"),
+        (b"text\0text", "holds NUL bytes"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, content, says):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load(str(file))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("subset", ["part-1", "0.5-0.5", "0.7-0.2", "0-1.5", "half", "0..1-1", "-"])
+def test_unknown_subsets_are_refused_with_those_there_are(subset):
+    with pytest.raises(InputError, match="corpus pydocs has all, and fractions from 0 to 1"):
+        load("pydocs", subset)
+
+
+def test_a_corpora_folder_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("GPTCORE_CORPORA", "/no/such/folder")
+    with pytest.raises(InputError, match="GPTCORE_CORPORA is '/no/such/folder'"):
+        load("gulliver")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="set GPTCORE_CACHE to a folder that can"):
+        load("pydocs")
+
+
+def test_the_book_is_downloaded_once(book, serve, empty_cache, monkeypatch):
+    monkeypatch.delenv("GPTCORE_CORPORA")
+    url = serve(book.read_bytes())
+    monkeypatch.setattr(corpus, "GULLIVER_URL", url)
+    first = load("gulliver")
+    assert first.origin == url
+    monkeypatch.setattr(corpus, "GULLIVER_URL", "http://127.0.0.1:9/")
+    second = load("gulliver")
+    assert second.digest == first.digest
+    assert second.origin == str(empty_cache / "gulliver.txt")
+
+
+def test_a_page_that_is_not_the_book_is_not_kept(serve, empty_cache, monkeypatch):
+    monkeypatch.setattr(corpus, "GULLIVER_URL", serve(b"<html>please log in</html>"))
+    with pytest.raises(CorpusUnavailable, match="is not Gulliver's Travels"):
+        load("gulliver")
+    assert not empty_cache.exists()
+
+
+def test_a_book_that_cannot_be_fetched_says_how_to_get_it(empty_cache, monkeypatch):
+    monkeypatch.setattr(corpus, "GULLIVER_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 2)
+    with pytest.raises(CorpusUnavailable, match="name that folder in GPTCORE_CORPORA"):
+        load("gulliver")

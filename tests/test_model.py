@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptcore.config import InitConfig, ModelConfig
+from gptcore.init_schemes import initialise
+from gptcore.model import GPT, loss_of, parts_of
+
+SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = GPT(SMALL)
+    initialise(model, InitConfig(scheme="normal", std=0.2))
+    return model
+
+
+def ids(*shape):
+    return torch.randint(50257, shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_has_gpt2s_shape(model):
+    assert model(ids(3, 12)).shape == (3, 12, 16)
+    assert model.blocks[1].attn.qkv.weight.shape == (48, 16)
+    assert model.head.weight is model.wte.weight
+    d, layers = 16, 2
+    block = 12 * d * d + 13 * d
+    expected = (50257 + 12) * d + layers * block + 2 * d
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_a_position_sees_nothing_that_comes_after_it(model):
+    before = ids(2, 12)
+    after = before.clone()
+    after[:, 7:] = (after[:, 7:] + 1) % 50257
+    first, second = model(before), model(after)
+    assert torch.allclose(first[:, :7], second[:, :7], atol=1e-6)
+    assert not torch.allclose(first[:, 7:], second[:, 7:], atol=1e-3)
+
+
+def test_parts_cover_every_parameter_and_split_qkv(model):
+    parts = [p for name, module in model.named_modules() for p in parts_of(name, module)]
+    whole = {part.values.data_ptr() for part in parts}
+    assert whole >= {parameter.data_ptr() for parameter in model.parameters()}
+    assert len({part.name for part in parts}) == len(parts)
+    by_name = {part.name: part for part in parts}
+    q, k, v = (by_name[f"blocks.1.attn.{kind}"].values for kind in "qkv")
+    assert torch.equal(torch.cat([q, k, v]), model.blocks[1].attn.qkv.weight)
+    assert by_name["blocks.1.mlp.proj"].kind == "mlp_proj"
+    assert by_name["blocks.1.attn.proj"].kind == "proj"
+    assert by_name["wpe"].layer is None
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 11, 22])  # below, around and above a chunk of tokens
+@pytest.mark.parametrize("scale", [1.0, 200.0])  # logits that need no shift, and logits that do
+def test_the_chunked_head_is_cross_entropy(sequences, scale):
+    generator = torch.Generator().manual_seed(1)
+    weight = (0.1 * torch.randn(50257, 16, generator=generator)).requires_grad_()
+    hidden = (scale * torch.randn(sequences, 12, 16, generator=generator)).requires_grad_()
+    targets = ids(sequences, 12)
+
+    loss, log_z = loss_of(hidden, weight, targets)
+    (3 * loss).backward()
+    got = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = hidden.double() @ weight.double().T
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    (3 * expected).backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(log_z.double(), torch.logsumexp(logits, 2), rtol=1e-5)
+    for ours, reference in zip(got, (hidden.grad, weight.grad), strict=True):
+        assert torch.allclose(ours, reference, atol=1e-4 * reference.abs().max().item())
+
+
+def test_the_head_gradients_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (
+        torch.randn(*shape, 5, dtype=torch.double, generator=generator, requires_grad=True)
+        for shape in ((2, 3), (11,))
+    )
+    targets = torch.randint(11, (2, 3), generator=generator)
+    assert torch.autograd.gradcheck(lambda h, w: loss_of(h, w, targets).loss, (hidden, weight))
+
+
+def test_a_loss_that_is_not_finite_comes_out_as_such():
+    hidden = torch.full((1, 2, 4), float("nan"))
+    assert loss_of(hidden, torch.ones(10, 4), torch.zeros(1, 2, dtype=torch.long)).loss.isnan()

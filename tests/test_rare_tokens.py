@@ -1,0 +1,54 @@
+import polars as pl
+import pytest
+
+from analysis.rare_tokens import ORDERS, group_changes, orders_hold
+
+
+def token_groups(ends, start=-10.8):
+    """A token_groups table: each group goes from `start` to its planted end over 100 steps."""
+    rows = []
+    for key, groups in ends.items():
+        for group, end in groups.items():
+            for step in (100, 0, 50):
+                value = None if end is None else start + (end - start) * step / 100
+                for mask, shift in (("none", 5.0), ("sequence", 0.0)):
+                    logprob = None if value is None else value + shift
+                    log_z = None if value is None else 10.8 + 0.01 * step
+                    rows.append(
+                        {
+                            "trial_key": key,
+                            "step": step,
+                            "group": group,
+                            "mask": mask,
+                            "mean_logprob": logprob,
+                            "mean_logit": None if logprob is None else logprob + log_z,
+                            "log_z": log_z,
+                        }
+                    )
+    return pl.LazyFrame(rows)
+
+
+PLANTED = {"common_100": -6.0, "rare_100": -12.0, "never_100": -13.0, "singletons": -12.1,
+           "never_used": -13.1}  # fmt: skip
+
+
+def test_planted_changes_are_found_under_the_primary_mask():
+    changes = group_changes(token_groups({"a": PLANTED}))
+    found = {row["group"]: row for row in changes.to_dicts()}
+    for group, end in PLANTED.items():
+        assert found[group]["start"] == pytest.approx(-10.8)
+        assert found[group]["change"] == pytest.approx(end + 10.8)
+        assert found[group]["log_z_change"] == pytest.approx(1.0)
+        split = found[group]["logit_change"] - found[group]["log_z_change"]
+        assert found[group]["change"] == pytest.approx(split)
+
+
+def test_orders_hold_or_fail_as_planted():
+    swapped = {**PLANTED, "never_100": -5.0}
+    unknown = {**PLANTED, "common_100": None}
+    changes = group_changes(token_groups({"as_said": PLANTED, "not": swapped, "null": unknown}))
+    found = {row["trial_key"]: row for row in orders_hold(changes).to_dicts()}
+    replicate, whole = ORDERS
+    assert (found["as_said"][replicate], found["as_said"][whole]) == (True, True)
+    assert (found["not"][replicate], found["not"][whole]) == (False, True)
+    assert (found["null"][replicate], found["null"][whole]) == (None, None)

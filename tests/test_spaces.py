@@ -1,0 +1,32 @@
+import pytest
+
+from gptcore.config import TrialConfig
+from gptcore.init_schemes import check_init
+from sweeps.spaces import PRESETS, trials_of
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_made_of_distinct_trials_that_can_run(preset):
+    trials = trials_of(PRESETS[preset].space)
+    assert len({trial.key("digest") for trial in trials}) == len(trials) > 0
+    for trial in trials:
+        check_init(trial.init)
+
+
+def test_quick_is_large_enough_to_compare_schemes():
+    trials = trials_of(PRESETS["quick"].space)
+    assert len({trial.init.scheme for trial in trials}) >= 3
+    assert len({trial.init.seed for trial in trials}) >= 2
+    assert len({trial.corpus.subset for trial in trials}) >= 2
+    assert {trial.train.steps for trial in trials} == {200}
+
+
+def test_a_space_is_the_product_of_its_values_each_counted_once():
+    trials = trials_of({"init.seed": [0, 1, 1], "init.scheme": ["gpt2", "normal"]})
+    assert [(trial.init.seed, trial.init.scheme) for trial in trials] == [
+        (0, "gpt2"),
+        (0, "normal"),
+        (1, "gpt2"),
+        (1, "normal"),
+    ]
+    assert trials_of({}) == [TrialConfig()]

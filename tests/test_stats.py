@@ -1,0 +1,53 @@
+"""Planted truth: intervals cover what they are said to cover."""
+
+import numpy as np
+import pytest
+
+from analysis.stats import mean_interval, median_interval, share_interval
+
+SAMPLES = 2000
+# Four standard errors of a coverage of 95% over this many samples.
+SLACK = 4 * (0.95 * 0.05 / SAMPLES) ** 0.5
+
+
+def coverage(estimate, draw, truth, size):
+    rng = np.random.default_rng(0)
+    found = [estimate(draw(rng, size).tolist()) for _ in range(SAMPLES)]
+    return np.mean([one["low"] <= truth <= one["high"] for one in found])
+
+
+@pytest.mark.parametrize("size", [3, 8, 30])
+def test_the_interval_of_a_mean_covers_it(size):
+    covered = coverage(mean_interval, lambda rng, n: rng.normal(2, 3, n), 2, size)
+    assert covered == pytest.approx(0.95, abs=SLACK)
+
+
+@pytest.mark.parametrize("size", [6, 9, 25])
+def test_the_interval_of_a_median_covers_at_least_as_often_as_it_says(size):
+    covered = coverage(median_interval, lambda rng, n: rng.exponential(1, n), np.log(2), size)
+    assert covered >= 0.95 - SLACK
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_the_interval_of_a_share_covers_it(share):
+    covered = coverage(share_interval, lambda rng, n: rng.random(n) < share, share, 30)
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_no_interval_is_made_up_where_runs_are_too_few():
+    assert mean_interval([1.0]) == {"runs": 1, "value": 1.0, "low": None, "high": None}
+    assert median_interval([1.0] * 5)["low"] is None
+    assert median_interval([1.0, 2, 3, 4, 5, 9]) == {
+        "runs": 6,
+        "value": 3.5,
+        "low": 1.0,
+        "high": 9,
+    }
+    for estimate in (mean_interval, median_interval, share_interval):
+        assert estimate([]) == {"runs": 0, "value": None, "low": None, "high": None}
+
+
+def test_the_order_of_runs_does_not_matter():
+    values = [3.0, 1, 2, 8, 5, 4, 7]
+    for estimate in (mean_interval, median_interval):
+        assert estimate(values) == estimate(values[::-1])

@@ -1,0 +1,117 @@
+"""The writer and the reader of MLflow against a real store."""
+
+import json
+
+import polars as pl
+import pytest
+from mlflow import MlflowClient
+
+from analysis.runs import connect, read_sweep, trial_runs, trial_status
+from gptcore.config import InputError
+from gptcore.experiment import check_trial, run_trial
+from sweeps.tracking import MlflowRecorder, SweepRun, close_unfinished, open_experiment
+
+
+@pytest.fixture
+def store(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    return {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+
+
+@pytest.fixture
+def key(tiny):
+    return tiny.key(check_trial(tiny).digest)
+
+
+def recorder(store, key, tiny):
+    return MlflowRecorder(**store, key=key, params=tiny.to_flat(), tags={"sweep": "sweep"})
+
+
+def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
+    run_trial(tiny, recorder(store, key, tiny))
+    client = MlflowClient(store["uri"])
+    run = trial_runs(client, store["experiment_id"])[key]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {name: str(value) for name, value in tiny.to_flat().items()}
+    expected = {"kind": "trial", "trial_key": key, "trial_status": "finished", "steps": "5"}
+    assert expected.items() <= run.data.tags.items()
+    for metric in ("loss/train", "grad_norm/global", "logprob/never_used", "qkv_std/layer_01",
+                   "w_std/layer_00.attn.q", "w_std/layer_01.mlp.proj", "w_std/wte"):  # fmt: skip
+        assert metric in run.data.metrics, metric
+    losses = client.get_metric_history(run.info.run_id, "loss/train")
+    assert [(point.step, point.timestamp - run.info.start_time) for point in losses] == [
+        (step, step) for step in range(6)
+    ]
+    files = [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert {"weights.parquet", "token_groups.parquet", "training.parquet"} <= set(files)
+
+
+def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, key, tiny):
+    first = recorder(store, key, tiny)
+    run_trial(tiny, first)
+    again = recorder(store, key, tiny)
+    run_trial(tiny, again)
+    assert first.run_id == again.run_id
+    history = MlflowClient(store["uri"]).get_metric_history(first.run_id, "loss/train")
+    assert len(history) == 6
+
+
+def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
+    recorder(store, key, tiny).fail(RuntimeError("the disk is full"))
+    run = trial_runs(MlflowClient(store["uri"]), store["experiment_id"])[key]
+    assert run.info.status == "FAILED"
+    assert trial_status(run) == "failed"
+    assert run.data.tags["reason"] == "RuntimeError: the disk is full"
+
+
+def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
+    recorder(store, key, tiny)
+    client = MlflowClient(store["uri"])
+    runs = trial_runs(client, store["experiment_id"])
+    assert trial_status(runs[key]) == "running"
+    close_unfinished(client, runs.values(), {})
+    closed = trial_runs(client, store["experiment_id"])[key]
+    assert (closed.info.status, trial_status(closed)) == ("KILLED", "failed")
+
+
+def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_path):
+    client = MlflowClient(store["uri"])
+    run_trial(tiny, recorder(store, key, tiny))
+    trials = {key: {"params": tiny.to_flat()}, "other": {"params": tiny.to_flat()}}
+    for wanted in ({}, trials):
+        sweep = SweepRun(client, store["experiment_id"], "sweep")
+        sweep.start({"notes": [], "trials": wanted}, {"launched": "1"})
+    sweep.end("FINISHED")
+    tables = read_sweep(store["uri"], "sweep")
+    assert dict(tables.trials.select("trial_key", "status").iter_rows()) == {
+        key: "finished",
+        "other": "missing",
+    }
+    assert set(tables.tables["weights"]["trial_key"]) == {key}
+
+
+def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
+    run_trial(tiny, recorder(store, key, tiny))
+    client = MlflowClient(store["uri"])
+    sweep = SweepRun(client, store["experiment_id"], "sweep")
+    sweep.start({"notes": [], "trials": {key: {"params": tiny.to_flat()}}}, {"launched": "1"})
+    run = trial_runs(client, store["experiment_id"])[key]
+    file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
+    pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
+    with pytest.raises(InputError, match=f"trial {key} has schema version 0"):
+        read_sweep(store["uri"], "sweep")
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password():
+    with pytest.raises(InputError) as error:
+        connect("http://me:secret@127.0.0.1:9")
+    assert "http://me:***@127.0.0.1:9 does not answer" in str(error.value)
+    assert "secret" not in json.dumps(str(error.value))
+
+
+def test_a_deleted_sweep_is_not_silently_made_anew(store, tmp_path):
+    client = MlflowClient(store["uri"])
+    client.delete_experiment(store["experiment_id"])
+    with pytest.raises(InputError, match="sweep sweep was deleted in MLflow"):
+        open_experiment(client, "sweep", tmp_path)

@@ -1,0 +1,121 @@
+"""The loop and the door to it, gptcore.experiment: what a trial leaves behind, and that it repeats."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gptcore.config import TrialConfig
+from gptcore.experiment import check_trial, run_trial
+from gptcore.records import TABLES, MemoryRecorder
+
+
+def run(config):
+    recorder = MemoryRecorder()
+    assert run_trial(config, recorder) is recorder.result
+    return recorder
+
+
+def with_knobs(config, **knobs):
+    return TrialConfig.from_flat(
+        {**config.to_flat(), **{key.replace("__", "."): value for key, value in knobs.items()}}
+    )
+
+
+def test_a_trial_fills_every_table_from_step_0_to_the_last(tiny):
+    recorder = run(tiny)
+    assert recorder.result.status == "finished"
+    assert recorder.result.steps == 5
+    steps = {table: [row.step for row in recorder.rows[table]] for table in
+             ("training", "weights", "histograms", "token_groups")}  # fmt: skip
+    assert steps["training"] == [0, 1, 2, 3, 4, 5]
+    assert sorted(set(steps["weights"])) == sorted(set(steps["token_groups"])) == [0, 2, 4, 5]
+    assert sorted(set(steps["histograms"])) == [0, 4, 5]
+    assert all(recorder.rows[table] for table in TABLES)
+    assert [row.grad_norm is None for row in recorder.rows["training"]] == [False] * 5 + [True]
+    assert recorder.result.loss == recorder.rows["training"][-1].loss
+
+
+def test_the_same_config_gives_bitwise_the_same_rows(tiny):
+    first = run(tiny)
+    torch.manual_seed(99)
+    torch.set_num_threads(2)
+    again = run(tiny)
+    assert torch.get_num_threads() == 2
+    assert first.rows == again.rows
+
+
+def test_looking_more_often_changes_nothing(tiny):
+    seldom = run(replace(tiny, probes=replace(tiny.probes, every=1000, histogram_every=1000)))
+    often = run(replace(tiny, probes=replace(tiny.probes, every=1, histogram_every=1)))
+    assert seldom.rows["training"] == often.rows["training"]
+
+
+@pytest.mark.parametrize("knob", ["init__seed", "corpus__data_seed", "optim__lr", "optim__beta1"])
+def test_knobs_take_effect(tiny, knob):
+    key = knob.replace("__", ".")
+    value = tiny.to_flat()[key]
+    other = run(with_knobs(tiny, **{knob: value / 2 if value else 1}))
+    assert other.rows["training"] != run(tiny).rows["training"]
+
+
+def test_weight_decay_shrinks_what_no_gradient_moves(tiny):
+    small = {"optim__lr": 0.01, "train__steps": 5}
+    free, decayed = (
+        run(with_knobs(tiny, **small, optim__weight_decay=decay)) for decay in (0.0, 10.0)
+    )
+
+    def end_std(recorder):
+        rows = [row for row in recorder.rows["weights"] if row.tensor == "blocks.1.mlp.fc"]
+        return rows[-1].std
+
+    assert end_std(decayed) < end_std(free)
+
+
+def test_training_learns(tiny):
+    recorder = run(with_knobs(tiny, train__steps=60, optim__lr=0.01, probes__every=60))
+    losses = [row.loss for row in recorder.rows["training"]]
+    assert losses[-1] < losses[0] - 2
+
+
+def test_the_untrained_model_stands_at_the_closed_form(tiny):
+    """-(ln V + d std^2 / 2): hidden states of unit variance meet rows of variance std^2."""
+    from math import log
+
+    rows = run(with_knobs(tiny, model__d_model=64, train__steps=1)).rows["token_groups"]
+    start = {row.group: row.mean_logprob for row in rows if row.step == 0 and row.mask == "none"}
+    expected = -(log(50257) + 64 * 0.02**2 / 2)
+    for group in ("singletons", "never_used"):
+        assert start[group] == pytest.approx(expected, abs=0.02)
+
+
+def test_a_diverging_trial_is_a_result_with_all_that_came_before(tiny):
+    recorder = run(with_knobs(tiny, optim__lr=1e30, train__steps=50))
+    assert recorder.result.status == "diverged"
+    assert "at step" in recorder.result.reason
+    assert 0 < recorder.result.steps < 50
+    assert [row.step for row in recorder.rows["training"]] == list(range(recorder.result.steps))
+
+
+def test_a_loss_that_is_nan_from_the_start_is_a_result_too(tiny):
+    recorder = run(with_knobs(tiny, init__scheme="normal", init__std=1e30))
+    assert recorder.result.status == "diverged"
+    assert (recorder.result.steps, recorder.result.loss) == (0, None)
+
+
+def test_batches_follow_the_data_seed_alone(tiny):
+    """Schemes are compared on identical batches: an untrained loss differs by scheme only."""
+    corpus = check_trial(tiny)
+    other = check_trial(with_knobs(tiny, init__scheme="gpt2", init__seed=3))
+    for step in (0, 4):
+        ids, _ = corpus.batch(step, batch_size=4, context=16, seed=tiny.corpus.data_seed)
+        again, _ = other.batch(step, batch_size=4, context=16, seed=tiny.corpus.data_seed)
+        assert (ids == again).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_gives_the_cpus_trajectory_up_to_rounding(tiny):
+    cpu, gpu = run(tiny), run(with_knobs(tiny, train__device="cuda"))
+    for a, b in zip(cpu.rows["training"], gpu.rows["training"], strict=True):
+        assert a.loss == pytest.approx(b.loss, abs=1e-4)
