@@ -33,13 +33,14 @@ def depth_gradient(weights: pl.LazyFrame) -> pl.DataFrame:
     last = layer_growth(weights).filter(pl.col("step") == pl.col("step").max().over("trial_key"))
     rows = []
     for (key,), run in last.group_by("trial_key", maintain_order=True):
-        tau = float(stats.kendalltau(run["layer"], run["growth"]).statistic)
+        # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
+        tau = math.nan if run.height < 2 else stats.kendalltau(run["layer"], run["growth"])[0]
         rows.append(
             {
                 "trial_key": key,
                 "step": run["step"][0],
-                "tau": None if math.isnan(tau) else -tau,
-                "widest_layer": run["layer"][run["growth"].arg_max()],
+                "tau": None if math.isnan(tau) else -float(tau),
+                "widest_layer": run.sort("growth", descending=True, nulls_last=True)["layer"][0],
                 "median_growth": run["growth"].median(),
             }
         )

@@ -28,19 +28,20 @@ def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
     )
 
 
-def _band_and_line(frame: pl.DataFrame, x: alt.X, y_title: str) -> alt.LayerChart:
+def _band_and_line(frame: pl.DataFrame, x: str, y_title: str) -> Any:
+    """A layer chart of what over_runs gives, against column `x`."""
     scheme = alt.Color("scheme:N", title="init.scheme", scale=alt.Scale(range=COLOURS))
     dash = alt.StrokeDash("scheme:N", title="init.scheme")
-    x_field = x.to_dict()["field"]
     tooltip: list[Any] = [
         "scheme:N",
-        f"{x_field}:Q",
+        f"{x}:Q",
         alt.Tooltip("mean:Q", format=".4f"),
         alt.Tooltip("low:Q", format=".4f"),
         alt.Tooltip("high:Q", format=".4f"),
         "runs:Q",
     ]
-    base = alt.Chart(frame).encode(x=x)
+    axis = alt.Axis(tickMinStep=1, format="d")
+    base = alt.Chart(frame).encode(x=alt.X(f"{x}:Q", title=x, axis=axis))
     band = base.mark_area(opacity=0.2).encode(
         y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)), y2="high:Q", color=scheme
     )
@@ -54,7 +55,7 @@ def fig_qkv_std(growth: pl.DataFrame) -> alt.FacetChart:
     """Std of the merged QKV weight over steps, a panel a layer. `growth` has column scheme."""
     frame = over_runs(growth, ["scheme", "layer", "step"], "std")
     return (
-        _band_and_line(frame, alt.X("step:Q", title="step"), "std of QKV")
+        _band_and_line(frame, "step", "std of QKV")
         .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
         .properties(description="Standard deviation of each layer's QKV weights over steps")
     )
@@ -64,17 +65,16 @@ def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
     """Growth of QKV std at the last step against depth."""
     last = growth.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
     frame = over_runs(last, ["scheme", "layer"], "growth")
-    x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"))
-    return _band_and_line(frame, x, "d(log std) of QKV").properties(
+    return _band_and_line(frame, "layer", "d(log std) of QKV").properties(
         width=460, height=260, description="Growth of QKV weight spread against depth, by scheme"
     )
 
 
 def fig_group_log_prob(token_groups: pl.DataFrame) -> alt.FacetChart:
-    """Mean log-prob of each token group over steps. `token_groups` has one mask and column scheme."""
+    """Mean log-prob of each token group over steps. `token_groups`: of one mask, with scheme."""
     frame = over_runs(token_groups, ["scheme", "group", "step"], "mean_logprob")
     return (
-        _band_and_line(frame, alt.X("step:Q", title="step"), "mean log-prob (nats)")
+        _band_and_line(frame, "step", "mean log-prob (nats)")
         .facet(facet=alt.Facet("group:N", title="token group", sort=GROUP_ORDER), columns=3)
         .properties(description="Mean log-probability of each token group over steps")
     )

@@ -152,7 +152,7 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
         sweep=sweep,
         findings=findings,
         charts={name: chart.to_dict() for name, chart in charts.items()},
-        vega=vl_convert.javascript_bundle(),
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         varied=varied,
         fixed=fixed,
         trials=trials.to_dicts(),

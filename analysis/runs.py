@@ -7,6 +7,7 @@ one key a finished one counts, else the newest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -61,10 +62,11 @@ def has_started(uri: str) -> bool:
 def connect(uri: str) -> MlflowClient:
     """A client of a store that answers; a SQLite file that is not there is made.
 
-    Raises InputError where the store does not answer. One process must have connected to a new
-    file before several do: they would all make its tables.
+    Raises InputError where the store does not answer.
     """
     try:
+        if not has_started(uri):
+            _make_store(Path(uri.removeprefix("sqlite:///")))
         if uri.startswith(("http://", "https://")):
             # MLflow's client would go on trying for minutes.
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
@@ -76,6 +78,18 @@ def connect(uri: str) -> MlflowClient:
         why = str(error).splitlines()[0]
         raise InputError(f"the tracking server {shown} does not answer: {why}") from error
     return client
+
+
+def _make_store(file: Path) -> None:
+    """Make MLflow's tables in a file that takes its name when they are all there.
+
+    Processes that find a half-made file each try to make its tables, and fail.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        new = Path(folder, file.name)
+        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):
+            file.hardlink_to(new)
 
 
 def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> list[Run]:
@@ -97,9 +111,10 @@ def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> l
     return runs
 
 
-def trial_runs(client: MlflowClient, experiment_id: str) -> dict[str, Run]:
-    """The run that counts for every trial key of the experiment."""
-    runs = search_runs(client, [experiment_id], "trial")
+def trial_runs(client: MlflowClient, sweep: str) -> dict[str, Run]:
+    """The run that counts for every trial key of a sweep's experiment; none where there is none."""
+    experiment = client.get_experiment_by_name(sweep)
+    runs = search_runs(client, [experiment.experiment_id] if experiment else [], "trial")
     runs.sort(key=lambda run: run.info.status != "FINISHED")
     by_key: dict[str, Run] = {}
     for run in runs:
@@ -121,11 +136,13 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
     sweeps = search_runs(client, [experiment.experiment_id for experiment in experiments], "sweep")
     sweeps.sort(key=lambda run: float(run.data.tags["launched"]))
     chosen = [run for run in sweeps if name in (None, run.data.tags["sweep"])]
+    if not sweeps:
+        raise InputError(f"there is no sweep yet in {uri}")
     if not chosen:
-        known = ", ".join(run.data.tags["sweep"] for run in sweeps) or "none"
+        known = ", ".join(run.data.tags["sweep"] for run in sweeps)
         raise InputError(f"there is no sweep {name}: the sweeps of this store are {known}")
     sweep = chosen[-1]
-    runs = trial_runs(client, sweep.info.experiment_id)
+    runs = trial_runs(client, sweep.data.tags["sweep"])
     with tempfile.TemporaryDirectory() as folder:
         plan = json.loads(
             Path(client.download_artifacts(sweep.info.run_id, "plan.json", folder)).read_text()
@@ -154,7 +171,7 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
 
 
 def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:
-    """Where a run's artifacts lie: in place where the store is local, else fetched into `scratch`."""
+    """Where a run's artifacts lie: in place for a local store, else fetched into `scratch`."""
     parts = urllib.parse.urlsplit(run.info.artifact_uri)
     if parts.scheme == "file":
         return Path(urllib.parse.unquote(parts.path))

@@ -196,7 +196,7 @@ def knob_type(key: str) -> type:
 
 
 def check_value(key: str, value: Any) -> Scalar:
-    """`value` as the type that the knob takes. Raises InputError that names the key and what it takes."""
+    """`value` as the type that the knob takes. Raises InputError: the key, and what it takes."""
     if key not in KNOBS:
         raise InputError(f"unknown key {key!r}: the keys are {', '.join(KNOBS)}")
     kind, limits = knob_type(key), KNOBS[key].metadata["limits"]
@@ -206,15 +206,16 @@ def check_value(key: str, value: Any) -> Scalar:
     takes = {int: "a whole number", float: "a finite number", str: "a text"}[kind]
     takes = ", ".join(choices) or takes
     takes += "".join(f" {sign} {limit:g}" for sign, limit in limits.items())
-    right_type = type(value) is kind and value != "" and (kind is str or math.isfinite(value))
-    in_range = right_type and all(COMPARE[sign](value, limits[sign]) for sign in limits)
+    right_type = isinstance(value, kind) and not isinstance(value, bool) and value != ""
+    finite = right_type and (kind is not float or math.isfinite(value))
+    in_range = finite and all(COMPARE[sign](value, limits[sign]) for sign in limits)
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
     return value
 
 
 def parse_value(key: str, text: str) -> Scalar:
-    """The value of a knob from its spelling on a command line. Raises InputError as check_value does."""
+    """The value of a knob from its spelling on a command line. Raises as check_value does."""
     try:
         return check_value(key, knob_type(key)(text) if key in KNOBS else text)
     except InputError:

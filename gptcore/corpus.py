@@ -204,7 +204,7 @@ def _download(url: str) -> bytes:
 
 
 def strip_gutenberg(text: str) -> str:
-    """The book between Project Gutenberg's start and end lines; the text itself where it has none."""
+    """The book between Project Gutenberg's start and end lines, where it has them."""
     start = re.search(r"^\*\*\* ?START OF TH.*\*\*\*\n", text, re.MULTILINE)
     end = re.search(r"^\*\*\* ?END OF TH.*\*\*\*$", text, re.MULTILINE)
     return text[start.end() if start else 0 : end.start() if end else len(text)].strip("\n") + "\n"

@@ -6,7 +6,8 @@ Q, K and V each, and its keyword parameters are config keys (`std` is `init.std`
 0 and LayerNorms at the identity under every scheme.
 
 Under weight tying the token embedding and the head are one tensor, which `model.apply` visits
-twice: as the embedding `wte`, then as the Linear `head`. What stays is what a scheme says of `head`.
+twice: as the embedding `wte`, then as the Linear `head`. What stays is what a scheme says of the
+head.
 """
 
 from __future__ import annotations

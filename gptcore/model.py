@@ -1,7 +1,8 @@
 """GPT-2's shape in plain PyTorch, and the one head that turns hidden states into a loss.
 
 Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*: token and position
-embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding. No dropout.
+embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding. There is
+no dropout.
 
 Shapes: B sequences, T positions, D = d_model, H heads, V = vocab_size, N = B * T tokens.
 """

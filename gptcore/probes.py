@@ -106,20 +106,20 @@ def _statistics(values: Tensor, initial: Tensor) -> Tensor:
 def histogram_rows(moment: Moment) -> list[HistogramRow]:
     """Histogram of each block's merged QKV weight on HISTOGRAM_EDGES."""
     rows = []
-    for layer, block in enumerate(moment.model.blocks):
-        weight = block.attn.qkv.weight
-        edges = torch.tensor(HISTOGRAM_EDGES, dtype=weight.dtype, device=weight.device)
-        bins = torch.bucketize(weight.flatten(), edges, right=True)
-        counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1)
-        rows.append(
-            HistogramRow(
-                step=moment.step,
-                kind="qkv",
-                layer=layer,
-                edges=HISTOGRAM_EDGES,
-                counts=counts.tolist(),
+    for part in model_parts(moment.model):
+        if part.kind == "qkv" and part.layer is not None:
+            edges = torch.tensor(HISTOGRAM_EDGES, device=part.values.device)
+            bins = torch.bucketize(part.values.flatten(), edges, right=True)
+            counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1)
+            rows.append(
+                HistogramRow(
+                    step=moment.step,
+                    kind=part.kind,
+                    layer=part.layer,
+                    edges=HISTOGRAM_EDGES,
+                    counts=counts.tolist(),
+                )
             )
-        )
     return rows
 
 

@@ -75,7 +75,9 @@ def train(
         grad_norm = None
         if step < steps:
             loss.backward()
-            grad_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters).item()
+            grad_norm = torch.nn.utils.get_total_norm(
+                [parameter.grad for parameter in parameters if parameter.grad is not None]
+            ).item()
             optimizer.step()
             optimizer.zero_grad()
         rows.append(TrainingRow(step=step, loss=loss_value, lr=optim.lr, grad_norm=grad_norm))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import logging
-import os
 import platform
 import re
 import shlex
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -132,7 +129,7 @@ def command_line(
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.name):
         raise InputError(
-            f"--name takes up to 100 letters, digits, dots, dashes and underscores, not {args.name!r}"
+            f"--name takes up to 100 letters, digits, dots, dashes, underscores, not {args.name!r}"
         )
     overrides = {
         key: [parse_value(key, text) for text in vars(args)[key]] for key in KNOBS if key in args
@@ -141,7 +138,7 @@ def command_line(
 
 
 def make_plan(name: str, preset: str, space: Space) -> Plan:
-    """Check every trial of the space and give it its key. Raises InputError for the first bad one."""
+    """Check every trial of the space and give it its key. Raises InputError for a bad one."""
     notes: list[str] = []
     load = functools.cache(load_corpus)
     if "corpus.name" not in space:
@@ -174,175 +171,84 @@ def check_writable(folder: Path) -> None:
 
 def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Console) -> int:
     """Run what is missing of the plan, then report; -> the exit code."""
-    from analysis.runs import connect, has_started, tracking_uri, trial_runs
-    from sweeps import tracking
+    from analysis.runs import connect, has_started, tracking_uri
 
     runs_dir = args.runs_dir.resolve()
     uri = tracking_uri(runs_dir)
-    if args.dry_run and not has_started(uri):
-        console.print(f"sweep {plan.name}: {len(plan.trials)} trials, none done")
-        console.print(trial_table(plan, dict.fromkeys(plan.trials, "missing")))
-        return 0
-    check_writable(runs_dir)
-    client = connect(uri)
-    experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
-    status = plan_status(client, experiment_id, plan)
-    missing = [key for key, state in status.items() if state not in ("finished", "diverged")]
+    if not args.dry_run:
+        check_writable(runs_dir)
+    client = connect(uri) if has_started(uri) or not args.dry_run else None
+    status = plan_status(plan, client)
+    missing = unfinished(status)
     console.print(
         f"sweep {plan.name}: {len(status)} trials, "
         f"{len(status) - len(missing)} done, {len(missing)} missing"
     )
-    if args.dry_run:
+    if args.dry_run or client is None:
         console.print(trial_table(plan, status))
         return 0
 
+    from sweeps import tracking
+
+    if missing:
+        from sweeps.ray_runner import run_on_ray, start_ray
+
+        start_ray({plan.trials[key].train.device for key in missing}, console)
+    experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
     sweep = tracking.SweepRun(client, experiment_id, plan.name)
     sweep.start(plan.as_dict(), {**plan_tags(plan), "launched": f"{time.time():.3f}"})
-    interrupted = False
-    if missing:
-        store = {"uri": uri, "experiment_id": experiment_id}
-        try:
-            reasons = run_on_ray(plan, missing, store, preset.trials_per_gpu, runs_dir, console)
-        except KeyboardInterrupt:
-            interrupted, reasons = True, {}
-        except BaseException:
-            sweep.end("FAILED")
-            raise
-        tracking.close_unfinished(client, trial_runs(client, experiment_id).values(), reasons)
-        status = plan_status(client, experiment_id, plan)
-    console.print(trial_table(plan, status))
+    ended = "FAILED"
+    artifacts: list[Path] = []
+    try:
+        if missing:
+            store = {"uri": uri, "experiment_id": experiment_id}
+            jobs = [job_of(plan, key) for key in missing]
+            stopped = run_on_ray(jobs, store, preset.trials_per_gpu, runs_dir, console)
+            status = plan_status(plan, client)
+        console.print(trial_table(plan, status))
+        if missing and stopped:
+            ended = "KILLED"
+            remain = len(unfinished(status))
+            console.print(f"stopped with {remain} trials to go: the same command goes on")
+            return 130
+        if "finished" not in status.values():
+            console.print("no trial finished, so there is nothing to report")
+        elif not args.no_report:
+            from analysis.report import build_report
 
-    counts = Counter(status.values())
-    unfinished = [key for key in status if status[key] not in ("finished", "diverged")]
-    if interrupted:
-        sweep.end("KILLED")
-        console.print(f"stopped with {len(unfinished)} trials to go: the same command goes on")
-        return 130
-    artifacts = []
-    if not counts["finished"]:
-        console.print("no trial finished, so there is nothing to report")
-    elif not args.no_report:
-        from analysis.report import build_report
-
-        folder = build_report(uri, plan.name, None, runs_dir)
-        artifacts = [folder / "report.html", folder / "findings.json"]
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
-    sweep.end("FAILED" if unfinished else "FINISHED", artifacts)
-    console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
-    console.print(f"  then: {chart_page(uri, experiment_id)}", soft_wrap=True)
-    return 1 if unfinished else 0
+            folder = build_report(uri, plan.name, None, runs_dir)
+            artifacts = [folder / "report.html", folder / "findings.json"]
+            console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
+        console.print(f"  then: {chart_page(uri, experiment_id)}", soft_wrap=True)
+        ended = "FAILED" if unfinished(status) else "FINISHED"
+        return 1 if unfinished(status) else 0
+    finally:
+        sweep.end(ended, artifacts)
 
 
-def run_on_ray(
-    plan: Plan,
-    keys: Sequence[str],
-    store: Mapping[str, str],
-    trials_per_gpu: int,
-    runs_dir: Path,
-    console: Console,
-) -> dict[str, str]:
-    """Run the trials on Ray Tune, one core each and a share of a GPU; -> why, of those that failed.
-
-    Raises KeyboardInterrupt after a Ctrl-C that Tune took.
-    """
-    # Read by Ray as it is imported or started.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    import ray
-    from ray import tune
-
-    from sweeps.progress import SweepProgress
-    from sweeps.trainable import run_batch
-
-    start_ray(console)
-    devices = {plan.trials[key].train.device for key in keys}
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if "cuda" in devices and not gpus:
-        raise InputError("train.device is cuda, but Ray has no GPU")
-    resources = {"cpu": 1.0}
-    if gpus and devices != {"cpu"}:
-        resources["gpu"] = 1 / trials_per_gpu
-    batches = [
-        [
-            {
-                "key": key,
-                "params": plan.trials[key].to_flat(),
-                "tags": {
-                    **plan_tags(plan),
-                    "corpus_digest": plan.corpora[key].digest,
-                    "corpus_origin": plan.corpora[key].origin,
-                },
-            }
-        ]
-        for key in keys
-    ]
-    with SweepProgress(console, {key: plan.trials[key].train.steps for key in keys}) as progress:
-        results = tune.Tuner(
-            tune.with_resources(run_batch, resources),
-            param_space={"store": dict(store), "batch": tune.grid_search(batches)},
-            tune_config=tune.TuneConfig(
-                reuse_actors=True,
-                trial_name_creator=lambda trial: trial.config["batch"][0]["key"],
-                trial_dirname_creator=lambda trial: trial.config["batch"][0]["key"],
-            ),
-            run_config=tune.RunConfig(
-                name=f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=str(runs_dir / "ray"),
-                callbacks=[progress],
-                verbose=0,
-            ),
-        ).fit()
-    ray.shutdown()
+def job_of(plan: Plan, key: str) -> dict[str, Any]:
+    """A trial as sweeps.trainable takes it."""
+    corpus = plan.corpora[key]
+    tags = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
     return {
-        result.config["batch"][0]["key"]: str(result.error).strip().splitlines()[-1]
-        for result in results
-        if result.error and result.config
+        "key": key,
+        "params": plan.trials[key].to_flat(),
+        "tags": {**plan_tags(plan), **tags},
     }
 
 
-def start_ray(console: Console) -> None:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray here."""
-    import ray
-
-    # That Ray made itself a token is no news to anyone here.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # Tune's own files of results are off: MLflow and Parquet have them.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    try:
-        code = {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]}
-        ray.init(address="auto", runtime_env=code, **quiet)
-        where = "the cluster"
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise InputError(
-                f"the Ray cluster at RAY_ADDRESS {address} does not answer: {error}"
-            ) from error
-        # Workers on this machine import from the checkout itself.
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,  # nothing large goes through it
-            **quiet,
-        )
-        where = "this machine"
-    resources = ray.cluster_resources()
-    console.print(
-        f"Ray: {where}, {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs"
-    )
-
-
-def plan_status(client: MlflowClient, experiment_id: str, plan: Plan) -> dict[str, str]:
+def plan_status(plan: Plan, client: MlflowClient | None) -> dict[str, str]:
     """How each trial of the plan stands, as analysis.runs.trial_status has it."""
     from analysis.runs import trial_runs, trial_status
 
-    runs = trial_runs(client, experiment_id)
+    runs = trial_runs(client, plan.name) if client else {}
     return {key: trial_status(runs.get(key)) for key in plan.trials}
+
+
+def unfinished(status: Mapping[str, str]) -> list[str]:
+    """The trials that have no result yet. A diverged trial has one."""
+    return [key for key, state in status.items() if state not in ("finished", "diverged")]
 
 
 def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
@@ -386,7 +292,7 @@ def git_commit() -> str:
 
 
 def mlflow_command(uri: str) -> str:
-    """What to type to see the store's pages; the address itself where a server already shows them."""
+    """What to type to see the store's pages; the address where a server shows them already."""
     if uri.startswith("http"):
         return uri
     return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])

@@ -26,7 +26,7 @@ class SweepProgress(tune.Callback):
         self.done = dict.fromkeys(steps, 0)
         self.running: set[str] = set()
         self.finished: set[str] = set()
-        self.failed: set[str] = set()
+        self.failed: dict[str, str] = {}  # why, by trial key
         self.first_report: float | None = None
         self.last_line = time.monotonic()
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -41,7 +41,7 @@ class SweepProgress(tune.Callback):
         self.live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks beside the experiment, and nothing reads them there."""
+        """Nothing: Tune pickles its callbacks beside the experiment, where nothing reads them."""
         return {}
 
     def line(self) -> str:
@@ -90,8 +90,9 @@ class SweepProgress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self.running.discard(_key(trial))
-        self.failed.add(_key(trial))
-        self._show(f"trial {_key(trial)} failed")
+        reason = str(trial.get_error()).strip().splitlines()[-1]
+        self.failed[_key(trial)] = reason
+        self._show(f"trial {_key(trial)} failed: {reason}")
 
 
 def _key(trial: Trial) -> str:

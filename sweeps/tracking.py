@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,8 @@ class MlflowRecorder:
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
             self.run_id,
-            params=[Param(name, str(value)) for name, value in params.items()],
+            # MLflow refuses another value for a param; what is not in the key may have one.
+            params=[Param(name, str(params[name])) for name in params.keys() - run.data.params],
             tags=[
                 RunTag(name, value)
                 for name, value in {
@@ -145,10 +145,11 @@ class MlflowRecorder:
         )
         self.client.set_terminated(self.run_id, "FINISHED")
 
-    def fail(self, error: BaseException) -> None:
-        """Close the run of a trial that broke, with the reason."""
-        self._set_tags(trial_status="failed", reason=f"{type(error).__name__}: {error}")
-        self.client.log_text(self.run_id, "".join(traceback.format_exception(error)), "failure.txt")
+    def fail(self, reason: str, details: str = "") -> None:
+        """Close the run of a trial that broke, with the reason and, as failure.txt, the details."""
+        self._set_tags(trial_status="failed", reason=reason)
+        if details:
+            self.client.log_text(self.run_id, details, "failure.txt")
         self.client.set_terminated(self.run_id, "FAILED")
 
     def _set_tags(self, **tags: str) -> None:
@@ -167,8 +168,8 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
             yield "loss/train", row.step, row.loss
             if row.grad_norm is not None:
                 yield "grad_norm/global", row.step, row.grad_norm
-        case TokenGroupRow(mask="sequence", mean_logprob=float()):
-            yield f"logprob/{row.group}", row.step, row.mean_logprob
+        case TokenGroupRow(mask="sequence", mean_logprob=float(value)):
+            yield f"logprob/{row.group}", row.step, value
         case WeightRow(kind="qkv"):
             yield f"qkv_std/layer_{row.layer:02d}", row.step, row.std
         case WeightRow(kind="q" | "k" | "v" | "proj" | "fc" | "mlp_proj"):
@@ -178,14 +179,21 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
             yield f"w_std/{row.tensor}", row.step, row.std
 
 
-def close_unfinished(client: MlflowClient, runs: Iterable[Run], reasons: Mapping[str, str]) -> None:
-    """Leave nobody's run RUNNING: close those of trials that no longer run.
+def close_runs(
+    store: Mapping[str, str], jobs: Iterable[Mapping[str, Any]], failed: Mapping[str, str]
+) -> None:
+    """Leave nobody's run RUNNING when no job runs any more.
 
-    `reasons` says, by trial key, why a trial broke; others were stopped.
+    `failed` says why, by trial key, for the jobs that broke: a worker that died could not say so
+    itself, or had not even begun its run. A run still RUNNING beside those was stopped: KILLED.
     """
-    for run in runs:
-        if run.info.status == "RUNNING":
-            key = run.data.tags["trial_key"]
+    client = MlflowClient(store["uri"])
+    for job in jobs:
+        key = job["key"]
+        run = find_run(client, store["experiment_id"], "trial", trial_key=key)
+        if run is None and key in failed:
+            MlflowRecorder(store["uri"], store["experiment_id"], **job).fail(failed[key])
+        elif run and run.info.status == "RUNNING":
             client.set_tag(run.info.run_id, "trial_status", "failed")
-            client.set_tag(run.info.run_id, "reason", reasons.get(key, "stopped")[:5000])
-            client.set_terminated(run.info.run_id, "FAILED" if key in reasons else "KILLED")
+            client.set_tag(run.info.run_id, "reason", failed.get(key, "stopped")[:5000])
+            client.set_terminated(run.info.run_id, "FAILED" if key in failed else "KILLED")

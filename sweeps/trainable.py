@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_batch(config: dict[str, Any]) -> None:
                 )
             run_trial(config_of_trial, _Reporting(recorder, key))
         except BaseException as error:
-            recorder.fail(error)
+            recorder.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
 
 

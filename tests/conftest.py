@@ -71,3 +71,43 @@ def real_gulliver(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (REAL_CORPORA / "gulliver.txt").exists():
         pytest.skip(f"Gulliver's Travels is not at {REAL_CORPORA}")
     monkeypatch.setenv("GPTCORE_CORPORA", str(REAL_CORPORA))
+
+
+def flags(config: TrialConfig) -> list[str]:
+    """The command line that asks for this one trial."""
+    return [word for key, value in config.to_flat().items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
+    from analysis.runs import connect, tracking_uri
+    from gptcore.experiment import check_trial, run_trial
+    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
+
+    runs_dir = tmp_path_factory.mktemp("runs")
+    uri = tracking_uri(runs_dir)
+    client = connect(uri)
+    experiment_id = open_experiment(client, "small", runs_dir)
+    knobs = [
+        {"init.scheme": scheme, "init.seed": seed}
+        for scheme in ("model5", "gpt2")
+        for seed in (0, 1)
+    ]
+    knobs += [{"init.seed": 2, "optim.lr": 1e30}, {"init.seed": 3}]
+    trials = {}
+    for one in knobs:
+        config = TrialConfig.from_flat({**TINY, **one})
+        trials[config.key(check_trial(config).digest)] = config
+    for key, config in list(trials.items())[:-1]:
+        recorder = MlflowRecorder(uri, experiment_id, key, config.to_flat(), {"sweep": "small"})
+        run_trial(config, recorder)
+    plan = {
+        "notes": ["made by a test <b>&</b>"],
+        "command": "python sweeps/init_sweep.py",
+        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
+    }
+    sweep = SweepRun(client, experiment_id, "small")
+    sweep.start(plan, {"launched": "1"})
+    sweep.end("FINISHED")
+    return runs_dir

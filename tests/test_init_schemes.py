@@ -70,10 +70,12 @@ def test_measured_std_is_the_formulas(scheme, capsys):
         values = torch.cat([tensor.detach().flatten() for tensor in tensors])
         # Five standard errors of a normal's std, and 1% for embeddings drawn without a mean of 0.
         tolerance = 5 / sqrt(2 * values.numel()) + 0.001
-        said = {row.std for row in rows if row.kind == kind}
-        lines.append(f"{kind:16s}{EXPECTED[scheme][kind]:.5f}   {values.std().item():.5f}   {said}")
+        (said,) = {row.std for row in rows if row.kind == kind}
+        lines.append(
+            f"{kind:16s}{EXPECTED[scheme][kind]:.5f}   {values.std().item():.5f}   {said:.5f}"
+        )
         assert values.std().item() == pytest.approx(EXPECTED[scheme][kind], rel=tolerance), kind
-        assert said == {pytest.approx(EXPECTED[scheme][kind], rel=1e-12)}, kind
+        assert said == pytest.approx(EXPECTED[scheme][kind], rel=1e-12), kind
     with capsys.disabled():
         print("\n".join(lines))
 

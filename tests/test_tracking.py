@@ -1,15 +1,18 @@
 """The writer and the reader of MLflow against a real store."""
 
 import json
+import subprocess
+import sys
 
 import polars as pl
 import pytest
 from mlflow import MlflowClient
 
 from analysis.runs import connect, read_sweep, trial_runs, trial_status
+from conftest import ROOT
 from gptcore.config import InputError
 from gptcore.experiment import check_trial, run_trial
-from sweeps.tracking import MlflowRecorder, SweepRun, close_unfinished, open_experiment
+from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
 
 
 @pytest.fixture
@@ -24,14 +27,18 @@ def key(tiny):
     return tiny.key(check_trial(tiny).digest)
 
 
+def job(key, tiny):
+    return {"key": key, "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+
+
 def recorder(store, key, tiny):
-    return MlflowRecorder(**store, key=key, params=tiny.to_flat(), tags={"sweep": "sweep"})
+    return MlflowRecorder(**store, **job(key, tiny))
 
 
 def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     run_trial(tiny, recorder(store, key, tiny))
     client = MlflowClient(store["uri"])
-    run = trial_runs(client, store["experiment_id"])[key]
+    run = trial_runs(client, "sweep")[key]
     assert run.info.status == "FINISHED"
     assert run.data.params == {name: str(value) for name, value in tiny.to_flat().items()}
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished", "steps": "5"}
@@ -58,21 +65,26 @@ def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, key, tin
 
 
 def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
-    recorder(store, key, tiny).fail(RuntimeError("the disk is full"))
-    run = trial_runs(MlflowClient(store["uri"]), store["experiment_id"])[key]
+    recorder(store, key, tiny).fail("OSError: the disk is full", "where it happened")
+    run = trial_runs(MlflowClient(store["uri"]), "sweep")[key]
     assert run.info.status == "FAILED"
     assert trial_status(run) == "failed"
-    assert run.data.tags["reason"] == "RuntimeError: the disk is full"
+    assert run.data.tags["reason"] == "OSError: the disk is full"
 
 
 def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
     recorder(store, key, tiny)
     client = MlflowClient(store["uri"])
-    runs = trial_runs(client, store["experiment_id"])
+    runs = trial_runs(client, "sweep")
     assert trial_status(runs[key]) == "running"
-    close_unfinished(client, runs.values(), {})
-    closed = trial_runs(client, store["experiment_id"])[key]
+    close_runs(
+        store, [job(key, tiny), job("begun not", tiny), job("broken", tiny)], {"broken": "killed"}
+    )
+    closed = trial_runs(client, "sweep")[key]
     assert (closed.info.status, trial_status(closed)) == ("KILLED", "failed")
+    broken = trial_runs(client, "sweep")["broken"]
+    assert (broken.info.status, broken.data.tags["reason"]) == ("FAILED", "killed")
+    assert "begun not" not in trial_runs(client, "sweep")
 
 
 def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_path):
@@ -96,7 +108,7 @@ def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
     client = MlflowClient(store["uri"])
     sweep = SweepRun(client, store["experiment_id"], "sweep")
     sweep.start({"notes": [], "trials": {key: {"params": tiny.to_flat()}}}, {"launched": "1"})
-    run = trial_runs(client, store["experiment_id"])[key]
+    run = trial_runs(client, "sweep")[key]
     file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
     pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
     with pytest.raises(InputError, match=f"trial {key} has schema version 0"):
@@ -108,6 +120,18 @@ def test_a_server_that_does_not_answer_is_named_without_its_password():
         connect("http://me:secret@127.0.0.1:9")
     assert "http://me:***@127.0.0.1:9 does not answer" in str(error.value)
     assert "secret" not in json.dumps(str(error.value))
+
+
+def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from analysis.runs import connect, tracking_uri; "
+        "connect(tracking_uri(Path(sys.argv[1])))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(4)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_deleted_sweep_is_not_silently_made_anew(store, tmp_path):

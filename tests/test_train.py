@@ -1,4 +1,4 @@
-"""The loop and the door to it, gptcore.experiment: what a trial leaves behind, and that it repeats."""
+"""The loop, and gptcore.experiment, the door to it: what a trial leaves, and that it repeats."""
 
 from dataclasses import replace
 

@@ -1,0 +1,107 @@
+"""What does watching cost? The share of a training step that recording by default takes.
+
+    python benchmarks/watching.py [--d-model 64] [--n-layer 6] [--seconds 60]
+
+Runs with torch, numpy and tiktoken alone, on random tokens. In each round it times one bare
+training step and one run of every probe, so that a noisy machine hits both alike. A probe's share
+is its median time, over the steps between two of its records, against the median step.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from gptcore.config import InitConfig, ModelConfig, ProbesConfig
+from gptcore.experiment import one_thread
+from gptcore.init_schemes import initialise
+from gptcore.model import GPT, loss_of
+from gptcore.probes import PROBES, Moment, model_parts
+from gptcore.token_groups import TokenGroups
+
+
+def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
+    """Groups of the sizes that Gulliver's Travels has."""
+    sizes = {"common_100": 100, "rare_100": 100, "never_100": 100, "singletons": 3398,
+             "never_used": 40471}  # fmt: skip
+    ids = {name: np.sort(rng.permutation(vocab_size)[:size]) for name, size in sizes.items()}
+    return TokenGroups(ids, np.zeros(vocab_size, dtype=np.int64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--n-layer", type=int, default=6)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    shape = ModelConfig(d_model=args.d_model, n_layer=args.n_layer, context=args.context)
+    model = GPT(shape)
+    initialise(model, InitConfig())
+    model.to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    initial = {part.name: part.values.detach().clone() for part in model_parts(model)}
+    groups = random_groups(np.random.default_rng(0), shape.vocab_size)
+    cadence = ProbesConfig()
+
+    def clock() -> float:
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times: dict[str, list[float]] = {"step": [], **{name: [] for name in PROBES}}
+    end = time.perf_counter() + args.seconds
+    with one_thread():
+        while time.perf_counter() < end or len(times["step"]) < 5:
+            ids, targets = torch.randint(
+                shape.vocab_size, (2, args.batch_size, shape.context), device=args.device
+            )
+            start = clock()
+            hidden = model(ids)
+            loss, log_z = loss_of(hidden, model.head.weight, targets)
+            loss.item()
+            loss.backward()
+            torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            times["step"].append(clock() - start)
+            moment = Moment(
+                step=0,
+                model=model,
+                initial=initial,
+                groups=groups,
+                ids_BT=ids,
+                hidden_BTD=hidden,
+                log_z_BT=log_z,
+            )
+            for name, probe in PROBES.items():
+                start = clock()
+                with torch.no_grad():
+                    probe.rows(moment)
+                times[name].append(clock() - start)
+
+    step = statistics.median(times["step"][1:])
+    print(
+        f"d{args.d_model} L{args.n_layer}, {args.batch_size} x {args.context} tokens, {args.device}"
+    )
+    print(f"step          {step * 1e3:8.2f} ms, median of {len(times['step'])}")
+    total = 0.0
+    for name, probe in PROBES.items():
+        median, every = statistics.median(times[name][1:]), getattr(cadence, probe.cadence)
+        share = median / every / step
+        total += share
+        print(f"{name:13s} {median * 1e3:8.2f} ms every {every:3d} steps: {share:6.2%} of a step")
+    print(f"all that is recorded by default: {total:.2%} of a step")
+
+
+if __name__ == "__main__":
+    main()

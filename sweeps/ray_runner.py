@@ -1,0 +1,113 @@
+"""Trials on Ray Tune: on the cluster where there is one, else on the cores of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+# Read by Ray as it is imported or started.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+import ray
+from ray import tune
+
+from gptcore.config import InputError
+from sweeps.progress import SweepProgress
+from sweeps.tracking import close_runs
+from sweeps.trainable import run_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
+# so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress.
+for chatty in (
+    "ray._private.authentication",
+    "ray.tune.analysis.experiment_analysis",
+    "ray.tune.execution.tune_controller",
+    "ray.tune.tune",
+):
+    logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def start_ray(devices: set[str], console: Console) -> None:
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray here.
+
+    Raises InputError for a cluster that does not answer, or where a trial's `devices` want a GPU
+    and there is none.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    try:
+        code = {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]}
+        ray.init(address="auto", runtime_env=code, **quiet)
+        where = "the cluster"
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise InputError(
+                f"the Ray cluster at RAY_ADDRESS {address} does not answer: {error}"
+            ) from error
+        # Workers on this machine import from the checkout itself.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # nothing large goes through it
+            **quiet,
+        )
+        where = "this machine"
+    cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+    if "cuda" in devices and not gpus:
+        raise InputError("train.device is cuda, but Ray has no GPU")
+    console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs")
+
+
+def run_on_ray(
+    jobs: Sequence[Mapping[str, Any]],
+    store: Mapping[str, str],
+    trials_per_gpu: int,
+    runs_dir: Path,
+    console: Console,
+) -> bool:
+    """Run trials, one core each and a share of a GPU where there are some; -> whether stopped.
+
+    A job is a trial as sweeps.trainable takes it. Afterwards no job's MLflow run is RUNNING: one
+    that failed has its reason, one that Ctrl-C stopped is KILLED.
+    """
+    resources = {"cpu": 1.0}
+    if ray.cluster_resources().get("GPU") and any(
+        job["params"]["train.device"] != "cpu" for job in jobs
+    ):
+        resources["gpu"] = 1 / trials_per_gpu
+    progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
+    with progress:
+        tune.Tuner(
+            tune.with_resources(run_batch, resources),
+            param_space={
+                "store": dict(store),
+                "batch": tune.grid_search([[dict(job)] for job in jobs]),
+            },
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["batch"][0]["key"],
+                trial_dirname_creator=lambda trial: trial.config["batch"][0]["key"],
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=str(runs_dir / "ray"),
+                callbacks=[progress],
+                verbose=0,
+            ),
+        ).fit()
+    ray.shutdown()
+    close_runs(store, jobs, progress.failed)
+    return len(progress.finished) + len(progress.failed) < len(jobs)

@@ -1,0 +1,153 @@
+"""The command line, in this process and without Ray: plans, dry runs, debug runs, bad input."""
+
+import json
+
+import polars as pl
+import pytest
+
+from conftest import TINY, flags
+from gptcore import corpus
+from gptcore.config import KNOBS, TrialConfig
+from gptcore.corpus import CORPORA
+from gptcore.experiment import check_trial, run_trial
+from gptcore.records import TABLES, MemoryRecorder
+from sweeps.launch import chart_page, main, make_plan, mlflow_command
+from sweeps.spaces import PRESETS
+
+
+def run(*arguments):
+    return main("doc", PRESETS, list(arguments))
+
+
+@pytest.fixture
+def runs_dir(tmp_path):
+    return tmp_path / "runs"
+
+
+BAD = [
+    (["--preset", "huge"], "unknown preset 'huge': take quick, model5, full"),
+    (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take model5"),
+    (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
+    (["--corpus.name", "moby"], "corpus.name 'moby' is neither a corpus (gulliver, pydocs) nor"),
+    (["--corpus.subset", "part-5"], "corpus.subset 'part-5' is unknown"),
+    (["--init.sceed", "1"], "unknown argument --init.sceed: see --help"),
+    (["extra"], "unknown argument extra"),
+    (["--train.steps"], "--train.steps: expected at least one argument"),
+    (["--train.steps", "ten"], "train.steps takes a whole number >= 1, not 'ten'"),
+    (["--train.steps", "10", "0"], "train.steps takes a whole number >= 1, not 0"),
+    (["--optim.lr", "-1"], "optim.lr takes a finite number > 0, not -1.0"),
+    (["--model.n_head", "5"], "5 heads do not divide a width of 64"),
+    (["--model.context", "200000"], "a context of 200000 needs at least 200001"),
+    (["--name", "../up"], "--name takes up to 100 letters"),
+    (["--train.device", "cuda:7"], "train.device takes auto, cpu, cuda, not 'cuda:7'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(
+    arguments, says, runs_dir, capsys
+):
+    corpus_given = [] if "--corpus.name" in arguments else ["--corpus.name", "pydocs"]
+    assert run(*arguments, "--runs-dir", str(runs_dir), *corpus_given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+    assert not runs_dir.exists()
+
+
+def test_bad_texts_are_refused(runs_dir, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    assert run("--runs-dir", str(runs_dir), "--corpus.name", str(tmp_path / "short.txt")) == 2
+    assert "a context of 64 needs at least 65" in capsys.readouterr().err
+
+
+def test_a_runs_folder_that_cannot_be_written_is_refused(tiny, capsys):
+    for mode in ([], ["--debug"]):
+        assert run("--runs-dir", "/proc/runs", *flags(tiny), *mode) == 2
+        assert "--runs-dir /proc/runs cannot be written" in capsys.readouterr().err
+
+
+def test_a_tracking_server_that_does_not_answer_is_refused(tiny, runs_dir, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert run("--runs-dir", str(runs_dir), *flags(tiny)) == 2
+    assert "the tracking server http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+def test_a_book_that_was_asked_for_and_cannot_be_had_is_refused(runs_dir, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "GULLIVER_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 1)
+    assert run("--runs-dir", str(runs_dir), "--corpus.name", "gulliver") == 2
+    assert "name that folder in GPTCORE_CORPORA" in capsys.readouterr().err
+
+
+def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "GULLIVER_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 1)
+    assert run("--runs-dir", str(runs_dir), "--dry-run") == 0
+    assert (
+        "NOTE: pydocs (Python's manual) stands in for the default corpus" in capsys.readouterr().out
+    )
+    plan = make_plan("quick", "quick", PRESETS["quick"].space)
+    assert {config.corpus.name for config in plan.trials.values()} == {"pydocs"}
+    assert "stands in" in json.dumps(plan.as_dict()["notes"])
+
+
+def test_a_dry_run_lists_the_trials_and_writes_nothing(runs_dir, capsys):
+    assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", "pydocs") == 0
+    output = capsys.readouterr().out
+    assert "sweep quick: 12 trials, 0 done, 12 missing" in output
+    assert output.count("│ missing │") == 12
+    assert not runs_dir.exists()
+
+
+def test_a_dry_run_knows_what_is_done(finished_sweep, capsys):
+    tiny = TrialConfig.from_flat(TINY)
+    arguments = [*flags(tiny), "--init.scheme", "model5", "gpt2", "--init.seed", "0", "1", "9"]
+    assert run("--runs-dir", str(finished_sweep), "--name", "small", "--dry-run", *arguments) == 0
+    assert "sweep small: 6 trials, 4 done, 2 missing" in capsys.readouterr().out
+
+
+def test_debug_leaves_the_rows_of_the_trial_and_prints_the_init(tiny, runs_dir, capsys):
+    assert run("--runs-dir", str(runs_dir), "--debug", *flags(tiny)) == 0
+    output = capsys.readouterr().out
+    assert "wte" in output
+    assert "0.02000" in output
+    assert [f"step {step:4d}  loss" in output for step in range(7)] == [True] * 6 + [False]
+    recorder = MemoryRecorder()
+    run_trial(tiny, recorder)
+    folder = runs_dir / "debug" / tiny.key(check_trial(tiny).digest)
+    for table in TABLES:
+        assert pl.read_parquet(folder / f"{table}.parquet").height == len(recorder.rows[table])
+
+
+def test_a_text_of_ones_own_is_known_by_its_full_path(tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text("a tale " * 100)
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan("n", "p", {"corpus.name": ["book.txt"], "model.context": [8]})
+    (config,) = plan.trials.values()
+    assert config.corpus.name == str(tmp_path / "book.txt")
+
+
+def test_help_names_every_knob_and_preset(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert all(f"--{key}" in output for key in KNOBS)
+    assert all(preset in output for preset in PRESETS)
+
+
+def test_mlflow_is_opened_by_what_is_printed():
+    assert mlflow_command("sqlite:////a b/mlflow.db") == (
+        "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    )
+    assert mlflow_command("http://server:5000") == "http://server:5000"
+    assert chart_page("http://server:5000/", "7").startswith("http://server:5000/#/experiments/7/")
+
+
+def test_every_corpus_can_be_named_on_the_command_line(book, runs_dir, capsys):
+    for name in CORPORA:
+        assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", name) == 0

@@ -1,0 +1,139 @@
+import json
+import re
+import shutil
+import subprocess
+
+import polars as pl
+import pytest
+
+from analysis.report import main
+from analysis.runs import connect, tracking_uri
+from gptcore.records import TABLES
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+@pytest.fixture
+def report(finished_sweep, tmp_path):
+    out = tmp_path / "report"
+    assert main(["--runs-dir", str(finished_sweep), "--out", str(out)]) == 0
+    return out
+
+
+def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
+    findings = json.loads((report / "findings.json").read_text())
+    assert findings["sweep"] == "small"
+    assert findings["trials"] == {"finished": 4, "diverged": 1, "failed": 0, "unfinished": 1}
+    assert set(findings["depth_gradient"]) == set(findings["rare_tokens"]) == {"model5", "gpt2"}
+    depth = findings["depth_gradient"]["gpt2"]
+    assert depth["first_layer_widest"]["runs"] == len(depth["tau_of_runs"]) == 2
+    assert sum(depth["widest_layer_of_runs"].values()) == 2
+    assert len(depth["median_growth_by_layer"]) == 2
+    change = findings["rare_tokens"]["model5"]["groups"]["never_used"]["change"]
+    assert change["runs"] == 2
+    assert change["low"] <= change["value"] <= change["high"]
+
+
+def test_the_findings_are_those_of_the_rows(report):
+    findings = json.loads((report / "findings.json").read_text())
+    trials = pl.read_parquet(report / "trials.parquet").filter(pl.col("init.scheme") == "gpt2")
+    rows = pl.read_parquet(report / "token_groups.parquet").filter(
+        pl.col("trial_key").is_in(trials["trial_key"].to_list()),
+        pl.col("group") == "never_100",
+        pl.col("mask") == "sequence",
+    )
+    start, end = (rows.filter(step=step)["mean_logprob"].mean() for step in (0, 5))
+    group = findings["rare_tokens"]["gpt2"]["groups"]["never_100"]
+    assert group["start"]["value"] == pytest.approx(start)
+    assert group["change"]["value"] == pytest.approx(end - start)
+
+
+def test_every_table_of_the_trials_is_written_as_parquet(report):
+    names = {file.stem for file in report.glob("*.parquet")}
+    assert names >= (set(TABLES) - {"group_members"}) | {"trials", "depth_gradient", "layer_growth"}
+    assert pl.read_parquet(report / "training.parquet")["trial_key"].n_unique() == 4
+
+
+def test_the_page_is_self_contained_and_escapes_what_people_wrote(report):
+    page = (report / "report.html").read_text()
+    outside_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\bsrc=|<link|<script", outside_scripts)
+    assert "made by a test &lt;b&gt;&amp;&lt;/b&gt;" in page
+    assert page.count('<tr><th scope="row"><code>') == 6
+
+
+def test_a_second_report_takes_the_place_of_the_first(finished_sweep, report):
+    before = sorted(report.iterdir())
+    assert main(["--runs-dir", str(finished_sweep), "--name", "small", "--out", str(report)]) == 0
+    assert sorted(report.iterdir()) == before
+
+
+def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
+    assert main(["--runs-dir", str(finished_sweep)]) == 0
+    assert (finished_sweep / "reports" / "small" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--name", "none"], "there is no sweep none: the sweeps of this store are small"),
+        (["--nmae", "x"], "unrecognized arguments: --nmae x"),
+        (["--out", "/proc/report"], "the report folder /proc/report cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(finished_sweep, capsys, arguments, says):
+    assert main(["--runs-dir", str(finished_sweep), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert says in error
+
+
+def test_a_folder_without_sweeps_is_named_and_left_empty(tmp_path, capsys):
+    assert main(["--runs-dir", str(tmp_path)]) == 2
+    assert f"there is no sweep yet: {tmp_path}/mlflow.db does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    connect(tracking_uri(tmp_path))
+    assert main(["--runs-dir", str(tmp_path)]) == 2
+    assert "there is no sweep yet" in capsys.readouterr().err
+
+
+def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
+    from sweeps.tracking import SweepRun, open_experiment
+
+    client = connect(tracking_uri(tmp_path))
+    sweep = SweepRun(client, open_experiment(client, "empty", tmp_path), "empty")
+    sweep.start({"notes": [], "trials": {"k": {"params": {"init.seed": 0}}}}, {"launched": "1"})
+    assert main(["--runs-dir", str(tmp_path)]) == 2
+    assert "sweep empty has no finished trials yet" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            (report / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    figures = re.findall(r'<div id="(\w+)"[^>]*class="vega-embed[^"]*"', done.stdout)
+    assert figures == ["qkv_std", "growth_by_layer", "group_log_prob"]
+    assert len(re.findall(r"<svg[^>]*class=\"marks\"", done.stdout)) == 3
+    assert "CONSOLE" not in done.stderr, done.stderr

@@ -1,0 +1,172 @@
+"""Sweeps as a user runs them: the real command, a real Ray, a real MLflow store, the report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from analysis.runs import connect, tracking_uri, trial_runs, trial_status
+from conftest import ROOT, TINY, flags
+from gptcore.config import TrialConfig
+from gptcore.experiment import check_trial
+from gptcore.records import TABLES
+
+pytestmark = pytest.mark.slow
+
+SWEEP = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py")]
+LONG = 5000
+"""Steps of a trial that is still under way when the test gets to it."""
+
+
+def start(runs_dir, *arguments):
+    # Another folder than the checkout, as a user might stand in.
+    return subprocess.Popen(
+        [*SWEEP, "--runs-dir", "runs", "--name", "e2e", *arguments],
+        cwd=runs_dir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(runs_dir, *arguments):
+    process = start(runs_dir, *arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def runs_of(runs_dir):
+    return trial_runs(connect(tracking_uri(runs_dir)), "e2e")
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+    return found
+
+
+def training(runs_dir):
+    """The keys of trials that have a run and are running."""
+    if not (runs_dir / "mlflow.db").exists():
+        return []
+    return [key for key, run in runs_of(runs_dir).items() if trial_status(run) == "running"]
+
+
+def workers():
+    """Process ids of Ray workers in the middle of a trial."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if title.startswith("ray::ImplicitFunc"):
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two trials, run once for several tests; -> its folder and what it printed."""
+    runs_dir = tmp_path_factory.mktemp("e2e") / "runs"
+    code, output = run(
+        runs_dir, *flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2"
+    )
+    assert code == 0, output
+    return runs_dir, output
+
+
+def test_a_sweep_goes_from_one_command_to_a_report(swept):
+    runs_dir, output = swept
+    runs = runs_of(runs_dir)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.params["init.scheme"] for run in runs.values()} == {"model5", "gpt2"}
+    for run in runs.values():
+        assert {"corpus_digest", "git_commit", "versions", "host", "sweep"} <= set(run.data.tags)
+    findings = json.loads((runs_dir / "reports" / "e2e" / "findings.json").read_text())
+    assert findings["trials"] == {"finished": 2, "diverged": 0, "failed": 0, "unfinished": 0}
+    assert (runs_dir / "reports" / "e2e" / "report.html").stat().st_size > 100_000
+    assert "2 of 2 finished, 0 running, 0 failed, 0:00 left" in output
+    assert f"mlflow ui --backend-store-uri sqlite:///{runs_dir}/mlflow.db" in output
+
+
+def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
+    runs_dir, _ = swept
+    for key, swept_run in runs_of(runs_dir).items():
+        scheme = swept_run.data.params["init.scheme"]
+        config = TrialConfig.from_flat({**TINY, "init.scheme": scheme})
+        assert config.key(check_trial(config).digest) == key
+        code, output = run(tmp_path / "runs", "--debug", *flags(config))
+        assert code == 0, output
+        artifacts = Path(swept_run.info.artifact_uri.removeprefix("file://"))
+        for table in TABLES:
+            debugged = pl.read_parquet(tmp_path / "runs" / "debug" / key / f"{table}.parquet")
+            assert debugged.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
+
+
+def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
+    runs_dir, _ = swept
+    before = {key: run.info.run_id for key, run in runs_of(runs_dir).items()}
+    arguments = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2"]
+    code, output = run(runs_dir, *arguments, "--no-report")
+    assert code == 0
+    assert "2 trials, 2 done, 0 missing" in output
+    assert "Ray:" not in output
+    code, output = run(runs_dir, *arguments, "--init.seed", "0", "1")
+    assert code == 0
+    assert "4 trials, 2 done, 2 missing" in output
+    after = {key: run.info.run_id for key, run in runs_of(runs_dir).items()}
+    assert len(after) == 4
+    assert before.items() <= after.items()
+
+
+def test_a_killed_worker_fails_its_trial_alone_and_the_same_command_goes_on(tmp_path):
+    runs_dir = tmp_path / "runs"
+    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 150}))
+    process = start(runs_dir, *arguments, "--init.seed", "0", "1", "2")
+    wait_for(lambda: training(runs_dir))
+    os.kill(workers()[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert sorted(trial_status(run) for run in runs_of(runs_dir).values()) == [
+        "failed",
+        "finished",
+        "finished",
+    ]
+    (failed,) = (run for run in runs_of(runs_dir).values() if trial_status(run) == "failed")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["reason"]
+    findings = json.loads((runs_dir / "reports" / "e2e" / "findings.json").read_text())
+    assert findings["trials"]["failed"] == 1
+
+    code, output = run(runs_dir, *arguments, "--init.seed", "0", "1", "2")
+    assert code == 0, output
+    assert "3 trials, 2 done, 1 missing" in output
+    runs = runs_of(runs_dir)
+    assert {trial_status(run) for run in runs.values()} == {"finished"}
+    # The trial that broke went on under its own run, and holds every point once.
+    (key,) = (key for key, run in runs.items() if run.info.run_id == failed.info.run_id)
+    history = connect(tracking_uri(runs_dir)).get_metric_history(failed.info.run_id, "loss/train")
+    assert [point.step for point in history] == list(range(151)), key
+
+
+def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path):
+    runs_dir = tmp_path / "runs"
+    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
+    process = start(runs_dir, *arguments, "--init.seed", "0", "1")
+    wait_for(lambda: training(runs_dir))
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "stopped with 2 trials to go: the same command goes on" in output
+    assert {run.info.status for run in runs_of(runs_dir).values()} <= {"KILLED", "FAILED"}
+    wait_for(lambda: not workers(), seconds=30)
