@@ -28,10 +28,15 @@ def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
     )
 
 
-def _band_and_line(frame: pl.DataFrame, x: str, y_title: str) -> Any:
+def _band_and_line(frame: pl.DataFrame, x: str, y_title: str, y_scale: str = "linear") -> Any:
     """A layer chart of what over_runs gives, against column `x`."""
-    scheme = alt.Color("scheme:N", title="init.scheme", scale=alt.Scale(range=COLOURS))
-    dash = alt.StrokeDash("scheme:N", title="init.scheme")
+    scheme = alt.Color(
+        "scheme:N",
+        title="init.scheme",
+        scale=alt.Scale(range=COLOURS),
+        legend=alt.Legend(symbolOpacity=1),
+    )
+    dash = alt.StrokeDash("scheme:N", legend=None)
     tooltip: list[Any] = [
         "scheme:N",
         f"{x}:Q",
@@ -43,7 +48,9 @@ def _band_and_line(frame: pl.DataFrame, x: str, y_title: str) -> Any:
     axis = alt.Axis(tickMinStep=1, format="d")
     base = alt.Chart(frame).encode(x=alt.X(f"{x}:Q", title=x, axis=axis))
     band = base.mark_area(opacity=0.2).encode(
-        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False)), y2="high:Q", color=scheme
+        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, nice=False, type=y_scale)),
+        y2="high:Q",
+        color=scheme,
     )
     line = base.mark_line(point=alt.OverlayMarkDef(size=18)).encode(
         y=alt.Y("mean:Q"), color=scheme, strokeDash=dash, tooltip=tooltip
@@ -55,7 +62,7 @@ def fig_qkv_std(growth: pl.DataFrame) -> alt.FacetChart:
     """Std of the merged QKV weight over steps, a panel a layer. `growth` has column scheme."""
     frame = over_runs(growth, ["scheme", "layer", "step"], "std")
     return (
-        _band_and_line(frame, "step", "std of QKV")
+        _band_and_line(frame, "step", "std of QKV (log scale)", "log")
         .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
         .properties(description="Standard deviation of each layer's QKV weights over steps")
     )

@@ -77,6 +77,9 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def command_line(
@@ -145,6 +148,8 @@ def make_plan(name: str, preset: str, space: Space) -> Plan:
         try:
             load(TrialConfig().corpus, context=2)
         except CorpusUnavailable as error:
+            if any(str(subset).startswith("part-") for subset in space.get("corpus.subset", ())):
+                raise  # parts are the book's: it was asked for
             space = {**space, "corpus.name": ["pydocs"]}
             notes.append(f"pydocs (Python's manual) stands in for the default corpus: {error}")
     trials, corpora = {}, {}

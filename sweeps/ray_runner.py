@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
 from ray import tune
+from ray._private.services import find_bootstrap_address
 
 from gptcore.config import InputError
 from sweeps.progress import SweepProgress
@@ -39,21 +41,26 @@ for chatty in (
 
 
 def start_ray(devices: set[str], console: Console) -> None:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start Ray here.
+    """Join the cluster that RAY_ADDRESS names or `ray start` made here, else start Ray here.
 
     Raises InputError for a cluster that does not answer, or where a trial's `devices` want a GPU
     and there is none.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    try:
+    # As ray.init() itself finds it. address="auto" would join another sweep's own Ray as well, and
+    # end with it.
+    address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
+    if address:
         code = {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]}
-        ray.init(address="auto", runtime_env=code, **quiet)
-        where = "the cluster"
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise InputError(
-                f"the Ray cluster at RAY_ADDRESS {address} does not answer: {error}"
-            ) from error
+        try:
+            # Ray itself would go on trying for minutes.
+            host, port = address.rpartition("//")[2].rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(address=address, runtime_env=code, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise InputError(f"the Ray cluster at {address} does not answer: {why}") from error
+    else:
         # Workers on this machine import from the checkout itself.
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -64,7 +71,7 @@ def start_ray(devices: set[str], console: Console) -> None:
             object_store_memory=100 * 2**20,  # nothing large goes through it
             **quiet,
         )
-        where = "this machine"
+    where = f"the cluster at {address}" if address else "this machine"
     cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
     if "cuda" in devices and not gpus:
         raise InputError("train.device is cuda, but Ray has no GPU")
