@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import polars as pl
 
 # Okabe & Ito's colours, told apart with any kind of colour vision; black last.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-
-GROUP_ORDER = ["common_100", "rare_100", "never_100", "singletons", "never_used"]
 
 
 def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
@@ -28,7 +26,9 @@ def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
     )
 
 
-def _band_and_line(frame: pl.DataFrame, x: str, y_title: str, y_scale: str = "linear") -> Any:
+def _band_and_line(
+    frame: pl.DataFrame, x: str, y_title: str, y_scale: Literal["linear", "log"] = "linear"
+) -> Any:
     """A layer chart of what over_runs gives, against column `x`."""
     scheme = alt.Color(
         "scheme:N",
@@ -79,9 +79,10 @@ def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
 
 def fig_group_log_prob(token_groups: pl.DataFrame) -> alt.FacetChart:
     """Mean log-prob of each token group over steps. `token_groups`: of one mask, with scheme."""
+    groups = token_groups["group"].unique(maintain_order=True).to_list()
     frame = over_runs(token_groups, ["scheme", "group", "step"], "mean_logprob")
     return (
         _band_and_line(frame, "step", "mean log-prob (nats)")
-        .facet(facet=alt.Facet("group:N", title="token group", sort=GROUP_ORDER), columns=3)
+        .facet(facet=alt.Facet("group:N", title="token group", sort=groups), columns=3)
         .properties(description="Mean log-probability of each token group over steps")
     )

@@ -21,7 +21,7 @@ def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
     change = logit_change - log_z_change (nats). Null where too few tokens were left in.
     """
     columns = ("mean_logprob", "mean_logit", "log_z")
-    ordered = token_groups.filter(pl.col("mask") == MASK).sort("step")
+    ordered = token_groups.filter(pl.col("mask") == MASK).sort("step", maintain_order=True)
     ends = ordered.group_by("trial_key", "group", maintain_order=True).agg(
         *(pl.col(name).first().alias(f"{name}_start") for name in columns),
         *(pl.col(name).last().alias(f"{name}_end") for name in columns),

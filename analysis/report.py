@@ -73,8 +73,13 @@ def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
         "group_changes": changes,
         "group_orders": orders_hold(changes),
     }
+    return {name: with_scheme(frame, sweep) for name, frame in frames.items()}
+
+
+def with_scheme(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
+    """The frame, in its order, with a column scheme."""
     schemes = sweep.trials.select("trial_key", scheme="init.scheme")
-    return {name: frame.join(schemes, on="trial_key") for name, frame in frames.items()}
+    return frame.join(schemes, on="trial_key", maintain_order="left")
 
 
 def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, A
                 column: mean_interval(changes.filter(pl.col("group") == group)[column].to_list())
                 for column in ("start", "end", "change", "logit_change", "log_z_change")
             }
-            for group in figures.GROUP_ORDER
+            for group in by_run["group_changes"]["group"].unique(maintain_order=True)
         },
         **{name: share_interval(orders[name].drop_nulls().to_list()) for name in ORDERS},
     }
@@ -127,11 +132,10 @@ def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, A
 def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str, Any]) -> str:
     """The page: one HTML file with everything in it."""
     primary = sweep.tables["token_groups"].filter(pl.col("mask") == MASK)
-    schemes = sweep.trials.select("trial_key", scheme="init.scheme")
     charts = {
         "qkv_std": figures.fig_qkv_std(by_run["layer_growth"]),
         "growth_by_layer": figures.fig_growth_by_layer(by_run["layer_growth"]),
-        "group_log_prob": figures.fig_group_log_prob(primary.join(schemes, on="trial_key")),
+        "group_log_prob": figures.fig_group_log_prob(with_scheme(primary, sweep)),
     }
     varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
     losses = (
@@ -156,7 +160,7 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
         varied=varied,
         fixed=fixed,
         trials=trials.to_dicts(),
-        groups=figures.GROUP_ORDER,
+        groups=by_run["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -121,6 +121,7 @@ class TrialResult:
     steps: int  # updates made
     loss: float | None  # of the last recorded step; null where there is none
     reason: str  # why it diverged; empty otherwise
+    device: str  # cpu, or the name of the GPU
     seconds: float  # wall time of the training loop
     tokens_per_second: float
 

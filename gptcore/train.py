@@ -89,6 +89,7 @@ def train(
         steps=step,
         loss=last_loss,
         reason=reason,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         seconds=seconds,
         tokens_per_second=step * config.train.batch_size * config.model.context / seconds,
     )

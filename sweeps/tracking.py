@@ -99,27 +99,19 @@ class MlflowRecorder:
         tags: Mapping[str, str],
     ) -> None:
         self.client = MlflowClient(uri)
-        name = f"{params['init.scheme']} {params['corpus.subset']} seed {params['init.seed']} {key}"
-        run = find_run(
-            self.client, experiment_id, "trial", trial_key=key
-        ) or self.client.create_run(
-            experiment_id, run_name=name, tags={"kind": "trial", "trial_key": key}
-        )
+        run = find_run(self.client, experiment_id, "trial", trial_key=key)
+        if run is None:
+            name = f"{params['init.scheme']} {params['corpus.subset']} seed {params['init.seed']}"
+            tags_of_key = {"kind": "trial", "trial_key": key}
+            run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=tags_of_key)
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
             self.run_id,
             # MLflow refuses another value for a param; what is not in the key may have one.
             params=[Param(name, str(params[name])) for name in params.keys() - run.data.params],
-            tags=[
-                RunTag(name, value)
-                for name, value in {
-                    **tags,
-                    "host": platform.node(),
-                    "trial_status": "running",
-                }.items()
-            ],
         )
+        self._set_tags(**tags, host=platform.node(), trial_status="running")
         self.tables: dict[str, list[Row]] = {table: [] for table in TABLES}
         self.metrics: list[Metric] = []
 
@@ -140,6 +132,7 @@ class MlflowRecorder:
             trial_status=result.status,
             reason=result.reason,
             steps=str(result.steps),
+            device=result.device,
             seconds=f"{result.seconds:.1f}",
             tokens_per_second=f"{result.tokens_per_second:.0f}",
         )

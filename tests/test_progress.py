@@ -1,0 +1,67 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from sweeps import progress
+from sweeps.progress import SweepProgress
+
+
+def trial(key, **last_result):
+    return SimpleNamespace(
+        config={"batch": [{"key": key}]},
+        last_result=last_result,
+        get_error=lambda: RuntimeError("first line\nthe disk is full\n"),
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+@pytest.fixture
+def shown(clock):
+    console = Console(file=io.StringIO(), width=200)
+    return SweepProgress(console, {"a": 100, "b": 100, "c": 100})
+
+
+def result(shown, key, step, **more):
+    shown.on_trial_result(0, [], trial(key), {"step": step, **more})
+
+
+def test_it_counts_and_foretells_at_the_pace_so_far(shown, clock):
+    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, starting"
+    for key in ("a", "b"):
+        shown.on_trial_start(0, [], trial(key))
+        result(shown, key, 0)
+    clock.seconds += 10
+    for key in ("a", "b"):
+        result(shown, key, 50)
+    # 100 of 300 steps in 10 s
+    assert shown.line() == "0 of 3 finished, 2 running, 0 failed, 0:20 left"
+    result(shown, "a", 100)
+    shown.on_trial_complete(0, [], trial("a", status="finished"))
+    assert shown.line() == "1 of 3 finished, 1 running, 0 failed, 0:10 left"
+
+
+def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
+    result(shown, "a", 0)
+    clock.seconds += 10
+    result(shown, "a", 20, status="diverged")
+    result(shown, "b", 100)
+    assert shown.line().endswith("0:05 left")
+
+
+def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock):
+    result(shown, "a", 0)
+    clock.seconds += 10
+    result(shown, "a", 100)
+    shown.on_trial_start(0, [], trial("b"))
+    shown.on_trial_error(0, [], trial("b"))
+    assert shown.failed == {"b": "the disk is full"}
+    assert "trial b failed: the disk is full" in shown.console.file.getvalue()
+    assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
