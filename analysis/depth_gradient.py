@@ -25,14 +25,18 @@ def layer_growth(weights: pl.LazyFrame) -> pl.DataFrame:
     )
 
 
+def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of each run's last step."""
+    return frame.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
+
+
 def depth_gradient(weights: pl.LazyFrame) -> pl.DataFrame:
     """Per run, at its last step: trial_key, step, tau, widest_layer, median_growth.
 
     tau is null where it is undefined: fewer than two layers, or all growth alike.
     """
-    last = layer_growth(weights).filter(pl.col("step") == pl.col("step").max().over("trial_key"))
     rows = []
-    for (key,), run in last.group_by("trial_key", maintain_order=True):
+    for (key,), run in last_steps(layer_growth(weights)).group_by("trial_key", maintain_order=True):
         # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
         tau = math.nan if run.height < 2 else stats.kendalltau(run["layer"], run["growth"])[0]
         rows.append(

@@ -1,18 +1,29 @@
-"""Figures of a report: fig_*(frame) -> Altair chart. One line a scheme, a band over its runs."""
+"""Figures of a report: fig_*(frame) -> Altair chart.
+
+One line a scheme and subset, a band over its seeds.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 import polars as pl
 
+from analysis.depth_gradient import last_steps
+
 # Okabe & Ito's colours, told apart with any kind of colour vision; black last.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
+FROM_THE_DATA = alt.Scale(zero=False, nice=False)
+LOG = alt.Scale(type="log", nice=False)
 
-def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
-    """Mean, smallest and largest `value` over the runs of each combination of `by`."""
+
+def over_runs(frame: pl.DataFrame, *axes_and_value: str) -> pl.DataFrame:
+    """Mean, smallest and largest of the last column named, over the runs of each scheme and subset
+    at each combination of the other columns named."""
+    *axes, value = axes_and_value
+    by = ["scheme", "subset", *axes]
     return (
         frame.drop_nulls(value)
         .group_by(by)
@@ -27,7 +38,7 @@ def over_runs(frame: pl.DataFrame, by: list[str], value: str) -> pl.DataFrame:
 
 
 def _band_and_line(
-    frame: pl.DataFrame, x: str, y_title: str, y_scale: Literal["linear", "log"] = "linear"
+    frame: pl.DataFrame, x: str, y_title: str, y_scale: alt.Scale = FROM_THE_DATA
 ) -> Any:
     """A layer chart of what over_runs gives, against column `x`."""
     scheme = alt.Color(
@@ -36,9 +47,10 @@ def _band_and_line(
         scale=alt.Scale(range=COLOURS),
         legend=alt.Legend(symbolOpacity=1),
     )
-    dash = alt.StrokeDash("scheme:N", legend=None)
+    dash = alt.StrokeDash("subset:N", title="corpus.subset")
     tooltip: list[Any] = [
         "scheme:N",
+        "subset:N",
         f"{x}:Q",
         alt.Tooltip("mean:Q", format=".4f"),
         alt.Tooltip("low:Q", format=".4f"),
@@ -48,8 +60,9 @@ def _band_and_line(
     axis = alt.Axis(tickMinStep=1, format="d")
     base = alt.Chart(frame).encode(x=alt.X(f"{x}:Q", title=x, axis=axis))
     band = base.mark_area(opacity=0.2).encode(
-        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(zero=False, nice=False, type=y_scale)),
+        y=alt.Y("low:Q", title=y_title, scale=y_scale),
         y2="high:Q",
+        detail="subset:N",
         color=scheme,
     )
     line = base.mark_line(point=alt.OverlayMarkDef(size=18)).encode(
@@ -60,9 +73,9 @@ def _band_and_line(
 
 def fig_qkv_std(growth: pl.DataFrame) -> alt.FacetChart:
     """Std of the merged QKV weight over steps, a panel a layer. `growth` has column scheme."""
-    frame = over_runs(growth, ["scheme", "layer", "step"], "std")
+    frame = over_runs(growth, "layer", "step", "std")
     return (
-        _band_and_line(frame, "step", "std of QKV (log scale)", "log")
+        _band_and_line(frame, "step", "std of QKV (log scale)", LOG)
         .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
         .properties(description="Standard deviation of each layer's QKV weights over steps")
     )
@@ -70,8 +83,7 @@ def fig_qkv_std(growth: pl.DataFrame) -> alt.FacetChart:
 
 def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
     """Growth of QKV std at the last step against depth."""
-    last = growth.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
-    frame = over_runs(last, ["scheme", "layer"], "growth")
+    frame = over_runs(last_steps(growth), "layer", "growth")
     return _band_and_line(frame, "layer", "d(log std) of QKV").properties(
         width=460, height=260, description="Growth of QKV weight spread against depth, by scheme"
     )
@@ -80,7 +92,7 @@ def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
 def fig_group_log_prob(token_groups: pl.DataFrame) -> alt.FacetChart:
     """Mean log-prob of each token group over steps. `token_groups`: of one mask, with scheme."""
     groups = token_groups["group"].unique(maintain_order=True).to_list()
-    frame = over_runs(token_groups, ["scheme", "group", "step"], "mean_logprob")
+    frame = over_runs(token_groups, "group", "step", "mean_logprob")
     return (
         _band_and_line(frame, "step", "mean log-prob (nats)")
         .facet(facet=alt.Facet("group:N", title="token group", sort=groups), columns=3)

@@ -27,7 +27,7 @@ import polars as pl
 import vl_convert
 
 from analysis import figures
-from analysis.depth_gradient import depth_gradient, layer_growth
+from analysis.depth_gradient import depth_gradient, last_steps, layer_growth
 from analysis.rare_tokens import MASK, ORDERS, group_changes, orders_hold
 from analysis.runs import RunTables, read_sweep, tracking_uri
 from analysis.stats import mean_interval, median_interval, share_interval
@@ -64,7 +64,7 @@ def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -
 
 
 def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
-    """The per-run statistics of both findings, one frame a statistic, each with column scheme."""
+    """The per-run statistics of both findings, one frame a statistic, as with_trial."""
     weights, token_groups = sweep.tables["weights"].lazy(), sweep.tables["token_groups"].lazy()
     changes = group_changes(token_groups)
     frames = {
@@ -73,20 +73,22 @@ def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
         "group_changes": changes,
         "group_orders": orders_hold(changes),
     }
-    return {name: with_scheme(frame, sweep) for name, frame in frames.items()}
+    return {name: with_trial(frame, sweep) for name, frame in frames.items()}
 
 
-def with_scheme(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
-    """The frame, in its order, with a column scheme."""
-    schemes = sweep.trials.select("trial_key", scheme="init.scheme")
-    return frame.join(schemes, on="trial_key", maintain_order="left")
+def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
+    """The frame, in its order, with columns scheme, subset and seed of each row's trial."""
+    trials = sweep.trials.select(
+        "trial_key", scheme="init.scheme", subset="corpus.subset", seed="init.seed"
+    )
+    return frame.join(trials, on="trial_key", maintain_order="left")
 
 
 def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """What the runs say, by scheme, as findings.json holds it."""
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed")}
-    schemes = by_run["depth_gradient"]["scheme"].unique(maintain_order=True).to_list()
+    schemes = sweep.trials["init.scheme"].unique(maintain_order=True)
     return {
         "sweep": sweep.sweep,
         "notes": sweep.plan["notes"],
@@ -98,35 +100,44 @@ def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
 
 def _depth_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
     runs = by_run["depth_gradient"].filter(pl.col("scheme") == scheme)
-    growth = by_run["layer_growth"].filter(
-        pl.col("scheme") == scheme, pl.col("step") == pl.col("step").max().over("trial_key")
-    )
+    growth = last_steps(by_run["layer_growth"].filter(pl.col("scheme") == scheme))
     by_layer = growth.group_by("layer").agg(pl.col("growth").median()).sort("layer")
     widest = Counter(runs["widest_layer"])
     return {
-        "tau": median_interval(runs["tau"].drop_nulls().to_list()),
+        "runs": runs.height,
+        "tau": median_interval(of_seeds(runs, "tau")),
         "tau_of_runs": dict(zip(runs["trial_key"], runs["tau"], strict=True)),
-        "first_layer_widest": share_interval((runs["widest_layer"] == 0).to_list()),
+        "first_layer_widest": share_interval(
+            of_seeds(runs.with_columns(first=pl.col("widest_layer") == 0), "first")
+        ),
         "widest_layer_of_runs": {str(layer): widest[layer] for layer in sorted(widest)},
         "median_growth_by_layer": by_layer["growth"].to_list(),
-        "median_growth": median_interval(runs["median_growth"].to_list()),
+        "median_growth": median_interval(of_seeds(runs, "median_growth")),
     }
 
 
 def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
-    changes = by_run["group_changes"].filter(pl.col("scheme") == scheme).drop_nulls("change")
+    changes = by_run["group_changes"].filter(pl.col("scheme") == scheme)
     orders = by_run["group_orders"].filter(pl.col("scheme") == scheme)
     return {
+        "runs": orders.height,
         "mask": MASK,
         "groups": {
             group: {
-                column: mean_interval(changes.filter(pl.col("group") == group)[column].to_list())
+                column: mean_interval(of_seeds(changes.filter(pl.col("group") == group), column))
                 for column in ("start", "end", "change", "logit_change", "log_z_change")
             }
             for group in by_run["group_changes"]["group"].unique(maintain_order=True)
         },
-        **{name: share_interval(orders[name].drop_nulls().to_list()) for name in ORDERS},
+        **{name: share_interval(of_seeds(orders, name)) for name in ORDERS},
     }
+
+
+def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
+    """Per init.seed the mean of a column over its runs: runs of one seed are not independent."""
+    known = runs.drop_nulls(column).sort("seed")
+    means = known.group_by("seed", maintain_order=True).agg(pl.col(column).cast(float).mean())
+    return means[column].to_list()
 
 
 def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str, Any]) -> str:
@@ -135,16 +146,20 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
     charts = {
         "qkv_std": figures.fig_qkv_std(by_run["layer_growth"]),
         "growth_by_layer": figures.fig_growth_by_layer(by_run["layer_growth"]),
-        "group_log_prob": figures.fig_group_log_prob(with_scheme(primary, sweep)),
+        "group_log_prob": figures.fig_group_log_prob(with_trial(primary, sweep)),
     }
-    varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
+    # A plan made before a knob was added does not have it.
+    knobs = [knob for knob in KNOBS if knob in sweep.trials.columns]
+    varied = [knob for knob in knobs if sweep.trials[knob].n_unique() > 1]
     losses = (
         sweep.tables["training"].group_by("trial_key").agg(pl.col("loss").sort_by("step").last())
     )
     trials = sweep.trials.join(losses, on="trial_key", how="left").join(
-        by_run["depth_gradient"].drop("scheme", "step"), on="trial_key", how="left"
+        by_run["depth_gradient"].select("trial_key", "tau", "widest_layer"),
+        on="trial_key",
+        how="left",
     )
-    fixed = {knob: sweep.trials[knob][0] for knob in KNOBS if knob not in varied}
+    fixed = {knob: sweep.trials[knob][0] for knob in knobs if knob not in varied}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -167,12 +182,12 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:
-    """`-3.12 [-3.40, -2.84]`, or the value alone where the runs are too few for an interval."""
+    """`-3.12 [-3.40, -2.84]`, or the value alone where the seeds are too few for an interval."""
     if estimate["value"] is None:
         return "–"
     if estimate["low"] is None:
-        return f"{estimate['value']:.2f} [too few runs]"
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+        return f"{estimate['value']:.3g} [too few seeds]"
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,13 +7,12 @@ one key a finished one counts, else the newest.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
+import re
 import tempfile
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,16 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import polars as pl
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
-from gptcore.records import SCHEMA_VERSION
+from gptcore.records import SCHEMA_VERSION, TABLES
 
 SERVER_SECONDS = 5.0
-TABLES_READ = ("init", "training", "weights", "histograms", "token_groups")
 
 for chatty in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -44,7 +44,7 @@ class RunTables:
     sweep: str
     plan: Mapping[str, Any]
     trials: pl.DataFrame
-    """One row a trial of the plan: trial_key, status, reason, loss, steps, then every knob."""
+    """One row a trial of the plan: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
     """The rows of finished trials by table, as gptcore.records says, behind a column trial_key."""
 
@@ -56,7 +56,8 @@ def tracking_uri(runs_dir: Path) -> str:
 
 def has_started(uri: str) -> bool:
     """Whether the store exists; a server always counts as one."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+    # os.path.exists is False, and not an error, for a name that no file can have.
+    return not uri.startswith("sqlite:///") or os.path.exists(uri.removeprefix("sqlite:///"))  # noqa: PTH110
 
 
 def connect(uri: str) -> MlflowClient:
@@ -69,15 +70,20 @@ def connect(uri: str) -> MlflowClient:
             _make_store(Path(uri.removeprefix("sqlite:///")))
         if uri.startswith(("http://", "https://")):
             # MLflow's client would go on trying for minutes.
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).close()
+            requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).raise_for_status()
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except (OSError, MlflowException) as error:
-        password = urllib.parse.urlsplit(uri).password
-        shown = uri.replace(f":{password}@", ":***@") if password else uri
-        why = str(error).splitlines()[0]
-        raise InputError(f"the tracking server {shown} does not answer: {why}") from error
+    except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the tracking store {shown(uri)} does not answer: {shown(why)}"
+        ) from error
     return client
+
+
+def shown(text: str) -> str:
+    """A text with the password of every address in it masked."""
+    return re.sub(r"(//[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 def _make_store(file: Path) -> None:
@@ -88,15 +94,19 @@ def _make_store(file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         new = Path(folder, file.name)
         MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):
+        try:
             file.hardlink_to(new)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # a file system without hard links
+            new.replace(file)
 
 
 def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> list[Run]:
     """All runs of a kind (trial, sweep) in the experiments, newest first."""
     runs: list[Run] = []
     page = None
-    while experiment_ids:
+    while True:
         found = client.search_runs(
             experiment_ids,
             f"tags.kind = '{kind}'",
@@ -107,14 +117,13 @@ def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> l
         )
         runs += found
         if not (page := found.token):
-            break
-    return runs
+            return runs
 
 
 def trial_runs(client: MlflowClient, sweep: str) -> dict[str, Run]:
     """The run that counts for every trial key of a sweep's experiment; none where there is none."""
     experiment = client.get_experiment_by_name(sweep)
-    runs = search_runs(client, [experiment.experiment_id] if experiment else [], "trial")
+    runs = search_runs(client, [experiment.experiment_id], "trial") if experiment else []
     runs.sort(key=lambda run: run.info.status != "FINISHED")
     by_key: dict[str, Run] = {}
     for run in runs:
@@ -123,7 +132,7 @@ def trial_runs(client: MlflowClient, sweep: str) -> dict[str, Run]:
 
 
 def trial_status(run: Run | None) -> str:
-    """finished, diverged, failed, running, or missing where there is no run."""
+    """finished, diverged, failed, stopped, running, or missing where there is no run."""
     return "missing" if run is None else run.data.tags["trial_status"]
 
 
@@ -137,16 +146,21 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
     sweeps.sort(key=lambda run: float(run.data.tags["launched"]))
     chosen = [run for run in sweeps if name in (None, run.data.tags["sweep"])]
     if not sweeps:
-        raise InputError(f"there is no sweep yet in {uri}")
+        raise InputError(f"there is no sweep yet in {shown(uri)}")
     if not chosen:
         known = ", ".join(run.data.tags["sweep"] for run in sweeps)
         raise InputError(f"there is no sweep {name}: the sweeps of this store are {known}")
     sweep = chosen[-1]
     runs = trial_runs(client, sweep.data.tags["sweep"])
     with tempfile.TemporaryDirectory() as folder:
-        plan = json.loads(
-            Path(client.download_artifacts(sweep.info.run_id, "plan.json", folder)).read_text()
-        )
+        try:
+            file = client.download_artifacts(sweep.info.run_id, "plan.json", folder)
+        except (OSError, MlflowException) as error:
+            raise InputError(
+                f"the plan of sweep {sweep.data.tags['sweep']} is not at "
+                f"{sweep.info.artifact_uri}: was the runs folder moved?"
+            ) from error
+        plan = json.loads(Path(file).read_text())
         trials = pl.DataFrame(
             [
                 {
@@ -166,7 +180,7 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
         folders = {
             key: artifact_folder(client, runs[key], Path(folder)) for key in finished["trial_key"]
         }
-        tables = {table: read_table(table, folders) for table in TABLES_READ}
+        tables = {table: read_table(table, folders) for table in TABLES}
     return RunTables(sweep.data.tags["sweep"], plan, trials, tables)
 
 
@@ -177,7 +191,7 @@ def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:
         return Path(urllib.parse.unquote(parts.path))
     folder = scratch / run.info.run_id
     folder.mkdir()
-    for table in TABLES_READ:
+    for table in TABLES:
         client.download_artifacts(run.info.run_id, f"{table}.parquet", str(folder))
     return folder
 

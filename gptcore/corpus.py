@@ -8,6 +8,7 @@ folder of texts to look in first.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import pydoc_data.topics
 import re
@@ -26,7 +27,11 @@ from gptcore.tokenizer import gpt2_encoding, token_bytes
 
 GULLIVER_URL = "https://www.gutenberg.org/cache/epub/829/pg829.txt"
 GULLIVER_FILES = ("gulliver.txt", "pg829.txt", "829-0.txt")
-DOWNLOAD_TRIES, DOWNLOAD_SECONDS = 3, 5.0
+GET_GULLIVER = (
+    f"put Project Gutenberg's text 829 as {GULLIVER_FILES[0]} into a folder and name that folder "
+    "in GPTCORE_CORPORA"
+)
+DOWNLOAD_TRIES, DOWNLOAD_SECONDS = 2, 5.0
 
 
 class CorpusUnavailable(InputError):
@@ -104,13 +109,9 @@ def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) 
         offsets = [len(text[:char].encode()) for char in sections[config.subset]]
         start, stop = np.searchsorted(ends, offsets, side="right")
         return int(start), int(stop)
-    if match := re.fullmatch(r"([\d.]+)-([\d.]+)", config.subset):
-        try:
-            low, high = (float(fraction) for fraction in match.groups())
-        except ValueError:
-            low, high = 1.0, 0.0
-        if 0 <= low < high <= 1:
-            return round(low * len(tokens)), round(high * len(tokens))
+    if fractions := _fractions(config.subset):
+        low, high = fractions
+        return round(low * len(tokens)), round(high * len(tokens))
     named = "".join(f"{section}, " for section in sections)
     raise InputError(
         f"corpus.subset {config.subset!r} is unknown: corpus {config.name} has all, {named}"
@@ -118,10 +119,32 @@ def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) 
     )
 
 
+def canonical_subset(subset: str) -> str:
+    """The one spelling of a subset, so that 0-.5 and 0.0-0.50 are one trial, and 0-1 is all."""
+    fractions = _fractions(subset)
+    if fractions == (0.0, 1.0):
+        return "all"
+    return f"{fractions[0]:.12g}-{fractions[1]:.12g}" if fractions else subset
+
+
+def _fractions(subset: str) -> tuple[float, float] | None:
+    """(0.0, 0.25) of `0-0.25`; None for what does not name a part of a text by fractions."""
+    number = r"(\d+\.?\d*|\.\d+)"
+    if match := re.fullmatch(f"{number}-{number}", subset):
+        low, high = float(match[1]), float(match[2])
+        if 0 <= low < high <= 1:
+            return low, high
+    return None
+
+
 def _read_file(path: str) -> tuple[str, str]:
     """A UTF-8 text file, line ends made \\n."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    try:
+        file = Path(path).expanduser()
+        found = file.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, not to be searched, no such user
+        found = False
+    if not found:
         raise InputError(
             f"corpus.name {path!r} is neither a corpus ({', '.join(CORPORA)}) nor a text file"
         )
@@ -177,10 +200,9 @@ def _read_gulliver() -> tuple[str, str]:
         if file.is_file():
             text, origin = _read_file(str(file))
             return strip_gutenberg(text), origin
-    raw = _download(GULLIVER_URL)
-    text = strip_gutenberg(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+    text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:
-        raise CorpusUnavailable(f"what {GULLIVER_URL} sends is not Gulliver's Travels")
+        raise CorpusUnavailable(f"{GULLIVER_URL} does not send Gulliver's Travels: {GET_GULLIVER}")
     _write_atomically(cache_dir() / GULLIVER_FILES[0], lambda temporary: _save(temporary, text))
     return text, GULLIVER_URL
 
@@ -189,18 +211,22 @@ def _save(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _download(url: str) -> bytes:
+def _download(url: str) -> str:
+    """A text, in a few tries of a few seconds each. What is no UTF-8 in it is replaced."""
     for attempt in range(DOWNLOAD_TRIES):
         time.sleep(attempt)
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as response:
-                return response.read()
-        except OSError as error:
+                raw = bytearray()
+                deadline = time.monotonic() + DOWNLOAD_SECONDS
+                while piece := response.read1(1 << 16):
+                    raw += piece
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"{len(raw)} bytes in {DOWNLOAD_SECONDS:.0f} s")
+                return raw.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        except (OSError, http.client.HTTPException) as error:
             why = error
-    raise CorpusUnavailable(
-        f"corpus gulliver could not be had ({url}: {why}): put Project Gutenberg's text 829 as "
-        f"{GULLIVER_FILES[0]} into a folder and name that folder in GPTCORE_CORPORA"
-    )
+    raise CorpusUnavailable(f"corpus gulliver could not be had ({url}: {why}): {GET_GULLIVER}")
 
 
 def strip_gutenberg(text: str) -> str:

@@ -30,7 +30,8 @@ def run_trial(config: TrialConfig, recorder: Recorder) -> TrialResult:
     """Run one trial from its config to its last row; the recorder is closed with the result.
 
     A loss that diverges is a result; InputError and faults are raised, the recorder left open.
-    On a CPU the same config gives bitwise the same rows, wherever it runs.
+    On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
+    or under Ray.
     """
     corpus = check_trial(config)
     device = device_of(config)

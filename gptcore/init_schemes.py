@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -139,10 +140,15 @@ def check_init(config: InitConfig) -> None:
         raise InputError(
             f"init.scheme {config.scheme!r} is unknown: take {', '.join(INIT_SCHEMES)}"
         )
-    if config.std != InitConfig().std and "std" not in scheme_parameters(config.scheme):
-        takers = [name for name in INIT_SCHEMES if "std" in scheme_parameters(name)]
+    given = {
+        entry.name
+        for entry in fields(config)
+        if entry.name not in ("scheme", "seed") and getattr(config, entry.name) != entry.default
+    }
+    for name in sorted(given - set(scheme_parameters(config.scheme))):
+        takers = [scheme for scheme in INIT_SCHEMES if name in scheme_parameters(scheme)]
         raise InputError(
-            f"init.scheme {config.scheme} takes no init.std: the schemes that do are "
+            f"init.scheme {config.scheme} takes no init.{name}: the schemes that do are "
             f"{', '.join(takers)}"
         )
 

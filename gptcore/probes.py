@@ -95,12 +95,12 @@ def _statistics(values: Tensor, initial: Tensor) -> Tensor:
     """Mean, std, excess kurtosis, max |.|, RMS displacement: [5]."""
     mean = values.mean()
     # Centred first: a std from the sum of squares loses digits where |mean| >> std.
-    squares = (values - mean).square_()
-    variance = squares.mean()
-    kurtosis = squares.square_().mean() / variance.square() - 3
+    centred = values - mean
+    std = centred.square().mean().sqrt()
+    kurtosis = centred.div_(std).pow_(4).mean() - 3
     max_abs = torch.stack(values.aminmax()).abs().max()
     displacement = (values - initial).square_().mean().sqrt()
-    return torch.stack([mean, variance.sqrt(), kurtosis, max_abs, displacement])
+    return torch.stack([mean, std, kurtosis, max_abs, displacement])
 
 
 def histogram_rows(moment: Moment) -> list[HistogramRow]:

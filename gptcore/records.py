@@ -98,6 +98,7 @@ class GroupMembersRow:
     counts: list[int]
 
 
+# A new row type goes here and into TABLES.
 Row = InitRow | TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMembersRow
 
 TABLES: dict[str, type[Row]] = {

@@ -45,18 +45,18 @@ def token_groups(tokens: NDArray[np.uint16], seed: int) -> TokenGroups:
 
 
 def common_100(counts: Counts, rng: np.random.Generator) -> Ids:
-    """The 100 most frequent tokens, punctuation and line ends included (experiment B)."""
+    """The 100 most frequent tokens (experiment B)."""
     return _first_100(np.flatnonzero(counts), -counts, rng)
 
 
 def rare_100(counts: Counts, rng: np.random.Generator) -> Ids:
-    """100 of the least frequent tokens that do occur, byte and undecodable ids left out (B)."""
-    return _first_100(_word_pieces(np.flatnonzero(counts)), counts, rng)
+    """100 of the least frequent tokens that do occur (experiment B)."""
+    return _first_100(np.flatnonzero(counts), counts, rng)
 
 
 def never_100(counts: Counts, rng: np.random.Generator) -> Ids:
-    """100 tokens that never occur, byte and undecodable ids left out (experiment B)."""
-    return _first_100(_word_pieces(np.flatnonzero(counts == 0)), counts, rng)
+    """100 tokens that never occur (experiment B)."""
+    return _first_100(np.flatnonzero(counts == 0), counts, rng)
 
 
 def singletons(counts: Counts, rng: np.random.Generator) -> Ids:
@@ -70,13 +70,10 @@ def never_used(counts: Counts, rng: np.random.Generator) -> Ids:
 
 
 def _first_100(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
-    """The 100 ids that come first in `order`, ties broken by a draw."""
-    shuffled = rng.permutation(ids)
+    """The 100 ids that come first in `order`, byte and undecodable ids left out, ties drawn."""
+    pieces = np.array([token for token in ids if is_word_piece(token)], dtype=np.int64)
+    shuffled = rng.permutation(pieces)
     return shuffled[np.argsort(order[shuffled], kind="stable")][:100]
-
-
-def _word_pieces(ids: Ids) -> Ids:
-    return np.array([token for token in ids if is_word_piece(token)], dtype=np.int64)
 
 
 TOKEN_GROUPS: dict[str, Callable[[Counts, np.random.Generator], Ids]] = {

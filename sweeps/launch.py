@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gptcore.config import KNOBS, InputError, TrialConfig, parse_value
-from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, load_corpus
+from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
+from gptcore.experiment import device_of
 from gptcore.init_schemes import check_init
 from sweeps.spaces import Preset, Space, trials_of
 
@@ -51,16 +52,28 @@ class Plan:
             "preset": self.preset,
             "command": shlex.join(["python", *sys.argv]),
             "notes": list(self.notes),
+            "tags": self.tags(),
             "trials": {
                 key: {"params": config.to_flat(), "corpus_digest": self.corpora[key].digest}
                 for key, config in self.trials.items()
             },
         }
 
+    def tags(self) -> dict[str, str]:
+        """What the driver knows and every run of the sweep should keep."""
+        packages = ("torch", "ray", "mlflow", "polars", "numpy")
+        versions = [f"python {platform.python_version()}"]
+        versions += [f"{name} {version(name)}" for name in packages]
+        return {
+            "notes": " ".join(self.notes),
+            "git_commit": git_commit(),
+            "versions": ", ".join(versions),
+        }
+
 
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """The command; -> its exit code: 0, 1 where a trial failed, 2 for bad input, 130 for Ctrl-C."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     try:
         args, overrides = command_line(doc, presets, argv)
         preset = presets[args.preset]
@@ -71,8 +84,10 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
             from sweeps.debug import debug_trial
 
             key, config = next(iter(plan.trials.items()))
+            device_of(config)
             check_writable(args.runs_dir)
-            return 0 if debug_trial(config, key, args.runs_dir, console).status == "finished" else 1
+            debug_trial(config, key, args.runs_dir, console)
+            return 0
         return run_sweep(plan, preset, args, console)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,12 +120,11 @@ def command_line(
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), help="where everything goes (./runs)"
     )
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--dry-run", action="store_true", help="list what is done and what is missing"
     )
-    parser.add_argument(
-        "--debug", action="store_true", help="run the first trial here, without Ray"
-    )
+    mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
     parser.add_argument("--no-report", action="store_true", help="end without building the report")
     knobs = parser.add_argument_group("knobs", "one value, or several to sweep over")
     defaults = TrialConfig().to_flat()
@@ -155,6 +169,8 @@ def make_plan(name: str, preset: str, space: Space) -> Plan:
     trials, corpora = {}, {}
     for config in trials_of(space):
         check_init(config.init)
+        subset = canonical_subset(config.corpus.subset)
+        config = replace(config, corpus=replace(config.corpus, subset=subset))
         # The order of batches does not matter to what is loaded.
         corpus = load(replace(config.corpus, data_seed=0), config.model.context)
         if config.corpus.name not in CORPORA:
@@ -200,9 +216,8 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
 
         start_ray({plan.trials[key].train.device for key in missing}, console)
     experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
-    sweep = tracking.SweepRun(client, experiment_id, plan.name)
-    sweep.start(plan.as_dict(), {**plan_tags(plan), "launched": f"{time.time():.3f}"})
-    ended = "FAILED"
+    sweep = tracking.SweepRun(client, experiment_id, plan.as_dict(), launched=time.time())
+    ended, stopped = "FAILED", False
     artifacts: list[Path] = []
     try:
         if missing:
@@ -211,7 +226,7 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             stopped = run_on_ray(jobs, store, preset.trials_per_gpu, runs_dir, console)
             status = plan_status(plan, client)
         console.print(trial_table(plan, status))
-        if missing and stopped:
+        if stopped:
             ended = "KILLED"
             remain = len(unfinished(status))
             console.print(f"stopped with {remain} trials to go: the same command goes on")
@@ -239,7 +254,7 @@ def job_of(plan: Plan, key: str) -> dict[str, Any]:
     return {
         "key": key,
         "params": plan.trials[key].to_flat(),
-        "tags": {**plan_tags(plan), **tags},
+        "tags": {"sweep": plan.name, **plan.tags(), **tags},
     }
 
 
@@ -264,22 +279,6 @@ def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
     for key, flat in flats.items():
         table.add_row(key, *(str(flat[knob]) for knob in varied), status[key])
     return table
-
-
-def plan_tags(plan: Plan) -> dict[str, str]:
-    """What the driver knows and a run should keep."""
-    packages = ("torch", "ray", "mlflow", "polars", "numpy")
-    return {
-        "sweep": plan.name,
-        "notes": " ".join(plan.notes),
-        "git_commit": git_commit(),
-        "versions": ", ".join(
-            [
-                f"python {platform.python_version()}",
-                *(f"{name} {version(name)}" for name in packages),
-            ]
-        ),
-    }
 
 
 @functools.cache

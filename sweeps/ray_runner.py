@@ -29,6 +29,10 @@ from sweeps.trainable import run_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""For workers: Tune runs a trial in a second thread, whose own arena of glibc's malloc gives the
+memory of every step back and maps it anew, at 9,000 page faults and 8% of a step."""
+
 # That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
 # so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress.
 for chatty in (
@@ -50,17 +54,24 @@ def start_ray(devices: set[str], console: Console) -> None:
     # As ray.init() itself finds it. address="auto" would join another sweep's own Ray as well, and
     # end with it.
     address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
-    if address:
-        code = {"py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")]}
+    if address and address != "local":
+        code = {
+            "py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")],
+            "env_vars": ONE_ARENA,
+        }
         try:
             # Ray itself would go on trying for minutes.
-            host, port = address.rpartition("//")[2].rsplit(":", 1)
+            host, _, port = address.rpartition("//")[2].rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address=address, runtime_env=code, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
-            raise InputError(f"the Ray cluster at {address} does not answer: {why}") from error
+            raise InputError(
+                f"the Ray cluster at {address} does not answer ({why}): RAY_ADDRESS takes "
+                "HOST:PORT, or local for a Ray of its own on this machine"
+            ) from error
     else:
+        os.environ.update(ONE_ARENA)
         # Workers on this machine import from the checkout itself.
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -71,6 +82,7 @@ def start_ray(devices: set[str], console: Console) -> None:
             object_store_memory=100 * 2**20,  # nothing large goes through it
             **quiet,
         )
+        address = None
     where = f"the cluster at {address}" if address else "this machine"
     cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
     if "cuda" in devices and not gpus:
@@ -97,7 +109,7 @@ def run_on_ray(
         resources["gpu"] = 1 / trials_per_gpu
     progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
     with progress:
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(run_batch, resources),
             param_space={
                 "store": dict(store),
@@ -114,7 +126,10 @@ def run_on_ray(
                 callbacks=[progress],
                 verbose=0,
             ),
-        ).fit()
-    ray.shutdown()
-    close_runs(store, jobs, progress.failed)
+        )
+        try:
+            tuner.fit()
+        finally:
+            ray.shutdown()
+            close_runs(store, jobs, progress.failed)
     return len(progress.finished) + len(progress.failed) < len(jobs)

@@ -22,8 +22,7 @@ from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 
 from gptcore.config import InputError, Scalar
 from gptcore.records import (
-    TABLE_OF,
-    TABLES,
+    MemoryRecorder,
     Row,
     TokenGroupRow,
     TrainingRow,
@@ -67,19 +66,24 @@ def find_run(client: MlflowClient, experiment_id: str, kind: str, **tags: str) -
 class SweepRun:
     """The sweep's own run: its plan, its report, and whether it is under way."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
+    def __init__(
+        self, client: MlflowClient, experiment_id: str, plan: Mapping[str, Any], launched: float
+    ) -> None:
+        """Record what is about to run. A later plan takes the place of an earlier one.
+
+        `launched` is a time in seconds since the epoch, by which the newest sweep is found.
+        """
+        name = plan["sweep"]
         self.client = client
         run = find_run(client, experiment_id, "sweep") or client.create_run(
-            experiment_id, run_name=f"sweep {name}", tags={"kind": "sweep", "sweep": name}
+            experiment_id, run_name=f"sweep {name}"
         )
         self.run_id = run.info.run_id
-
-    def start(self, plan: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Record what is about to run. A later plan takes the place of an earlier one."""
-        self.client.log_dict(self.run_id, dict(plan), "plan.json")
-        for name, value in tags.items():
-            self.client.set_tag(self.run_id, name, value)
-        self.client.update_run(self.run_id, status="RUNNING")
+        client.log_dict(self.run_id, dict(plan), "plan.json")
+        # A reader sees a sweep by its kind: it has a plan by then.
+        set_tags(client, self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
+        set_tags(client, self.run_id, kind="sweep")
+        client.update_run(self.run_id, status="RUNNING")
 
     def end(self, status: str, artifacts: Sequence[Path] = ()) -> None:
         for file in artifacts:
@@ -87,7 +91,7 @@ class SweepRun:
         self.client.set_terminated(self.run_id, status)
 
 
-class MlflowRecorder:
+class MlflowRecorder(MemoryRecorder):
     """The rows of one trial into its MLflow run."""
 
     def __init__(
@@ -98,12 +102,13 @@ class MlflowRecorder:
         params: Mapping[str, Scalar],
         tags: Mapping[str, str],
     ) -> None:
+        super().__init__()
         self.client = MlflowClient(uri)
         run = find_run(self.client, experiment_id, "trial", trial_key=key)
         if run is None:
             name = f"{params['init.scheme']} {params['corpus.subset']} seed {params['init.seed']}"
-            tags_of_key = {"kind": "trial", "trial_key": key}
-            run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=tags_of_key)
+            first = {"kind": "trial", "trial_key": key, "trial_status": "running"}
+            run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=first)
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
@@ -111,24 +116,33 @@ class MlflowRecorder:
             # MLflow refuses another value for a param; what is not in the key may have one.
             params=[Param(name, str(params[name])) for name in params.keys() - run.data.params],
         )
-        self._set_tags(**tags, host=platform.node(), trial_status="running")
-        self.tables: dict[str, list[Row]] = {table: [] for table in TABLES}
+        set_tags(
+            self.client,
+            self.run_id,
+            **tags,
+            host=platform.node(),
+            trial_status="running",
+            reason="",
+        )
         self.metrics: list[Metric] = []
 
     def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
         for row in rows:
-            self.tables[TABLE_OF[type(row)]].append(row)
             for name, step, value in chart_points(row):
                 self.metrics.append(Metric(name, value, self.start_ms + step, step))
         if len(self.metrics) >= FLUSH_AT:
             self._flush()
 
     def close(self, result: TrialResult) -> None:
+        super().close(result)
         self._flush()
         with tempfile.TemporaryDirectory() as folder:
-            write_tables(self.tables, Path(folder))
+            write_tables(self.rows, Path(folder))
             self.client.log_artifacts(self.run_id, folder)
-        self._set_tags(
+        set_tags(
+            self.client,
+            self.run_id,
             trial_status=result.status,
             reason=result.reason,
             steps=str(result.steps),
@@ -140,18 +154,20 @@ class MlflowRecorder:
 
     def fail(self, reason: str, details: str = "") -> None:
         """Close the run of a trial that broke, with the reason and, as failure.txt, the details."""
-        self._set_tags(trial_status="failed", reason=reason)
+        set_tags(self.client, self.run_id, trial_status="failed", reason=reason)
         if details:
             self.client.log_text(self.run_id, details, "failure.txt")
         self.client.set_terminated(self.run_id, "FAILED")
-
-    def _set_tags(self, **tags: str) -> None:
-        self.client.log_batch(self.run_id, tags=[RunTag(name, tags[name][:5000]) for name in tags])
 
     def _flush(self) -> None:
         for start in range(0, len(self.metrics), FLUSH_AT):
             self.client.log_batch(self.run_id, metrics=self.metrics[start : start + FLUSH_AT])
         self.metrics.clear()
+
+
+def set_tags(client: MlflowClient, run_id: str, **tags: str) -> None:
+    """Set tags in one call, cut to the length that MLflow takes."""
+    client.log_batch(run_id, tags=[RunTag(name, tags[name][:5000]) for name in tags])
 
 
 def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
@@ -186,7 +202,9 @@ def close_runs(
         run = find_run(client, store["experiment_id"], "trial", trial_key=key)
         if run is None and key in failed:
             MlflowRecorder(store["uri"], store["experiment_id"], **job).fail(failed[key])
+        elif run and run.info.status == "RUNNING" and key in failed:
+            set_tags(client, run.info.run_id, trial_status="failed", reason=failed[key])
+            client.set_terminated(run.info.run_id, "FAILED")
         elif run and run.info.status == "RUNNING":
-            client.set_tag(run.info.run_id, "trial_status", "failed")
-            client.set_tag(run.info.run_id, "reason", failed.get(key, "stopped")[:5000])
-            client.set_terminated(run.info.run_id, "FAILED" if key in failed else "KILLED")
+            set_tags(client, run.info.run_id, trial_status="stopped")
+            client.set_terminated(run.info.run_id, "KILLED")

@@ -20,7 +20,8 @@ def run_batch(config: dict[str, Any]) -> None:
     """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id.
-    A trial that breaks leaves its MLflow run FAILED, and the exception to Tune.
+    A trial that breaks leaves its MLflow run FAILED, and the exception to Tune. One that Tune stops
+    (by SystemExit) is left to the driver.
     """
     for trial in config["batch"]:
         recorder = MlflowRecorder(**config["store"], **trial)
@@ -33,7 +34,7 @@ def run_batch(config: dict[str, Any]) -> None:
                     "its corpus or its gptcore is not the driver's"
                 )
             run_trial(config_of_trial, _Reporting(recorder, key))
-        except BaseException as error:
+        except Exception as error:
             recorder.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
 

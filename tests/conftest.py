@@ -36,7 +36,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ.pop("GPTCORE_CORPORA", None)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_ADDRESS"] = "local"  # never a cluster that happens to run here
 
 
 @pytest.fixture
@@ -103,11 +103,11 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recorder = MlflowRecorder(uri, experiment_id, key, config.to_flat(), {"sweep": "small"})
         run_trial(config, recorder)
     plan = {
+        "sweep": "small",
+        "tags": {},
         "notes": ["made by a test <b>&</b>"],
         "command": "python sweeps/init_sweep.py",
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }
-    sweep = SweepRun(client, experiment_id, "small")
-    sweep.start(plan, {"launched": "1"})
-    sweep.end("FINISHED")
+    SweepRun(client, experiment_id, plan, launched=1).end("FINISHED")
     return runs_dir

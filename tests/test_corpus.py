@@ -6,7 +6,13 @@ import pytest
 
 from gptcore import corpus
 from gptcore.config import CorpusConfig, InputError
-from gptcore.corpus import CORPORA, CorpusUnavailable, load_corpus, strip_gutenberg
+from gptcore.corpus import (
+    CORPORA,
+    CorpusUnavailable,
+    canonical_subset,
+    load_corpus,
+    strip_gutenberg,
+)
 from gptcore.tokenizer import gpt2_encoding
 
 
@@ -80,9 +86,10 @@ def test_gutenbergs_own_words_are_stripped(book):
 
 def test_the_real_book_has_its_known_size(real_gulliver):
     whole = load("gulliver")
-    distinct = len(np.unique(whole.tokens))
-    assert 143_000 < len(whole.tokens) < 144_500
-    assert 0.19 < distinct / 50257 < 0.20
+    assert (len(whole.tokens), len(np.unique(whole.tokens))) == (143_691, 9_786)
+    parts = [load("gulliver", f"part-{i}") for i in range(1, 5)]
+    assert [len(part.tokens) for part in parts] == [32_137, 36_136, 32_339, 40_068]
+    assert decode(parts[2]).startswith("PART III. A VOYAGE TO LAPUTA")
 
 
 def test_line_ends_and_a_byte_order_mark_do_not_change_the_digest(tmp_path):
@@ -139,6 +146,19 @@ def test_what_is_no_text_is_refused(tmp_path, content, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user/text", "nul\0byte", "/etc"])
+def test_names_that_can_be_no_file_are_refused(name):
+    with pytest.raises(InputError, match="is neither a corpus"):
+        load(name)
+
+
+def test_a_subset_has_one_spelling():
+    assert {canonical_subset(text) for text in ("0-.5", "0.0-0.50", "0-0.5")} == {"0-0.5"}
+    assert canonical_subset("0-1") == canonical_subset("all") == "all"
+    assert canonical_subset("part-1") == "part-1"
+    assert canonical_subset("0-2") == "0-2"
+
+
 @pytest.mark.parametrize("subset", ["part-1", "0.5-0.5", "0.7-0.2", "0-1.5", "half", "0..1-1", "-"])
 def test_unknown_subsets_are_refused_with_those_there_are(subset):
     with pytest.raises(InputError, match="corpus pydocs has all, and fractions from 0 to 1"):
@@ -172,7 +192,7 @@ def test_the_book_is_downloaded_once(book, serve, empty_cache, monkeypatch):
 
 def test_a_page_that_is_not_the_book_is_not_kept(serve, empty_cache, monkeypatch):
     monkeypatch.setattr(corpus, "GULLIVER_URL", serve(b"<html>please log in</html>"))
-    with pytest.raises(CorpusUnavailable, match="is not Gulliver's Travels"):
+    with pytest.raises(CorpusUnavailable, match="does not send Gulliver's Travels: put Project"):
         load("gulliver")
     assert not empty_cache.exists()
 

@@ -68,7 +68,7 @@ def test_measured_std_is_the_formulas(scheme, capsys):
     lines = [f"\n{scheme:16s}expected  measured  said"]
     for kind, tensors in weights(model).items():
         values = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        # Five standard errors of a normal's std, and 1% for embeddings drawn without a mean of 0.
+        # Five standard errors of a normal's std, and a little for what rounding does.
         tolerance = 5 / sqrt(2 * values.numel()) + 0.001
         (said,) = {row.std for row in rows if row.kind == kind}
         lines.append(

@@ -73,7 +73,7 @@ def test_a_runs_folder_that_cannot_be_written_is_refused(tiny, capsys):
 def test_a_tracking_server_that_does_not_answer_is_refused(tiny, runs_dir, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert run("--runs-dir", str(runs_dir), *flags(tiny)) == 2
-    assert "the tracking server http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert "the tracking store http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 
 def test_a_book_that_was_asked_for_and_cannot_be_had_is_refused(runs_dir, monkeypatch, capsys):

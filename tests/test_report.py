@@ -6,8 +6,8 @@ import subprocess
 import polars as pl
 import pytest
 
-from analysis.report import main
-from analysis.runs import connect, tracking_uri
+from analysis.report import find, main, of_seeds, statistics_of_runs
+from analysis.runs import RunTables, connect, tracking_uri
 from gptcore.records import TABLES
 
 CHROMIUM = (
@@ -28,11 +28,11 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     assert findings["trials"] == {"finished": 4, "diverged": 1, "failed": 0, "unfinished": 1}
     assert set(findings["depth_gradient"]) == set(findings["rare_tokens"]) == {"model5", "gpt2"}
     depth = findings["depth_gradient"]["gpt2"]
-    assert depth["first_layer_widest"]["runs"] == len(depth["tau_of_runs"]) == 2
+    assert depth["runs"] == depth["first_layer_widest"]["seeds"] == len(depth["tau_of_runs"]) == 2
     assert sum(depth["widest_layer_of_runs"].values()) == 2
     assert len(depth["median_growth_by_layer"]) == 2
     change = findings["rare_tokens"]["model5"]["groups"]["never_used"]["change"]
-    assert change["runs"] == 2
+    assert change["seeds"] == 2
     assert change["low"] <= change["value"] <= change["high"]
 
 
@@ -52,7 +52,7 @@ def test_the_findings_are_those_of_the_rows(report):
 
 def test_every_table_of_the_trials_is_written_as_parquet(report):
     names = {file.stem for file in report.glob("*.parquet")}
-    assert names >= (set(TABLES) - {"group_members"}) | {"trials", "depth_gradient", "layer_growth"}
+    assert names >= set(TABLES) | {"trials", "depth_gradient", "layer_growth"}
     assert pl.read_parquet(report / "training.parquet")["trial_key"].n_unique() == 4
 
 
@@ -103,8 +103,13 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
     from sweeps.tracking import SweepRun, open_experiment
 
     client = connect(tracking_uri(tmp_path))
-    sweep = SweepRun(client, open_experiment(client, "empty", tmp_path), "empty")
-    sweep.start({"notes": [], "trials": {"k": {"params": {"init.seed": 0}}}}, {"launched": "1"})
+    plan = {
+        "sweep": "empty",
+        "notes": [],
+        "tags": {},
+        "trials": {"k": {"params": {"init.seed": 0}}},
+    }
+    SweepRun(client, open_experiment(client, "empty", tmp_path), plan, launched=1)
     assert main(["--runs-dir", str(tmp_path)]) == 2
     assert "sweep empty has no finished trials yet" in capsys.readouterr().err
 
@@ -137,3 +142,44 @@ def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
     assert figures == ["qkv_std", "growth_by_layer", "group_log_prob"]
     assert len(re.findall(r"<svg[^>]*class=\"marks\"", done.stdout)) == 3
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_runs_of_one_seed_count_once(finished_sweep):
+    runs = pl.DataFrame({"seed": [0, 0, 1, 2], "x": [1.0, 3.0, 5.0, None]})
+    assert of_seeds(runs, "x") == [2.0, 5.0]
+    assert of_seeds(runs.with_columns(x=pl.col("x") > 2), "x") == [0.5, 1.0]
+
+
+def test_a_scheme_without_finished_trials_is_still_in_the_findings():
+    trials = pl.DataFrame(
+        {
+            "trial_key": ["a", "b"],
+            "status": ["finished", "diverged"],
+            "init.scheme": ["gpt2", "model5"],
+            "corpus.subset": ["all", "all"],
+            "init.seed": [0, 0],
+        }
+    )
+    weights = pl.DataFrame(
+        {
+            "trial_key": ["a"] * 4,
+            "kind": ["qkv"] * 4,
+            "layer": [0, 1, 0, 1],
+            "step": [0, 0, 5, 5],
+            "std": [0.02, 0.02, 0.04, 0.03],
+        }
+    )
+    groups = pl.DataFrame(
+        [
+            {"trial_key": "a", "group": group, "mask": "sequence", "step": step}
+            | {"mean_logprob": -10.0 - step, "mean_logit": 0.0, "log_z": 10.0 + step}
+            for group in ("common_100", "rare_100", "never_100", "singletons", "never_used")
+            for step in (0, 5)
+        ]
+    )
+    sweep = RunTables("s", {"notes": []}, trials, {"weights": weights, "token_groups": groups})
+    findings = find(sweep, statistics_of_runs(sweep))
+    assert findings["depth_gradient"]["model5"]["runs"] == 0
+    assert findings["depth_gradient"]["model5"]["tau"]["value"] is None
+    assert findings["depth_gradient"]["gpt2"]["tau"]["value"] == 1
+    json.dumps(findings, allow_nan=False)

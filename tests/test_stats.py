@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.stats import mean_interval, median_interval, share_interval
 
@@ -30,24 +31,32 @@ def test_the_interval_of_a_median_covers_at_least_as_often_as_it_says(size):
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
 def test_the_interval_of_a_share_covers_it(share):
-    covered = coverage(share_interval, lambda rng, n: rng.random(n) < share, share, 30)
+    covered = coverage(
+        share_interval, lambda rng, n: (rng.random(n) < share).astype(float), share, 30
+    )
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
-def test_no_interval_is_made_up_where_runs_are_too_few():
-    assert mean_interval([1.0]) == {"runs": 1, "value": 1.0, "low": None, "high": None}
+def test_no_interval_is_made_up_where_seeds_are_too_few():
+    assert mean_interval([1.0]) == {"seeds": 1, "value": 1.0, "low": None, "high": None}
     assert median_interval([1.0] * 5)["low"] is None
     assert median_interval([1.0, 2, 3, 4, 5, 9]) == {
-        "runs": 6,
+        "seeds": 6,
         "value": 3.5,
         "low": 1.0,
         "high": 9,
     }
     for estimate in (mean_interval, median_interval, share_interval):
-        assert estimate([]) == {"runs": 0, "value": None, "low": None, "high": None}
+        assert estimate([]) == {"seeds": 0, "value": None, "low": None, "high": None}
 
 
 def test_the_order_of_runs_does_not_matter():
     values = [3.0, 1, 2, 8, 5, 4, 7]
     for estimate in (mean_interval, median_interval):
         assert estimate(values) == estimate(values[::-1])
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    wilson = stats.binomtest(3, 8).proportion_ci(0.95, method="wilson")
+    found = share_interval([1.0] * 3 + [0.0] * 5)
+    assert (found["low"], found["high"]) == pytest.approx((wilson.low, wilson.high))

@@ -1,14 +1,16 @@
 """The writer and the reader of MLflow against a real store."""
 
-import json
+import base64
+import http.server
 import subprocess
 import sys
+import threading
 
 import polars as pl
 import pytest
 from mlflow import MlflowClient
 
-from analysis.runs import connect, read_sweep, trial_runs, trial_status
+from analysis.runs import connect, read_sweep, tracking_uri, trial_runs, trial_status
 from conftest import ROOT
 from gptcore.config import InputError
 from gptcore.experiment import check_trial, run_trial
@@ -29,6 +31,10 @@ def key(tiny):
 
 def job(key, tiny):
     return {"key": key, "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+
+
+def plan_of(trials):
+    return {"sweep": "sweep", "notes": [], "tags": {"notes": ""}, "trials": trials}
 
 
 def recorder(store, key, tiny):
@@ -82,7 +88,7 @@ def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
         store, [job(key, tiny), job("begun not", tiny), job("broken", tiny)], {"broken": "killed"}
     )
     closed = trial_runs(client, "sweep")[key]
-    assert (closed.info.status, trial_status(closed)) == ("KILLED", "failed")
+    assert (closed.info.status, trial_status(closed)) == ("KILLED", "stopped")
     broken = trial_runs(client, "sweep")["broken"]
     assert (broken.info.status, broken.data.tags["reason"]) == ("FAILED", "killed")
     assert "begun not" not in trial_runs(client, "sweep")
@@ -92,10 +98,12 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
     client = MlflowClient(store["uri"])
     run_trial(tiny, recorder(store, key, tiny))
     trials = {key: {"params": tiny.to_flat()}, "other": {"params": tiny.to_flat()}}
-    for wanted in ({}, trials):
-        sweep = SweepRun(client, store["experiment_id"], "sweep")
-        sweep.start({"notes": [], "trials": wanted}, {"launched": "1"})
-    sweep.end("FINISHED")
+    first, second = (
+        SweepRun(client, store["experiment_id"], plan_of(wanted), launched=1)
+        for wanted in ({}, trials)
+    )
+    assert first.run_id == second.run_id
+    second.end("FINISHED")
     tables = read_sweep(store["uri"], "sweep")
     assert dict(tables.trials.select("trial_key", "status").iter_rows()) == {
         key: "finished",
@@ -107,8 +115,8 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
 def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
     run_trial(tiny, recorder(store, key, tiny))
     client = MlflowClient(store["uri"])
-    sweep = SweepRun(client, store["experiment_id"], "sweep")
-    sweep.start({"notes": [], "trials": {key: {"params": tiny.to_flat()}}}, {"launched": "1"})
+    plan = plan_of({key: {"params": tiny.to_flat()}})
+    SweepRun(client, store["experiment_id"], plan, launched=1)
     run = trial_runs(client, "sweep")[key]
     file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
     pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
@@ -116,11 +124,50 @@ def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
         read_sweep(store["uri"], "sweep")
 
 
-def test_a_server_that_does_not_answer_is_named_without_its_password():
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:secret@127.0.0.1:9",
+        "http://me:secret@localhost:port",
+        "postgresql://me:secret@127.0.0.1:9/runs",
+        "gopher://me:secret@127.0.0.1",
+    ],
+)
+def test_a_store_that_does_not_answer_is_named_without_its_password(uri):
     with pytest.raises(InputError) as error:
-        connect("http://me:secret@127.0.0.1:9")
-    assert "http://me:***@127.0.0.1:9 does not answer" in str(error.value)
-    assert "secret" not in json.dumps(str(error.value))
+        connect(uri)
+    assert f"the tracking store {uri.replace('secret', '***')} does not answer" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_wants_a_password_gets_it_and_answers(tmp_path):
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self):
+            self.do_GET()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        connect(f"http://me:secret@127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert asked[0] == "Basic " + base64.b64encode(b"me:secret").decode()
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 99)
+    with pytest.raises(InputError, match=r"mlflow.db does not answer"):
+        connect(tracking_uri(tmp_path))
 
 
 def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
