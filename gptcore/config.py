@@ -205,7 +205,7 @@ def check_value(key: str, value: Any) -> Scalar:
         value = float(value)
     takes = {int: "a whole number", float: "a finite number", str: "a text"}[kind]
     takes = ", ".join(choices) or takes
-    takes += "".join(f" {sign} {limit:g}" for sign, limit in limits.items())
+    takes += " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
     right_type = isinstance(value, kind) and not isinstance(value, bool) and value != ""
     finite = right_type and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARE[sign](value, limits[sign]) for sign in limits)

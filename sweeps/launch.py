@@ -7,6 +7,7 @@ alone, so the same command continues a sweep that was cut off, and a wider one r
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import platform
 import re
@@ -134,19 +135,19 @@ def command_line(
             nargs="+",
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            help=f"{entry.metadata['doc']} (one trial: {defaults[key]})",
+            help=f"{entry.metadata['doc']} ({defaults[key]} unless the preset says otherwise)",
         )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(
-            f"unknown argument {unknown[0]}: see --help for the options; "
-            f"the keys are {', '.join(KNOBS)}"
-        )
+        near = difflib.get_close_matches(unknown[0], [f"--{key}" for key in KNOBS], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"unknown argument {unknown[0]}: {hint}--help names them all")
     if args.preset not in presets:
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.name):
         raise InputError(
-            f"--name takes up to 100 letters, digits, dots, dashes, underscores, not {args.name!r}"
+            "--name takes up to 100 letters, digits, dots, dashes and underscores, "
+            f"the first a letter or digit, not {args.name!r}"
         )
     overrides = {
         key: [parse_value(key, text) for text in vars(args)[key]] for key in KNOBS if key in args

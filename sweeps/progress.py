@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -50,6 +51,8 @@ class SweepProgress(tune.Callback):
             f"{len(self.finished)} of {len(self.steps)} finished, "
             f"{len(self.running)} running, {len(self.failed)} failed"
         )
+        if len(self.finished) + len(self.failed) == len(self.steps):
+            return counts
         if self.first_report is None or not (made := sum(self.done.values())):
             return f"{counts}, starting"
         remain = sum(
@@ -90,8 +93,9 @@ class SweepProgress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self.running.discard(_key(trial))
-        reason = str(trial.get_error()).strip().splitlines()[-1]
-        self.failed[_key(trial)] = reason
+        # Tune's own copy: what get_error() reads has not reached the storage yet.
+        lines = Path(trial.error_file).read_text().strip().splitlines()
+        reason = self.failed[_key(trial)] = lines[-1].strip()
         self._show(f"trial {_key(trial)} failed: {reason}")
 
 

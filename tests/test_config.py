@@ -65,7 +65,7 @@ def test_configs_cannot_be_changed():
         ({"train.steps": 0}, "train.steps takes a whole number >= 1, not 0"),
         ({"optim.lr": 0.0}, "optim.lr takes a finite number > 0"),
         ({"optim.lr": float("nan")}, "optim.lr takes a finite number"),
-        ({"optim.beta2": 1.0}, "optim.beta2 takes a finite number >= 0 < 1"),
+        ({"optim.beta2": 1.0}, "optim.beta2 takes a finite number >= 0 and < 1"),
         ({"init.scheme": 3}, "init.scheme takes a text"),
         ({"init.std": -0.1}, "init.std takes a finite number > 0"),
         ({"train.device": "tpu"}, "train.device takes auto, cpu, cuda, not 'tpu'"),

@@ -30,7 +30,10 @@ BAD = [
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
     (["--corpus.name", "moby"], "corpus.name 'moby' is neither a corpus (gulliver, pydocs) nor"),
     (["--corpus.subset", "part-5"], "corpus.subset 'part-5' is unknown"),
-    (["--init.sceed", "1"], "unknown argument --init.sceed: see --help"),
+    (
+        ["--init.sceed", "1"],
+        "unknown argument --init.sceed: did you mean --init.seed? --help names",
+    ),
     (["extra"], "unknown argument extra"),
     (["--train.steps"], "--train.steps: expected at least one argument"),
     (["--train.steps", "ten"], "train.steps takes a whole number >= 1, not 'ten'"),

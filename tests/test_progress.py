@@ -9,11 +9,7 @@ from sweeps.progress import SweepProgress
 
 
 def trial(key, **last_result):
-    return SimpleNamespace(
-        config={"batch": [{"key": key}]},
-        last_result=last_result,
-        get_error=lambda: RuntimeError("first line\nthe disk is full\n"),
-    )
+    return SimpleNamespace(config={"batch": [{"key": key}]}, last_result=last_result)
 
 
 @pytest.fixture
@@ -56,12 +52,21 @@ def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
     assert shown.line().endswith("0:05 left")
 
 
-def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock):
+def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock, tmp_path):
     result(shown, "a", 0)
     clock.seconds += 10
     result(shown, "a", 100)
     shown.on_trial_start(0, [], trial("b"))
-    shown.on_trial_error(0, [], trial("b"))
-    assert shown.failed == {"b": "the disk is full"}
-    assert "trial b failed: the disk is full" in shown.console.file.getvalue()
+    broken = trial("b")
+    broken.error_file = tmp_path / "error.txt"
+    broken.error_file.write_text("Failure # 1\nTraceback\nOSError: the disk is full\n\n")
+    shown.on_trial_error(0, [], broken)
+    assert shown.failed == {"b": "OSError: the disk is full"}
+    assert "trial b failed: OSError: the disk is full" in shown.console.file.getvalue()
     assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
+
+
+def test_nothing_is_foretold_when_every_trial_has_ended(shown):
+    for key in ("a", "b", "c"):
+        shown.on_trial_complete(0, [], trial(key))
+    assert shown.line() == "3 of 3 finished, 0 running, 0 failed"
