@@ -65,7 +65,7 @@ def _band_and_line(
         detail="subset:N",
         color=scheme,
     )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=18)).encode(
+    line = base.mark_line().encode(
         y=alt.Y("mean:Q"), color=scheme, strokeDash=dash, tooltip=tooltip
     )
     return alt.layer(band, line).properties(width=220, height=160)
