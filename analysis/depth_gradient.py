@@ -30,13 +30,14 @@ def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
 
 
-def depth_gradient(weights: pl.LazyFrame) -> pl.DataFrame:
+def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
     """Per run, at its last step: trial_key, step, tau, widest_layer, median_growth.
 
+    `growth` is what layer_growth gives.
     tau is null where it is undefined: fewer than two layers, or all growth alike.
     """
     rows = []
-    for (key,), run in last_steps(layer_growth(weights)).group_by("trial_key", maintain_order=True):
+    for (key,), run in last_steps(growth).group_by("trial_key", maintain_order=True):
         # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
         tau = math.nan if run.height < 2 else stats.kendalltau(run["layer"], run["growth"])[0]
         rows.append(

@@ -66,10 +66,10 @@ def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -
 def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
     """The per-run statistics of both findings, one frame a statistic, as with_trial."""
     weights, token_groups = sweep.tables["weights"].lazy(), sweep.tables["token_groups"].lazy()
-    changes = group_changes(token_groups)
+    growth, changes = layer_growth(weights), group_changes(token_groups)
     frames = {
-        "layer_growth": layer_growth(weights),
-        "depth_gradient": depth_gradient(weights),
+        "layer_growth": growth,
+        "depth_gradient": depth_gradient(growth),
         "group_changes": changes,
         "group_orders": orders_hold(changes),
     }

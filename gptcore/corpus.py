@@ -66,10 +66,10 @@ class Corpus:
 class Source:
     """How to come by a text, and the named sections one can cut from it."""
 
-    read: Callable[[], tuple[str, str]]  # -> (text, origin)
-    sections: Callable[
-        [str], dict[str, tuple[int, int]]
-    ]  # text -> name -> first and past-last char
+    # -> (text, origin)
+    read: Callable[[], tuple[str, str]]
+    # text -> first and past-last character of each section, by its name
+    sections: Callable[[str], dict[str, tuple[int, int]]]
 
 
 def load_corpus(config: CorpusConfig, context: int) -> Corpus:

@@ -39,7 +39,9 @@ def test_planted_gradients_are_found():
         "rising": [0.3, 0.4, 0.5, 0.6],
         "first_only": [0.9, 0.1, 0.2, 0.3],
     }
-    found = {row["trial_key"]: row for row in depth_gradient(weights(planted)).to_dicts()}
+    found = {
+        row["trial_key"]: row for row in depth_gradient(layer_growth(weights(planted))).to_dicts()
+    }
     assert found["falling"]["tau"] == pytest.approx(1)
     assert found["rising"]["tau"] == pytest.approx(-1)
     assert found["first_only"]["tau"] == pytest.approx(0)
@@ -50,10 +52,12 @@ def test_planted_gradients_are_found():
 def test_layers_that_grow_alike_by_chance_have_no_gradient():
     rng = np.random.default_rng(0)
     runs = {str(i): rng.normal(size=6).tolist() for i in range(400)}
-    taus = depth_gradient(weights(runs))["tau"]
+    taus = depth_gradient(layer_growth(weights(runs)))["tau"]
     assert taus.mean() == pytest.approx(0, abs=4 * taus.std() / 20)
 
 
 def test_an_undefined_gradient_is_null():
-    found = depth_gradient(weights({"one_layer": [0.5], "all_alike": [0.0, 0.0, 0.0]}))
+    found = depth_gradient(
+        layer_growth(weights({"one_layer": [0.5], "all_alike": [0.0, 0.0, 0.0]}))
+    )
     assert found["tau"].to_list() == [None, None]
