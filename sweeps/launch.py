@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -199,23 +200,26 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
     uri = tracking_uri(runs_dir)
     if not args.dry_run:
         check_writable(runs_dir)
-    client = connect(uri) if has_started(uri) or not args.dry_run else None
-    status = plan_status(plan, client)
+    status = plan_status(plan, connect(uri) if has_started(uri) else None)
     missing = unfinished(status)
     console.print(
         f"sweep {plan.name}: {len(status)} trials, "
         f"{len(status) - len(missing)} done, {len(missing)} missing"
     )
-    if args.dry_run or client is None:
+    if args.dry_run:
         console.print(trial_table(plan, status))
         return 0
 
     from sweeps import tracking
 
-    if missing:
-        from sweeps.ray_runner import run_on_ray, start_ray
+    # A new store takes as long to make as Ray to start.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        opening = beside.submit(connect, uri)
+        if missing:
+            from sweeps.ray_runner import run_on_ray, start_ray
 
-        start_ray({plan.trials[key].train.device for key in missing}, console)
+            start_ray({plan.trials[key].train.device for key in missing}, console)
+        client = opening.result()
     experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
     sweep = tracking.SweepRun(client, experiment_id, plan.as_dict(), launched=time.time())
     ended, stopped = "FAILED", False
