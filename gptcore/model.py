@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, D = d_model, H heads, V = vocab_size, N = B * 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -133,6 +134,15 @@ def loss_of(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> HeadOu
     return HeadOutput(loss, log_z_N.view_as(targets_BT))
 
 
+@functools.lru_cache(maxsize=1)
+def _workspace(V: int, T: int, C: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Scratch for one head at a time, [V, C] and [T, C], kept from step to step.
+
+    New memory of this size would be mapped and zeroed by the kernel at every step.
+    """
+    return [torch.empty(rows, C, dtype=dtype, device=device) for rows in (V, T)]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and both gradients in one pass over chunks of tokens and tiles of the vocabulary.
 
@@ -143,8 +153,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     what makes this faster than the same arithmetic over whole rows.
     """
 
-    # Half a MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
-    CHUNK_AND_TILE: ClassVar = {"cpu": (128, 1024), "cuda": (2048, 16384)}
+    # 1 MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
+    CHUNK_AND_TILE: ClassVar = {"cpu": (256, 1024), "cuda": (2048, 16384)}
     # exp(|z|) and its sum over the vocabulary stay far inside float32 below this.
     SAFE_LOGIT = 40.0
 
@@ -154,8 +164,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk, tile = _ChunkedCrossEntropy.CHUNK_AND_TILE[h_ND.device.type]
         log_z_N = h_ND.new_empty(N)
         dh_ND, dw_VD = torch.empty_like(h_ND), torch.zeros_like(w_VD)
-        exp_VC = h_ND.new_empty(V, min(chunk, N))
-        tile_TC = h_ND.new_empty(min(tile, V), min(chunk, N))
+        exp_VC, tile_TC = _workspace(V, min(tile, V), min(chunk, N), h_ND.dtype, h_ND.device)
         # |z| <= |h| |w|: where that is small, no maximum needs to be found and subtracted.
         largest = h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max()
         bounded = largest.item() < _ChunkedCrossEntropy.SAFE_LOGIT

@@ -97,7 +97,7 @@ def _statistics(values: Tensor, initial: Tensor) -> Tensor:
     # Centred first: a std from the sum of squares loses digits where |mean| >> std.
     centred = values - mean
     std = centred.square().mean().sqrt()
-    kurtosis = centred.div_(std).pow_(4).mean() - 3
+    kurtosis = centred.div_(std).square_().square_().mean() - 3
     max_abs = torch.stack(values.aminmax()).abs().max()
     displacement = (values - initial).square_().mean().sqrt()
     return torch.stack([mean, std, kurtosis, max_abs, displacement])

@@ -32,9 +32,14 @@ from sweeps.trainable import run_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-"""For workers: Tune runs a trial in a second thread, whose own arena of glibc's malloc gives the
-memory of every step back and maps it anew, at 9,000 page faults and 8% of a step."""
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
+}
+"""For workers: glibc's malloc is to keep the memory of a step for the next one. By itself it gives
+it back and maps it anew, most of all from the second arena that the thread which Tune runs a trial
+in would get: up to 9,000 page faults and 8% of a step."""
 
 # That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
 # so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress.
@@ -60,7 +65,7 @@ def start_ray(devices: set[str], console: Console) -> None:
     if address and address != "local":
         code = {
             "py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")],
-            "env_vars": ONE_ARENA,
+            "env_vars": MALLOC,
         }
         try:
             # Ray itself would go on trying for minutes.
@@ -74,7 +79,7 @@ def start_ray(devices: set[str], console: Console) -> None:
                 "HOST:PORT, or local for a Ray of its own on this machine"
             ) from error
     else:
-        os.environ.update(ONE_ARENA)
+        os.environ.update(MALLOC)
         # Workers on this machine import from the checkout itself.
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
