@@ -43,7 +43,7 @@ def _band_and_line(
     """A layer chart of what over_runs gives, against column `x`."""
     scheme = alt.Color(
         "scheme:N",
-        title="init.scheme",
+        title="scheme",
         scale=alt.Scale(range=COLOURS),
         legend=alt.Legend(symbolOpacity=1),
     )

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ from analysis.depth_gradient import depth_gradient, last_steps, layer_growth
 from analysis.rare_tokens import MASK, ORDERS, group_changes, orders_hold
 from analysis.runs import RunTables, read_sweep, tracking_uri
 from analysis.stats import mean_interval, median_interval, share_interval
-from gptcore.config import KNOBS, InputError
+from gptcore.config import KNOBS, InputError, spelling
 
 
 def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -> Path:
@@ -41,6 +42,7 @@ def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -
     or the folder cannot be written; what was there before is then left as it was.
     """
     sweep = read_sweep(uri, name)
+    sweep = replace(sweep, trials=with_scheme(sweep.trials))
     folder = out or runs_dir / "reports" / sweep.sweep
     by_run = statistics_of_runs(sweep)
     findings = find(sweep, by_run)
@@ -76,11 +78,26 @@ def statistics_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
     return {name: with_trial(frame, sweep) for name, frame in frames.items()}
 
 
+def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
+    """The trials with a column `scheme`: what intervals and lines are over the seeds of.
+
+    It is init.scheme, and every other knob that the sweep varies beside seeds and subsets, so that
+    no two optimisers, say, are ever averaged: `model5, optim.name sgd`.
+    """
+    apart = ("init.scheme", "init.seed", "corpus.data_seed", "corpus.subset", "corpus.name")
+    varied = [
+        pl.format(f"{knob} {{}}", pl.col(knob))
+        for knob in KNOBS
+        if knob in trials.columns and knob not in apart and trials[knob].n_unique() > 1
+    ]
+    return trials.with_columns(
+        scheme=pl.concat_str("init.scheme", *varied, separator=", ", ignore_nulls=True)
+    )
+
+
 def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
     """The frame, in its order, with columns scheme, subset and seed of each row's trial."""
-    trials = sweep.trials.select(
-        "trial_key", scheme="init.scheme", subset="corpus.subset", seed="init.seed"
-    )
+    trials = sweep.trials.select("trial_key", "scheme", subset="corpus.subset", seed="init.seed")
     return frame.join(trials, on="trial_key", maintain_order="left")
 
 
@@ -88,7 +105,7 @@ def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """What the runs say, by scheme, as findings.json holds it."""
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed")}
-    schemes = sweep.trials["init.scheme"].unique(maintain_order=True)
+    schemes = sweep.trials["scheme"].unique(maintain_order=True)
     return {
         "sweep": sweep.sweep,
         "notes": sweep.plan["notes"],
@@ -165,6 +182,7 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["spelled"] = spelling
     environment.filters["estimate"] = format_estimate
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
     return environment.get_template("report.html.jinja").render(

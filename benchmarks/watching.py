@@ -18,10 +18,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import torch
 
-from gptcore.config import InitConfig, ModelConfig, ProbesConfig
+from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig
 from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
+from gptcore.optimizers import make_optimizer
 from gptcore.probes import PROBES, Moment, model_parts
 from gptcore.token_groups import TokenGroups
 
@@ -48,7 +49,7 @@ def main() -> None:
     model = GPT(shape)
     initialise(model, InitConfig())
     model.to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = make_optimizer(model, OptimConfig())
     initial = {part.name: part.values.detach().clone() for part in model_parts(model)}
     groups = random_groups(np.random.default_rng(0), shape.vocab_size)
     cadence = ProbesConfig()

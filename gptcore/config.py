@@ -8,15 +8,17 @@ Importing this module imports neither torch nor anything else that is heavy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
-Scalar = int | float | str
+Scalar = int | float | str | bool
 
 EXPERIMENT_VERSION = 1
 """Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial."""
@@ -65,13 +67,19 @@ def knob(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the GPT (pre-LN blocks, output head tied to the token embedding, no dropout)."""
+    """Shape of the GPT (no dropout anywhere)."""
 
     n_layer: int = knob(6, "number of blocks", low=1)
     n_head: int = knob(4, "attention heads a block", low=1)
     d_model: int = knob(64, "width of the residual stream", low=1)
     context: int = knob(64, "tokens a sequence", low=2)
     vocab_size: int = knob(50257, "rows of the token embedding", low=50257)
+    tied: bool = knob(True, "whether the output head is the token embedding")
+    norm: str = knob(
+        "pre",
+        "LayerNorm before a branch, after its sum, or after with DeepNet's scaled residual",
+        choices=("pre", "post", "deepnet"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,9 @@ class InitConfig:
 
     scheme: str = knob("model5", "name in INIT_SCHEMES")
     std: float = knob(0.02, "standard deviation, for schemes that take one", above=0.0)
+    cut: float = knob(2.0, "where truncated_normal is cut, in parent standard deviations", above=0)
+    nu: float = knob(5.0, "degrees of freedom of student_t", above=2.0)
+    gain: float = knob(1.0, "factor on the std, for schemes that take one", above=0.0)
     seed: int = knob(0, "seed of the initial weights", low=0)
 
 
@@ -96,14 +107,19 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) at a constant learning rate."""
+    """How the parameters move."""
 
-    lr: float = knob(1e-3, "learning rate", above=0.0)
-    beta1: float = knob(0.9, "decay of the first moment", low=0.0, below=1.0)
-    beta2: float = knob(0.999, "decay of the second moment", low=0.0, below=1.0)
-    eps: float = knob(1e-8, "added to the root of the second moment", above=0.0)
+    name: str = knob("adamw", "name in OPTIMIZERS")
+    lr: float = knob(1e-3, "learning rate, at its highest", above=0.0)
+    schedule: str = knob("constant", "name in SCHEDULES, after the warm-up")
+    warmup: int = knob(0, "steps over which the learning rate rises to lr", low=0)
+    clip: float = knob(0.0, "largest norm of the gradient, 0 for no limit", low=0.0)
+    beta1: float = knob(0.9, "Adam's decay of the first moment", low=0.0, below=1.0)
+    beta2: float = knob(0.999, "Adam's decay of the second moment", low=0.0, below=1.0)
+    eps: float = knob(1e-8, "added to the root of Adam's second moment", above=0.0)
+    momentum: float = knob(0.9, "decay of sgd's velocity", low=0.0, below=1.0)
     # 0, so that a row the corpus never uses moves by its gradient alone.
-    weight_decay: float = knob(0.0, "decoupled weight decay", low=0.0)
+    weight_decay: float = knob(0.0, "weight decay: decoupled in adamw and coupled_adam", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +206,9 @@ KNOBS: dict[str, Field[Any]] = {
 
 
 def knob_type(key: str) -> type:
-    """int, float or str: the type of the values that the knob `key` takes."""
+    """int, float, str or bool: the type of the values that the knob `key` takes."""
     # Annotations are strings here (from __future__ import annotations).
-    return {"int": int, "float": float, "str": str}[str(KNOBS[key].type)]
+    return {"int": int, "float": float, "str": str, "bool": bool}[str(KNOBS[key].type)]
 
 
 def check_value(key: str, value: Any) -> Scalar:
@@ -203,10 +219,12 @@ def check_value(key: str, value: Any) -> Scalar:
     choices = KNOBS[key].metadata["choices"]
     if kind is float and type(value) is int:
         value = float(value)
-    takes = {int: "a whole number", float: "a finite number", str: "a text"}[kind]
+    takes = {
+        int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"
+    }[kind]  # fmt: skip
     takes = ", ".join(choices) or takes
     takes += " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
-    right_type = isinstance(value, kind) and not isinstance(value, bool) and value != ""
+    right_type = type(value) is kind and value != ""
     finite = right_type and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARE[sign](value, limits[sign]) for sign in limits)
     if not in_range or (choices and value not in choices):
@@ -216,9 +234,42 @@ def check_value(key: str, value: Any) -> Scalar:
 
 def parse_value(key: str, text: str) -> Scalar:
     """The value of a knob from its spelling on a command line. Raises as check_value does."""
-    try:
-        return check_value(key, knob_type(key)(text) if key in KNOBS else text)
-    except InputError:
-        raise
-    except ValueError:  # the text is no number: check_value says what the key takes
-        return check_value(key, text)
+    value: Any = text
+    if key in KNOBS:
+        kind = knob_type(key)
+        # Where the text is no number, check_value says what the key takes.
+        with contextlib.suppress(ValueError):
+            value = {"true": True, "false": False}.get(text, text) if kind is bool else kind(text)
+    return check_value(key, value)
+
+
+def spelling(value: Scalar) -> str:
+    """A knob's value as parse_value reads it: `true`, not Python's `True`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parameters_of(entry: Callable[..., Any]) -> list[str]:
+    """The knobs that an entry of a registry takes, its parameters behind the first: ["std"]."""
+    return list(inspect.signature(entry).parameters)[1:]
+
+
+def check_choice(
+    section: str, config: Any, chooser: str, registry: Mapping[str, Callable[..., Any]]
+) -> None:
+    """Raise InputError for a name that the registry lacks, or a knob that its entry does not take.
+
+    `chooser` is the knob of the section that names the entry. Only knobs that some entry takes are
+    looked at, and those at their default count as not given.
+    """
+    chosen = getattr(config, chooser)
+    if chosen not in registry:
+        raise InputError(f"{section}.{chooser} {chosen!r} is unknown: take {', '.join(registry)}")
+    takes = {name: parameters_of(entry) for name, entry in registry.items()}
+    for entry in fields(config):
+        takers = [name for name in registry if entry.name in takes[name]]
+        given = getattr(config, entry.name) != entry.default
+        if takers and chosen not in takers and given:
+            raise InputError(
+                f"{section}.{chooser} {chosen} takes no {section}.{entry.name}: "
+                f"those that do are {', '.join(takers)}"
+            )

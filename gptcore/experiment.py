@@ -11,6 +11,7 @@ from gptcore.config import InputError, TrialConfig
 from gptcore.corpus import Corpus, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT
+from gptcore.optimizers import check_optim
 from gptcore.records import Recorder, TrialResult
 from gptcore.token_groups import token_groups
 from gptcore.train import train
@@ -22,8 +23,14 @@ def check_trial(config: TrialConfig) -> Corpus:
     Beyond what TrialConfig checks by itself: the scheme and its parameters, the text, the subset
     and its length.
     """
-    check_init(config.init)
+    check_knobs(config)
     return load_corpus(config.corpus, config.model.context)
+
+
+def check_knobs(config: TrialConfig) -> None:
+    """The part of check_trial that needs no text."""
+    check_init(config.init)
+    check_optim(config.optim)
 
 
 def run_trial(config: TrialConfig, recorder: Recorder) -> TrialResult:

@@ -1,8 +1,8 @@
 """GPT-2's shape in plain PyTorch, and the one head that turns hidden states into a loss.
 
 Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*: token and position
-embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding. There is
-no dropout.
+embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding; tying and
+the place of LayerNorm can be varied. There is no dropout.
 
 Shapes: B sequences, T positions, D = d_model, H heads, V = vocab_size, N = B * T tokens.
 """
@@ -53,18 +53,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and MLP, each a branch beside the residual stream.
+
+    With `norm` pre, x + f(LN(x)) (Radford et al. 2019); post, LN(x + f(x)) (Vaswani et al. 2017);
+    deepnet, LN(alpha x + f(x)), alpha = (2 n_layer)^(1/4) (Wang et al. 2022, a decoder alone).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.pre = config.norm == "pre"
+        self.alpha = (2 * config.n_layer) ** 0.25 if config.norm == "deepnet" else 1.0
         self.ln_1 = nn.LayerNorm(config.d_model)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
-        return x_BTD + self.mlp(self.ln_2(x_BTD))
+        for norm, branch in ((self.ln_1, self.attn), (self.ln_2, self.mlp)):
+            if self.pre:
+                x_BTD = x_BTD + branch(norm(x_BTD))
+            else:
+                x_BTD = norm(self.alpha * x_BTD + branch(x_BTD))
+        return x_BTD
 
 
 class GPT(nn.Module):
@@ -75,9 +85,15 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.context, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model)
+        # The last block of the other kinds ends with a LayerNorm of its own.
+        self.ln_f = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.head.weight = self.wte.weight
+        if config.tied:
+            self.head.weight = self.wte.weight
+
+    @property
+    def tied(self) -> bool:
+        return self.head.weight is self.wte.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] after the final LayerNorm, for ids [B, T], T <= context."""

@@ -57,13 +57,13 @@ def observe(moment: Moment, config: ProbesConfig, *, last: bool) -> list[Row]:
 def model_parts(model: GPT) -> list[Part]:
     """Every parameter tensor of the model, the merged QKV also as its three parts.
 
-    The head is left out: it is the token embedding.
+    A tied head is left out: it is the token embedding.
     """
     return [
         part
         for name, module in model.named_modules()
         for part in parts_of(name, module)
-        if part.kind != "head"
+        if part.kind != "head" or not model.tied
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raise it when a row type changes. Readers refuse tables of another version by name."""
 
 
@@ -21,7 +21,7 @@ class InitRow:
     """What one parameter tensor was drawn from before training."""
 
     tensor: str  # blocks.0.attn.q
-    kind: str  # q k v proj fc mlp_proj wte wpe, or bias ln_weight ln_bias
+    kind: str  # q k v proj fc mlp_proj wte wpe head, or bias ln_weight ln_bias
     layer: int | None  # null outside the blocks
     draw: str  # name in DRAWS, or constant
     std: float  # of the distribution, not of the draw
@@ -33,10 +33,9 @@ class TrainingRow:
 
     step: int
     loss: float  # mean cross-entropy of the step's batch, nats per token
-    lr: float
-    grad_norm: (
-        float | None
-    )  # L2 norm over all parameters; null at the last step, which has no update
+    # Of the update that follows; null at the last step, which has none.
+    lr: float | None
+    grad_norm: float | None  # L2 norm over all parameters, before clipping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ class WeightRow:
 
     step: int
     tensor: str  # blocks.0.attn.q
-    kind: str  # q k v qkv proj fc mlp_proj wte wpe, or bias ln_weight ln_bias
+    kind: str  # q k v qkv proj fc mlp_proj wte wpe head, or bias ln_weight ln_bias
     layer: int | None  # null outside the blocks
     size: int  # number of elements
     mean: float

@@ -16,6 +16,7 @@ import torch
 from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.model import GPT, loss_of
+from gptcore.optimizers import learning_rate, make_optimizer
 from gptcore.probes import Moment, model_parts, observe
 from gptcore.records import Recorder, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
@@ -30,14 +31,7 @@ def train(
     """Train the model in place, logging rows as they come, until the last step or divergence."""
     device = model.wte.weight.device
     optim, steps = config.optim, config.train.steps
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, optim)
     parameters = list(model.parameters())
     initial = {part.name: part.values.detach().clone() for part in model_parts(model)}
     status: Literal["finished", "diverged"] = "finished"
@@ -72,15 +66,20 @@ def train(
             log_z_BT=log_z_BT,
         )
         rows = observe(moment, config.probes, last=step == steps)
-        grad_norm = None
+        lr = grad_norm = None
         if step < steps:
             loss.backward()
-            grad_norm = torch.nn.utils.get_total_norm(
+            norm = torch.nn.utils.get_total_norm(
                 [parameter.grad for parameter in parameters if parameter.grad is not None]
-            ).item()
+            )
+            if optim.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip, norm)
+            lr, grad_norm = learning_rate(optim, step, steps), norm.item()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        rows.append(TrainingRow(step=step, loss=loss_value, lr=optim.lr, grad_norm=grad_norm))
+        rows.append(TrainingRow(step=step, loss=loss_value, lr=lr, grad_norm=grad_norm))
         recorder.log(rows)
         last_loss = loss_value
     seconds = time.perf_counter() - start

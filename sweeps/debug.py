@@ -92,10 +92,9 @@ class ConsoleRecorder(MemoryRecorder):
                 f"{max(row.max_abs for row in rows):.5f}",
             )
         self.console.print(table)
-        (wte_std,) = drawn_from["wte"]
-        level = -(
-            math.log(self.config.model.vocab_size) + self.config.model.d_model * wte_std**2 / 2
-        )
+        model = self.config.model
+        (std,) = drawn_from["wte" if model.tied else "head"]
+        level = -(math.log(model.vocab_size) + model.d_model * std**2 / 2)
         untrained = ", ".join(
             f"{group} {'too few tokens' if value is None else format(value, '.3f')}"
             for group, value in logprobs.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import itertools
 import platform
 import re
 import shlex
@@ -26,10 +27,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from gptcore.config import KNOBS, InputError, TrialConfig, parse_value
+from gptcore.config import KNOBS, InputError, TrialConfig, parse_value, spelling
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
-from gptcore.experiment import device_of
-from gptcore.init_schemes import check_init
+from gptcore.experiment import check_knobs, device_of
 from sweeps.spaces import Preset, Space, trials_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
     try:
         args, overrides = command_line(doc, presets, argv)
         preset = presets[args.preset]
-        plan = make_plan(args.name or args.preset, args.preset, {**preset.space, **overrides})
+        spaces = [{**space, **overrides} for space in preset.spaces]
+        plan = make_plan(args.name or args.preset, args.preset, spaces)
         for note in plan.notes:
             console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
         if args.debug:
@@ -136,7 +137,8 @@ def command_line(
             nargs="+",
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            help=f"{entry.metadata['doc']} ({defaults[key]} unless the preset says otherwise)",
+            help=f"{entry.metadata['doc']} "
+            f"({spelling(defaults[key])} unless the preset says otherwise)",
         )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -156,21 +158,22 @@ def command_line(
     return args, overrides
 
 
-def make_plan(name: str, preset: str, space: Space) -> Plan:
-    """Check every trial of the space and give it its key. Raises InputError for a bad one."""
+def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
+    """Check every trial of the spaces and give it its key. Raises InputError for a bad one."""
     notes: list[str] = []
     load = functools.cache(load_corpus)
-    if "corpus.name" not in space:
+    if not any("corpus.name" in space for space in spaces):
         try:
             load(TrialConfig().corpus, context=2)
         except CorpusUnavailable as error:
-            if any(str(subset).startswith("part-") for subset in space.get("corpus.subset", ())):
+            subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
+            if any(str(subset).startswith("part-") for subset in subsets):
                 raise  # parts are the book's: it was asked for
-            space = {**space, "corpus.name": ["pydocs"]}
+            spaces = [{**space, "corpus.name": ["pydocs"]} for space in spaces]
             notes.append(f"pydocs (Python's manual) stands in for the default corpus: {error}")
     trials, corpora = {}, {}
-    for config in trials_of(space):
-        check_init(config.init)
+    for config in itertools.chain.from_iterable(map(trials_of, spaces)):
+        check_knobs(config)
         subset = canonical_subset(config.corpus.subset)
         config = replace(config, corpus=replace(config.corpus, subset=subset))
         # The order of batches does not matter to what is loaded.
@@ -282,7 +285,7 @@ def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
     varied = [knob for knob in KNOBS if len({flat[knob] for flat in flats.values()}) > 1]
     table = Table("trial", *varied, "status")
     for key, flat in flats.items():
-        table.add_row(key, *(str(flat[knob]) for knob in varied), status[key])
+        table.add_row(key, *(spelling(flat[knob]) for knob in varied), status[key])
     return table
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptcore.config import Scalar, TrialConfig
+from gptcore.init_schemes import INIT_SCHEMES
 
 # Values of a knob; a sweep is the product over all knobs. The first knob varies slowest.
 Space = Mapping[str, Sequence[Scalar]]
@@ -15,8 +16,8 @@ Space = Mapping[str, Sequence[Scalar]]
 @dataclass(frozen=True)
 class Preset:
     doc: str
-    space: Space
-    trials_per_gpu: int
+    spaces: tuple[Space, ...]  # the trials are those of all of them together
+    trials_per_gpu: int = 4
 
 
 # "Train Model 5 with weight initialisations": the shape of GPT-2's smallest model, context 256.
@@ -39,36 +40,78 @@ def trials_of(space: Space) -> list[TrialConfig]:
     ]
 
 
+SEEDS_4, SEEDS_8 = list(range(4)), list(range(8))
+
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "a small model, 3 schemes x 2 seeds x 2 subsets: minutes on two cores",
-        {
-            "init.seed": [0, 1],
-            "corpus.subset": ["all", "0-0.25"],
-            "init.scheme": ["model5", "gpt2", "xavier_normal"],
-        },
-        trials_per_gpu=4,
+        (
+            {
+                "init.seed": [0, 1],
+                "corpus.subset": ["all", "0-0.25"],
+                "init.scheme": ["model5", "gpt2", "xavier_normal"],
+            },
+        ),
+    ),
+    "init": Preset(
+        "the small model under every scheme, 4 seeds",
+        ({"init.seed": SEEDS_4, "init.scheme": list(INIT_SCHEMES)},),
+    ),
+    "shape": Preset(
+        "six shapes of one variance, 4 seeds: does shape matter, or only scale?",
+        (
+            {
+                "init.seed": SEEDS_4,
+                "init.scheme": [
+                    "normal", "truncated_normal", "uniform", "student_t", "laplace", "rademacher"
+                ],
+            },
+        ),
+    ),
+    "optimizer": Preset(
+        "AdamW, Adam with a large eps, Coupled Adam, SGD, 4 seeds: who moves unused rows?",
+        (
+            {"init.seed": SEEDS_4, "optim.name": ["adamw", "coupled_adam"]},
+            {"init.seed": SEEDS_4, "optim.name": ["adam"], "optim.eps": [1e-8, 1e-3]},
+            {"init.seed": SEEDS_4, "optim.name": ["sgd"], "optim.lr": [1.0]},
+        ),
+    ),
+    "corpus-size": Preset(
+        "an eighth of the book to all of it, 4 seeds: does the sign of rare's change flip?",
+        (
+            {
+                "init.seed": SEEDS_4,
+                "corpus.subset": ["0-0.125", "0-0.25", "0-0.5", "all"],
+            },
+        ),
+    ),
+    "tying": Preset(
+        "head tied and untied, 2 schemes x 4 seeds",
+        (
+            {
+                "init.seed": SEEDS_4,
+                "init.scheme": ["model5", "gpt2"],
+                "model.tied": [True, False],
+            },
+        ),
     ),
     "model5": Preset(
         "the source's model and scheme, 4 seeds: one GPU",
-        {"init.seed": [0, 1, 2, 3], "init.scheme": ["model5"], **MODEL5},
+        ({"init.seed": SEEDS_4, "init.scheme": ["model5"], **MODEL5},),
         trials_per_gpu=1,
     ),
     "full": Preset(
         "the source's model, 6 schemes x 8 seeds x 3 subsets: a cluster",
-        {
-            "init.seed": [0, 1, 2, 3, 4, 5, 6, 7],
-            "corpus.subset": ["all", "0-0.5", "0-0.25"],
-            "init.scheme": [
-                "model5",
-                "gpt2",
-                "normal",
-                "xavier_normal",
-                "kaiming_normal",
-                "orthogonal",
-            ],
-            **MODEL5,
-        },
+        (
+            {
+                "init.seed": SEEDS_8,
+                "corpus.subset": ["all", "0-0.5", "0-0.25"],
+                "init.scheme": [
+                    "model5", "gpt2", "normal", "xavier_normal", "kaiming_normal", "orthogonal"
+                ],
+                **MODEL5,
+            },
+        ),
         trials_per_gpu=1,
     ),
-}
+}  # fmt: skip

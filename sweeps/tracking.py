@@ -20,7 +20,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 
-from gptcore.config import InputError, Scalar
+from gptcore.config import InputError, Scalar, spelling
 from gptcore.records import (
     MemoryRecorder,
     Row,
@@ -114,7 +114,9 @@ class MlflowRecorder(MemoryRecorder):
         self.client.log_batch(
             self.run_id,
             # MLflow refuses another value for a param; what is not in the key may have one.
-            params=[Param(name, str(params[name])) for name in params.keys() - run.data.params],
+            params=[
+                Param(name, spelling(params[name])) for name in params.keys() - run.data.params
+            ],
         )
         set_tags(
             self.client,
@@ -184,7 +186,7 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
         case WeightRow(kind="q" | "k" | "v" | "proj" | "fc" | "mlp_proj"):
             inside = row.tensor.split(".", 2)[2]
             yield f"w_std/layer_{row.layer:02d}.{inside}", row.step, row.std
-        case WeightRow(kind="wte" | "wpe"):
+        case WeightRow(kind="wte" | "wpe" | "head"):
             yield f"w_std/{row.tensor}", row.step, row.std
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.config import TrialConfig
+from gptcore.config import TrialConfig, spelling
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -75,7 +75,8 @@ def real_gulliver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flags(config: TrialConfig) -> list[str]:
     """The command line that asks for this one trial."""
-    return [word for key, value in config.to_flat().items() for word in (f"--{key}", str(value))]
+    flat = config.to_flat()
+    return [word for key, value in flat.items() for word in (f"--{key}", spelling(value))]
 
 
 @pytest.fixture(scope="session")

@@ -6,40 +6,70 @@ import pytest
 import torch
 
 from gptcore.config import InitConfig, InputError, ModelConfig
-from gptcore.init_schemes import INIT_SCHEMES, check_init, initialise
+from gptcore.init_schemes import INIT_SCHEMES, Draw, check_init, initialise
 from gptcore.model import GPT
 
-D, L, V, T = 64, 4, 50257, 64
-SHAPE = ModelConfig(d_model=D, n_layer=L, n_head=4, context=T)
+L, V, T = 4, 50257, 64
+EMBEDDINGS, BRANCH_ENDS = ("wte", "wpe"), ("proj", "mlp_proj")
+EXCESS_KURTOSIS = {"uniform": -1.2, "student_t": 6.0, "laplace": 3.0, "rademacher": -2.0}
 
 
-def same(std, **others):
-    kinds = ("wte", "wpe", "q", "k", "v", "proj", "fc", "mlp_proj")
-    return dict.fromkeys(kinds, std) | others
+def fans(kind, d):
+    """Columns and rows."""
+    return {
+        "wte": (d, V), "wpe": (d, T), "fc": (d, 4 * d), "mlp_proj": (4 * d, d)
+    }.get(kind, (d, d))  # fmt: skip
 
 
+def xavier(kind, d):
+    return sqrt(2 / sum(fans(kind, d)))
+
+
+# (kind, layer, d_model) -> std. The head, a Linear, comes after the embedding it is tied to.
 EXPECTED = {
-    # The head, a Linear, comes after the embedding it is tied to.
-    "model5": same(0.02, wpe=sqrt(2 / (T + D))),
-    "gpt2": same(0.02, proj=0.02 / sqrt(2 * L), mlp_proj=0.02 / sqrt(2 * L)),
-    "normal": same(0.02),
-    "xavier_normal": same(
-        sqrt(2 / (D + D)),
-        wte=sqrt(2 / (V + D)),
-        wpe=sqrt(2 / (T + D)),
-        fc=sqrt(2 / (D + 4 * D)),
-        mlp_proj=sqrt(2 / (D + 4 * D)),
+    "model5": lambda kind, layer, d: sqrt(2 / (T + d)) if kind == "wpe" else 0.02,
+    "normal": lambda kind, layer, d: 0.02,
+    "truncated_normal": lambda kind, layer, d: 0.02,
+    "uniform": lambda kind, layer, d: 0.02,
+    "student_t": lambda kind, layer, d: 0.02,
+    "laplace": lambda kind, layer, d: 0.02,
+    "rademacher": lambda kind, layer, d: 0.02,
+    "torch_default": lambda kind, layer, d: (
+        1.0 if kind == "wpe" else 1 / sqrt(3 * fans(kind, d)[0])
     ),
-    "kaiming_normal": same(sqrt(2 / D), mlp_proj=sqrt(2 / (4 * D))),
-    "orthogonal": same(
-        1 / sqrt(D), wte=1 / sqrt(V), wpe=1 / sqrt(max(T, D)), fc=1 / sqrt(4 * D),
-        mlp_proj=1 / sqrt(4 * D),
+    "xavier_normal": lambda kind, layer, d: xavier(kind, d),
+    "xavier_uniform": lambda kind, layer, d: xavier(kind, d),
+    "kaiming_normal": lambda kind, layer, d: sqrt(2 / fans(kind, d)[0]),
+    "kaiming_uniform": lambda kind, layer, d: sqrt(2 / fans(kind, d)[0]),
+    "lecun_normal": lambda kind, layer, d: sqrt(1 / fans(kind, d)[0]),
+    "lecun_uniform": lambda kind, layer, d: sqrt(1 / fans(kind, d)[0]),
+    "orthogonal": lambda kind, layer, d: 1 / sqrt(max(fans(kind, d))),
+    "gpt2": lambda kind, layer, d: 0.02 / sqrt(2 * L) if kind in BRANCH_ENDS else 0.02,
+    "per_depth": lambda kind, layer, d: (
+        0.02 / sqrt(2 * (layer + 1)) if kind in BRANCH_ENDS else 0.02
     ),
+    "small_init": lambda kind, layer, d: (
+        2 / (L * sqrt(d)) if kind in BRANCH_ENDS else sqrt(2 / (5 * d))
+    ),
+    "t_fixup": lambda kind, layer, d: (
+        (9 * L) ** -0.25 / sqrt(d) if kind in EMBEDDINGS
+        else xavier(kind, d) * (1 if kind in "qk" else 0.67 / L**0.25)
+    ),
+    "deepnet": lambda kind, layer, d: (
+        1 / sqrt(d) if kind in EMBEDDINGS
+        else xavier(kind, d) * (1 if kind in "qk" else 1 / (8 * L) ** 0.25)
+    ),
+    "mup": lambda kind, layer, d: 0.0 if kind == "q" else 1 / sqrt(fans(kind, d)[0]),
+    "zero_residual": lambda kind, layer, d: 0.0 if kind in BRANCH_ENDS else 0.02,
 }  # fmt: skip
 
 
-def built(scheme, seed=0, shape=SHAPE, **parameters):
-    model = GPT(shape)
+def shape(d_model=64, **others):
+    return ModelConfig(**{"d_model": d_model, "n_layer": L, "n_head": 4, "context": T} | others)
+
+
+def built(scheme, seed=0, model_config=None, **parameters):
+    model = GPT(model_config or shape())
     with torch.no_grad():  # so that what a scheme does not set shows
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -62,22 +92,74 @@ def test_every_scheme_has_its_formula_here():
     assert set(EXPECTED) == set(INIT_SCHEMES)
 
 
+@pytest.mark.parametrize("d_model", [64, 256])
 @pytest.mark.parametrize("scheme", INIT_SCHEMES)
-def test_measured_std_is_the_formulas(scheme, capsys):
-    model, rows = built(scheme)
-    lines = [f"\n{scheme:16s}expected  measured  said"]
+def test_measured_std_is_the_formulas(scheme, d_model, capsys):
+    model, rows = built(scheme, model_config=shape(d_model))
+    said = {row.tensor: row.std for row in rows}
+    lines = [f"\n{scheme}, d_model {d_model}\nkind      expected           measured"]
     for kind, tensors in weights(model).items():
-        values = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        # Five standard errors of a normal's std, and a little for what rounding does.
-        tolerance = 5 / sqrt(2 * values.numel()) + 0.001
-        (said,) = {row.std for row in rows if row.kind == kind}
+        layered = kind not in EMBEDDINGS
+        expected = [EXPECTED[scheme](kind, i, d_model) for i in range(len(tensors))]
+        names = [row.tensor for row in rows if row.kind == kind]
+        assert [said[name] for name in names] == pytest.approx(expected, rel=1e-12), kind
+        measured = [tensor.detach().std().item() for tensor in tensors]
         lines.append(
-            f"{kind:16s}{EXPECTED[scheme][kind]:.5f}   {values.std().item():.5f}   {said:.5f}"
+            f"{kind:9s} {span(expected):18s} {span(measured):18s}{'' if layered else ' (one)'}"
         )
-        assert values.std().item() == pytest.approx(EXPECTED[scheme][kind], rel=tolerance), kind
-        assert said == pytest.approx(EXPECTED[scheme][kind], rel=1e-12), kind
+        if expected[0] == 0:
+            assert measured == expected, kind
+            continue
+        ratio = torch.cat([t.flatten() / std for t, std in zip(tensors, expected, strict=True)])
+        # Five standard errors of a std, and a little for what rounding does.
+        excess = EXCESS_KURTOSIS.get(scheme, 0.0)
+        tolerance = 5 * sqrt((excess + 2) / (4 * ratio.numel())) + 0.001
+        assert ratio.std().item() == pytest.approx(1, rel=tolerance), kind
+        assert abs(ratio.mean().item()) < 6 / sqrt(ratio.numel()), kind
     with capsys.disabled():
         print("\n".join(lines))
+
+
+def span(values):
+    low, high = min(values), max(values)
+    return f"{low:.5f}" if f"{low:.5f}" == f"{high:.5f}" else f"{low:.5f} .. {high:.5f}"
+
+
+@pytest.mark.parametrize("scheme", [*EXCESS_KURTOSIS, "normal"])
+def test_shapes_of_matched_variance_differ_in_their_tails(scheme):
+    parameters = {"nu": 10.0} if scheme == "student_t" else {}  # at 5, a sample's is far too noisy
+    expected = 1.0 if scheme == "student_t" else EXCESS_KURTOSIS.get(scheme, 0.0)
+    model, _ = built(scheme, **parameters)
+    standard = model.wte.weight.detach() / 0.02
+    assert (standard**4).mean().item() - 3 == pytest.approx(expected, abs=0.1)
+
+
+def test_a_truncated_normal_ends_at_its_cut():
+    for cut, parent in ((2.0, 0.02 / 0.87962566), (3.0, 0.02 / 0.98658)):
+        model, _ = built("truncated_normal", cut=cut)
+        assert model.wte.weight.abs().max().item() == pytest.approx(cut * parent, rel=1e-3)
+
+
+def test_gain_scales_the_std():
+    plain, _ = built("orthogonal")
+    doubled, _ = built("orthogonal", gain=2.0)
+    assert torch.allclose(2 * plain.blocks[1].mlp.fc.weight, doubled.blocks[1].mlp.fc.weight)
+
+
+def test_every_tensor_is_set_by_one_rule(monkeypatch):
+    asked = []
+
+    def spy(place):
+        asked.append((place.kind, place.layer))
+        return Draw("normal", 0.02)
+
+    monkeypatch.setitem(INIT_SCHEMES, "spy", spy)
+    _, rows = built("spy")
+    per_block = [(kind, i) for i in range(L) for kind in ("q", "k", "v", "proj", "fc", "mlp_proj")]
+    assert sorted(asked, key=str) == sorted(
+        [*per_block, ("wte", None), ("wpe", None), ("head", None)], key=str
+    )
+    assert len({row.tensor for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("scheme", INIT_SCHEMES)
@@ -108,7 +190,7 @@ def test_the_seed_alone_decides_the_draw(scheme):
 def test_q_k_and_v_are_drawn_apart():
     model, _ = built("orthogonal")
     for part in model.blocks[0].attn.qkv.weight.chunk(3):
-        assert torch.allclose(part @ part.T, torch.eye(D), atol=1e-5)
+        assert torch.allclose(part @ part.T, torch.eye(64), atol=1e-5)
 
 
 def test_schemes_of_one_seed_differ_by_their_rule_alone():
@@ -118,22 +200,24 @@ def test_schemes_of_one_seed_differ_by_their_rule_alone():
 
 
 def test_more_layers_do_not_change_the_first():
-    shallow, _ = built("normal", shape=ModelConfig(n_layer=1))
-    deep, _ = built("normal", shape=ModelConfig(n_layer=3))
+    shallow, _ = built("normal", model_config=shape(n_layer=1))
+    deep, _ = built("normal", model_config=shape(n_layer=3))
     assert torch.equal(shallow.blocks[0].mlp.fc.weight, deep.blocks[0].mlp.fc.weight)
 
 
 @pytest.mark.slow
 def test_model5_gives_the_sources_table_at_the_sources_shape():
-    model, _ = built("model5", shape=ModelConfig(n_layer=12, n_head=12, d_model=768, context=256))
+    model, _ = built(
+        "model5", model_config=ModelConfig(n_layer=12, n_head=12, d_model=768, context=256)
+    )
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert model.wpe.weight.std().item() == pytest.approx(0.0442, rel=0.01)
     assert model.blocks[5].mlp.fc.weight.std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_unknown_schemes_and_parameters_are_refused():
-    with pytest.raises(InputError, match="'xavier' is unknown: take model5, gpt2"):
+    with pytest.raises(InputError, match="'xavier' is unknown: take model5, normal, "):
         check_init(InitConfig(scheme="xavier"))
-    with pytest.raises(InputError, match=r"gpt2 takes no init.std: the schemes that do are normal"):
+    with pytest.raises(InputError, match=r"gpt2 takes no init.std: those that do are normal"):
         check_init(InitConfig(scheme="gpt2", std=0.1))
     check_init(InitConfig(scheme="normal", std=0.1))

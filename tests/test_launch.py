@@ -25,7 +25,7 @@ def runs_dir(tmp_path):
 
 
 BAD = [
-    (["--preset", "huge"], "unknown preset 'huge': take quick, model5, full"),
+    (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
     (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take model5"),
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
     (["--corpus.name", "moby"], "corpus.name 'moby' is neither a corpus (gulliver, pydocs) nor"),
@@ -93,7 +93,7 @@ def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, mon
     assert (
         "NOTE: pydocs (Python's manual) stands in for the default corpus" in capsys.readouterr().out
     )
-    plan = make_plan("quick", "quick", PRESETS["quick"].space)
+    plan = make_plan("quick", "quick", PRESETS["quick"].spaces)
     assert {config.corpus.name for config in plan.trials.values()} == {"pydocs"}
     assert "stands in" in json.dumps(plan.as_dict()["notes"])
 
@@ -129,7 +129,7 @@ def test_debug_leaves_the_rows_of_the_trial_and_prints_the_init(tiny, runs_dir, 
 def test_a_text_of_ones_own_is_known_by_its_full_path(tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("a tale " * 100)
     monkeypatch.chdir(tmp_path)
-    plan = make_plan("n", "p", {"corpus.name": ["book.txt"], "model.context": [8]})
+    plan = make_plan("n", "p", [{"corpus.name": ["book.txt"], "model.context": [8]}])
     (config,) = plan.trials.values()
     assert config.corpus.name == str(tmp_path / "book.txt")
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from gptcore.config import InitConfig, ModelConfig
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of, parts_of
+from gptcore.probes import model_parts
 
 SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
 
@@ -30,6 +31,35 @@ def test_it_has_gpt2s_shape(model):
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
+def test_post_norm_ends_every_block_normalised_and_has_no_norm_behind():
+    post, deepnet = (
+        GPT(ModelConfig(n_layer=8, n_head=2, d_model=16, context=12, norm=norm))
+        for norm in ("post", "deepnet")
+    )
+    for model in (post, deepnet):
+        initialise(model, InitConfig())
+        hidden = model(ids(3, 12))
+        assert torch.allclose(hidden.mean(2), torch.zeros(3, 12), atol=1e-5)
+        assert torch.allclose(hidden.square().mean(2), torch.ones(3, 12), atol=1e-2)
+        assert not [name for name, _ in model.named_parameters() if name.startswith("ln_f")]
+    assert post.blocks[0].alpha == 1
+    assert deepnet.blocks[0].alpha == 2  # (2 * 8)^(1/4)
+    block = deepnet.blocks[0]
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    y = block.ln_1(2 * x + block.attn(x))
+    assert torch.allclose(block(x), block.ln_2(2 * y + block.mlp(y)))
+
+
+def test_an_untied_head_is_a_tensor_of_its_own():
+    model = GPT(ModelConfig(n_layer=1, n_head=2, d_model=16, context=12, tied=False))
+    rows = initialise(model, InitConfig())
+    kinds = {row.kind: row.std for row in rows}
+    assert kinds["head"] == 0.02
+    assert kinds["wte"] == pytest.approx((2 / (50257 + 16)) ** 0.5)  # the embedding keeps Xavier
+    assert not torch.equal(model.head.weight, model.wte.weight)
+    assert "head" in {part.kind for part in model_parts(model)}
+
+
 def test_a_position_sees_nothing_that_comes_after_it(model):
     before = ids(2, 12)
     after = before.clone()
@@ -52,7 +82,9 @@ def test_parts_cover_every_parameter_and_split_qkv(model):
     assert by_name["wpe"].layer is None
 
 
-@pytest.mark.parametrize("sequences", [1, 5, 11, 22])  # below, around and above a chunk of tokens
+@pytest.mark.parametrize(
+    "sequences", [1, 5, 21, 22, 43]
+)  # below, around and above a chunk of tokens
 @pytest.mark.parametrize("scale", [1.0, 200.0])  # logits that need no shift, and logits that do
 def test_the_chunked_head_is_cross_entropy(sequences, scale):
     generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ import subprocess
 import polars as pl
 import pytest
 
-from analysis.report import find, main, of_seeds, statistics_of_runs
+from analysis.report import find, main, of_seeds, statistics_of_runs, with_scheme
 from analysis.runs import RunTables, connect, tracking_uri
 from gptcore.records import TABLES
 
@@ -26,12 +26,14 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     findings = json.loads((report / "findings.json").read_text())
     assert findings["sweep"] == "small"
     assert findings["trials"] == {"finished": 4, "diverged": 1, "failed": 0, "unfinished": 1}
-    assert set(findings["depth_gradient"]) == set(findings["rare_tokens"]) == {"model5", "gpt2"}
-    depth = findings["depth_gradient"]["gpt2"]
+    # One trial of the sweep is made to diverge by its learning rate.
+    schemes = {f"{name}, optim.lr {lr}" for name in ("model5", "gpt2") for lr in (0.001, 1e30)}
+    assert set(findings["depth_gradient"]) == set(findings["rare_tokens"]) <= schemes
+    depth = findings["depth_gradient"]["gpt2, optim.lr 0.001"]
     assert depth["runs"] == depth["first_layer_widest"]["seeds"] == len(depth["tau_of_runs"]) == 2
     assert sum(depth["widest_layer_of_runs"].values()) == 2
     assert len(depth["median_growth_by_layer"]) == 2
-    change = findings["rare_tokens"]["model5"]["groups"]["never_used"]["change"]
+    change = findings["rare_tokens"]["model5, optim.lr 0.001"]["groups"]["never_used"]["change"]
     assert change["seeds"] == 2
     assert change["low"] <= change["value"] <= change["high"]
 
@@ -45,7 +47,7 @@ def test_the_findings_are_those_of_the_rows(report):
         pl.col("mask") == "sequence",
     )
     start, end = (rows.filter(step=step)["mean_logprob"].mean() for step in (0, 5))
-    group = findings["rare_tokens"]["gpt2"]["groups"]["never_100"]
+    group = findings["rare_tokens"]["gpt2, optim.lr 0.001"]["groups"]["never_100"]
     assert group["start"]["value"] == pytest.approx(start)
     assert group["change"]["value"] == pytest.approx(end - start)
 
@@ -150,6 +152,26 @@ def test_runs_of_one_seed_count_once(finished_sweep):
     assert of_seeds(runs.with_columns(x=pl.col("x") > 2), "x") == [0.5, 1.0]
 
 
+def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
+    trials = pl.DataFrame(
+        {
+            "init.scheme": ["model5", "model5", "gpt2"],
+            "init.seed": [0, 1, 0],
+            "corpus.subset": ["all", "0-0.5", "all"],
+            "optim.lr": [0.1, 0.1, 0.1],
+        }
+    )
+    assert with_scheme(trials)["scheme"].to_list() == ["model5", "model5", "gpt2"]
+    wider = trials.with_columns(
+        pl.Series("model.tied", [True, True, False]), pl.Series("optim.lr", [0.1, 0.1, 1.0])
+    )
+    assert with_scheme(wider)["scheme"].to_list() == [
+        "model5, model.tied true, optim.lr 0.1",
+        "model5, model.tied true, optim.lr 0.1",
+        "gpt2, model.tied false, optim.lr 1.0",
+    ]
+
+
 def test_a_scheme_without_finished_trials_is_still_in_the_findings():
     trials = pl.DataFrame(
         {
@@ -177,6 +199,7 @@ def test_a_scheme_without_finished_trials_is_still_in_the_findings():
             for step in (0, 5)
         ]
     )
+    trials = with_scheme(trials)
     sweep = RunTables("s", {"notes": []}, trials, {"weights": weights, "token_groups": groups})
     findings = find(sweep, statistics_of_runs(sweep))
     assert findings["depth_gradient"]["model5"]["runs"] == 0

@@ -1,20 +1,20 @@
 import pytest
 
 from gptcore.config import TrialConfig
-from gptcore.init_schemes import check_init
+from gptcore.experiment import check_knobs
 from sweeps.spaces import PRESETS, trials_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_made_of_distinct_trials_that_can_run(preset):
-    trials = trials_of(PRESETS[preset].space)
+    trials = [trial for space in PRESETS[preset].spaces for trial in trials_of(space)]
     assert len({trial.key("digest") for trial in trials}) == len(trials) > 0
     for trial in trials:
-        check_init(trial.init)
+        check_knobs(trial)
 
 
 def test_quick_is_large_enough_to_compare_schemes():
-    trials = trials_of(PRESETS["quick"].space)
+    trials = trials_of(*PRESETS["quick"].spaces)
     assert len({trial.init.scheme for trial in trials}) >= 3
     assert len({trial.init.seed for trial in trials}) >= 2
     assert len({trial.corpus.subset for trial in trials}) >= 2

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from analysis.runs import connect, read_sweep, tracking_uri, trial_runs, trial_status
 from conftest import ROOT
-from gptcore.config import InputError
+from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
 
@@ -46,7 +46,7 @@ def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     client = MlflowClient(store["uri"])
     run = trial_runs(client, "sweep")[key]
     assert run.info.status == "FINISHED"
-    assert run.data.params == {name: str(value) for name, value in tiny.to_flat().items()}
+    assert run.data.params == {name: spelling(value) for name, value in tiny.to_flat().items()}
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished"}
     expected |= {"steps": "5", "device": "cpu"}
     assert expected.items() <= run.data.tags.items()

@@ -7,6 +7,7 @@ import torch
 
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
+from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import TABLES, MemoryRecorder
 
 
@@ -53,11 +54,39 @@ def test_looking_more_often_changes_nothing(tiny):
     assert seldom.rows["training"] == often.rows["training"]
 
 
-@pytest.mark.parametrize("knob", ["init__seed", "corpus__data_seed", "optim__lr", "optim__beta1"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("norm", ["pre", "post", "deepnet"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_control_makes_a_trial_that_finishes(tiny, name, norm, tied):
+    recorder = run(with_knobs(tiny, optim__name=name, model__norm=norm, model__tied=tied))
+    assert recorder.result.status == "finished"
+    kinds = {row.kind for row in recorder.rows["weights"]}
+    assert ("head" in kinds) == (not tied)
+    assert {row.kind for row in recorder.rows["init"]} == kinds - {"qkv"}
+
+
+def test_the_schedule_and_the_clip_are_those_of_the_rows(tiny):
+    rows = run(with_knobs(tiny, optim__schedule="linear", optim__warmup=1)).rows["training"]
+    lr = tiny.optim.lr
+    assert [row.lr for row in rows] == [lr, lr, 0.75 * lr, 0.5 * lr, 0.25 * lr, None]
+    # Under plain descent the first update's loss change shows the clipped step.
+    free = run(with_knobs(tiny, optim__name="sgd", optim__lr=0.1)).rows["training"]
+    norm = free[0].grad_norm
+    clipped = run(with_knobs(tiny, optim__name="sgd", optim__lr=0.1, optim__clip=norm / 2))
+    halved = run(with_knobs(tiny, optim__name="sgd", optim__lr=0.05))
+    assert clipped.rows["training"][0].grad_norm == norm
+    assert clipped.rows["training"][1].loss == pytest.approx(halved.rows["training"][1].loss)
+    assert clipped.rows["training"][1].loss != free[1].loss
+
+
+@pytest.mark.parametrize(
+    "knob",
+    ["init__seed", "corpus__data_seed", "optim__lr", "optim__beta1", "optim__warmup"],
+)
 def test_knobs_take_effect(tiny, knob):
     key = knob.replace("__", ".")
     value = tiny.to_flat()[key]
-    other = run(with_knobs(tiny, **{knob: value / 2 if value else 1}))
+    other = run(with_knobs(tiny, **{knob: value / 2 if value else 2}))
     assert other.rows["training"] != run(tiny).rows["training"]
 
 

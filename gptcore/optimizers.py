@@ -1,0 +1,136 @@
+"""How the parameters move: one short function an optimiser, and the learning rate over time.
+
+An optimiser's keyword parameters are config keys: `beta1` is `optim.beta1`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+
+from gptcore.config import OptimConfig, check_choice, parameters_of
+from gptcore.model import GPT
+
+
+def adamw(
+    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+) -> Optimizer:
+    """Adam with decoupled weight decay, lr * weight_decay * w. Loshchilov & Hutter 2019."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        betas=(beta1, beta2),
+        eps=eps,
+        fused=True,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+
+
+def adam(
+    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+) -> Optimizer:
+    """Adam; weight decay is added to the gradient. Kingma & Ba 2015.
+
+    A large `eps` makes rows with small gradients move in proportion to them, as under SGD.
+    """
+    return torch.optim.Adam(
+        model.parameters(),
+        betas=(beta1, beta2),
+        eps=eps,
+        fused=True,
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+
+
+def coupled_adam(
+    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+) -> Optimizer:
+    """AdamW whose second moment of token rows is their mean over the vocabulary.
+
+    Stollenwerk & Stollenwerk 2025, *Better Embeddings with Coupled Adam*: a row that is never read
+    then moves in proportion to its gradient, not by its own scale. Token embedding and untied head
+    are each averaged; all else is AdamW.
+    """
+    coupled = ("wte.weight", "head.weight")
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in coupled) == side],
+         "coupled": side}
+        for side in (True, False)
+    ]  # fmt: skip
+    return _CoupledAdam(
+        groups, {"betas": (beta1, beta2), "eps": eps, "lr": lr, "weight_decay": weight_decay}
+    )
+
+
+def sgd(model: GPT, lr: float, weight_decay: float, momentum: float) -> Optimizer:
+    """Gradient descent with heavy-ball momentum; weight decay is added to the gradient."""
+    return torch.optim.SGD(
+        model.parameters(), momentum=momentum, fused=True, lr=lr, weight_decay=weight_decay
+    )
+
+
+class _CoupledAdam(Optimizer):
+    """AdamW; in groups with `coupled`, rows share the mean of their second moments."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                square = weight.grad.square()
+                if group["coupled"]:
+                    square = square.mean(0, keepdim=True)
+                state = self.state[weight]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(weight)
+                    state["exp_avg_sq"] = torch.zeros_like(square)
+                state["step"] += 1
+                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(square, 1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_()
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] / (1 - beta1 ** state["step"])
+                weight.addcdiv_(
+                    state["exp_avg"], root.add_(group["eps"]).expand_as(weight), value=-rate
+                )
+
+
+def make_optimizer(model: GPT, config: OptimConfig) -> Optimizer:
+    """The optimiser that the config names, over every parameter of the model."""
+    make = OPTIMIZERS[config.name]
+    return make(model, **{name: getattr(config, name) for name in parameters_of(make)})
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of the update that makes step + 1 out of step, of `steps` updates in all."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    return config.lr * SCHEDULES[config.schedule]((step - config.warmup) / (steps - config.warmup))
+
+
+def check_optim(config: OptimConfig) -> None:
+    """Raise InputError for an unknown optimiser or schedule, or a knob that it does not take."""
+    check_choice("optim", config, "name", OPTIMIZERS)
+    check_choice("optim", config, "schedule", SCHEDULES)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": adamw,
+    "adam": adam,
+    "coupled_adam": coupled_adam,
+    "sgd": sgd,
+}
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
+}
+"""Name -> factor on the learning rate, by how much of the training after the warm-up is done."""

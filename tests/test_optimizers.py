@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+
+from gptcore.config import InitConfig, InputError, ModelConfig, OptimConfig
+from gptcore.init_schemes import initialise
+from gptcore.model import GPT, loss_of
+from gptcore.optimizers import OPTIMIZERS, SCHEDULES, check_optim, learning_rate, make_optimizer
+
+SHAPE = ModelConfig(d_model=16, n_layer=1, n_head=2, context=8)
+
+
+def trained(name, steps=5, **knobs):
+    """A model after some updates on one batch of few ids, and its token rows before them."""
+    model = GPT(SHAPE)
+    initialise(model, InitConfig())
+    optimizer = make_optimizer(model, OptimConfig(name=name, **knobs))
+    before = model.wte.weight.detach().clone()
+    ids = torch.randint(0, 100, (4, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(steps):
+        loss, _ = loss_of(model(ids[:, :-1]), model.head.weight, ids[:, 1:])
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, before, losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_the_loss_and_moves_every_parameter(name):
+    model, _, losses = trained(name, lr=0.1 if name == "sgd" else 1e-2)
+    assert losses[-1] < losses[0]
+    start = GPT(SHAPE)
+    initialise(start, InitConfig())
+    for (label, now), then in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert not torch.equal(now, then), label
+
+
+def test_adam_moves_unused_rows_as_far_as_any_and_the_others_hardly():
+    def share_of_unused(name, **knobs):
+        model, before, _ = trained(name, **knobs)
+        moved = (model.wte.weight.detach() - before).square().mean(1).sqrt()
+        return (moved[1000:].mean() / moved[:100].mean()).item()
+
+    assert share_of_unused("adamw") > 0.5
+    assert share_of_unused("adam") > 0.5
+    assert share_of_unused("adam", eps=1e-2) < 0.05
+    assert share_of_unused("coupled_adam") < 0.05
+    assert share_of_unused("sgd") < 0.05
+
+
+def test_coupled_adam_is_adamw_where_all_rows_share_one_second_moment():
+    """One step from zero moments: m / (1 - b1) = g, and the root is that of the rows' mean g^2."""
+    model = GPT(SHAPE)
+    initialise(model, InitConfig())
+    optimizer = make_optimizer(model, OptimConfig(name="coupled_adam", lr=0.01, weight_decay=0.5))
+    generator = torch.Generator().manual_seed(1)
+    starts, grads = {}, {}
+    for name, parameter in model.named_parameters():
+        starts[name] = parameter.detach().clone()
+        grads[name] = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = grads[name].clone()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        square = grads[name].square()
+        if name == "wte.weight":
+            square = square.mean(0, keepdim=True)
+        expected = starts[name] * (1 - 0.01 * 0.5) - 0.01 * grads[name] / (square.sqrt() + 1e-8)
+        assert torch.allclose(parameter, expected, atol=1e-6), name
+
+
+def test_learning_rates_warm_up_and_end_as_their_schedule_says():
+    def rates(schedule, warmup=0, steps=10):
+        config = OptimConfig(lr=1.0, schedule=schedule, warmup=warmup)
+        return [learning_rate(config, step, steps) for step in range(steps)]
+
+    assert rates("constant") == [1.0] * 10
+    assert rates("linear", steps=4) == [1.0, 0.75, 0.5, 0.25]
+    assert rates("cosine", steps=4) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5,
+                                                      (1 - math.sqrt(0.5)) / 2])  # fmt: skip
+    for schedule in SCHEDULES:
+        assert rates(schedule, warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert rates(schedule, warmup=20)[-1] == 0.5
+
+
+def test_unknown_names_and_knobs_of_others_are_refused():
+    with pytest.raises(InputError, match=r"optim.name 'adan' is unknown: take adamw, adam, "):
+        check_optim(OptimConfig(name="adan"))
+    with pytest.raises(InputError, match=r"optim.schedule 'step' is unknown: take constant, "):
+        check_optim(OptimConfig(schedule="step"))
+    with pytest.raises(InputError, match=r"sgd takes no optim.eps: those that do are adamw"):
+        check_optim(OptimConfig(name="sgd", eps=1e-3))
+    with pytest.raises(InputError, match=r"adamw takes no optim.momentum: those that do are sgd"):
+        check_optim(OptimConfig(momentum=0.5))
+    check_optim(OptimConfig(name="sgd", momentum=0.5))
