@@ -73,7 +73,7 @@ PRESETS: dict[str, Preset] = {
         (
             {"init.seed": SEEDS_4, "optim.name": ["adamw", "coupled_adam"]},
             {"init.seed": SEEDS_4, "optim.name": ["adam"], "optim.eps": [1e-8, 1e-3]},
-            {"init.seed": SEEDS_4, "optim.name": ["sgd"], "optim.lr": [1.0]},
+            {"init.seed": SEEDS_4, "optim.name": ["sgd"], "optim.lr": [0.3]},
         ),
     ),
     "corpus-size": Preset(

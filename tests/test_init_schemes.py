@@ -221,3 +221,34 @@ def test_unknown_schemes_and_parameters_are_refused():
     with pytest.raises(InputError, match=r"gpt2 takes no init.std: those that do are normal"):
         check_init(InitConfig(scheme="gpt2", std=0.1))
     check_init(InitConfig(scheme="normal", std=0.1))
+
+
+def test_activations_keep_their_size_over_widths_under_mup_and_grow_under_normal(capsys):
+    """The coordinate check of Yang et al. 2022, at init: RMS of what each branch adds."""
+    rms = {}
+    ids = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(0))
+    for scheme in ("mup", "normal"):
+        for d_model in (64, 128, 256):
+            model, _ = built(scheme, model_config=shape(d_model, tied=False))
+            branches = [branch for block in model.blocks for branch in (block.attn, block.mlp)]
+            seen = []
+            for branch in branches:
+                branch.register_forward_hook(
+                    lambda module, inputs, output, seen=seen: seen.append(
+                        output.square().mean().sqrt().item()
+                    )
+                )
+            with torch.no_grad():
+                model(ids)
+            rms[scheme, d_model] = torch.tensor(seen)
+    with capsys.disabled():
+        print("\nRMS of what the branches add, median over the blocks")
+        for (scheme, d_model), values in rms.items():
+            attn, mlp = values[::2].median(), values[1::2].median()
+            print(f"{scheme:8s}d_model {d_model:4d}  attention {attn:.5f}  MLP {mlp:.5f}")
+    for branch in (0, 1):
+        wide, narrow = (rms["mup", d][branch::2].median() for d in (256, 64))
+        assert 0.8 < wide / narrow < 1.25
+        # Two Linears of fixed std in a row: each grows with the root of its fan_in.
+        wide, narrow = (rms["normal", d][branch::2].median() for d in (256, 64))
+        assert wide / narrow > 3
