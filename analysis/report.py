@@ -84,9 +84,9 @@ def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
     It is init.scheme, and every other knob that the sweep varies beside seeds and subsets, so that
     no two optimisers, say, are ever averaged: `model5, optim.name sgd`.
     """
-    apart = ("init.scheme", "init.seed", "corpus.data_seed", "corpus.subset", "corpus.name")
+    apart = ("init.scheme", "init.seed", "corpus.data_seed", "corpus.subset")
     varied = [
-        pl.format(f"{knob} {{}}", pl.col(knob))
+        f"{knob} " + pl.col(knob).map_elements(spelling, pl.String)
         for knob in KNOBS
         if knob in trials.columns and knob not in apart and trials[knob].n_unique() > 1
     ]
@@ -136,6 +136,7 @@ def _depth_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, A
 def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
     changes = by_run["group_changes"].filter(pl.col("scheme") == scheme)
     orders = by_run["group_orders"].filter(pl.col("scheme") == scheme)
+    groups = by_run["group_changes"]["group"].unique(maintain_order=True)
     return {
         "runs": orders.height,
         "mask": MASK,
@@ -144,7 +145,14 @@ def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, A
                 column: mean_interval(of_seeds(changes.filter(pl.col("group") == group), column))
                 for column in ("start", "end", "change", "logit_change", "log_z_change")
             }
-            for group in by_run["group_changes"]["group"].unique(maintain_order=True)
+            for group in groups
+        },
+        "change_by_subset": {
+            subset: {
+                group: mean_interval(of_seeds(runs.filter(pl.col("group") == group), "change"))
+                for group in groups
+            }
+            for (subset,), runs in changes.group_by("subset", maintain_order=True)
         },
         **{name: share_interval(of_seeds(orders, name)) for name in ORDERS},
     }

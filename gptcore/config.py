@@ -88,7 +88,7 @@ class InitConfig:
 
     scheme: str = knob("model5", "name in INIT_SCHEMES")
     std: float = knob(0.02, "standard deviation, for schemes that take one", above=0.0)
-    cut: float = knob(2.0, "where truncated_normal is cut, in parent standard deviations", above=0)
+    cut: float = knob(2.0, "where truncated_normal is cut, in parent standard deviations", low=0.01)
     nu: float = knob(5.0, "degrees of freedom of student_t", above=2.0)
     gain: float = knob(1.0, "factor on the std, for schemes that take one", above=0.0)
     seed: int = knob(0, "seed of the initial weights", low=0)
@@ -158,6 +158,11 @@ class TrialConfig:
                 f"model.n_head must divide model.d_model: "
                 f"{self.model.n_head} heads do not divide a width of {self.model.d_model}"
             )
+        if self.optim.warmup >= self.train.steps:
+            raise InputError(
+                f"optim.warmup must be below train.steps: a warm-up of {self.optim.warmup} steps "
+                f"does not end within {self.train.steps}"
+            )
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> TrialConfig:
@@ -224,8 +229,8 @@ def check_value(key: str, value: Any) -> Scalar:
     }[kind]  # fmt: skip
     takes = ", ".join(choices) or takes
     takes += " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
-    right_type = type(value) is kind and value != ""
-    finite = right_type and (kind is not float or math.isfinite(value))
+    right_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    finite = right_type and value != "" and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARE[sign](value, limits[sign]) for sign in limits)
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")

@@ -91,8 +91,9 @@ def uniform(place: Place, std: float) -> Draw:
 def student_t(place: Place, std: float, nu: float) -> Draw:
     """Student's t with `nu` degrees of freedom, scaled by std sqrt((nu - 2) / nu).
 
-    The variance of `normal`, heavier tails: excess kurtosis 6 / (nu - 4), infinite for nu <= 4.
-    Tying: embedding and head agree.
+    The variance of `normal`, heavier tails: excess kurtosis 6 / (nu - 4). For nu <= 4 that is
+    infinite, and the std of a single tensor scatters far around `std`: by half at 2.1, a tenth at
+    2.5, a twentieth at 3. Tying: embedding and head agree.
     """
     return Draw("student_t", std, nu)
 
@@ -192,9 +193,9 @@ def gpt2(place: Place) -> Draw:
 def per_depth(place: Place) -> Draw:
     """N(0, 0.02); projections into the residual stream 0.02 / sqrt(2 (layer + 1)), layer from 0.
 
-    The later the block, the smaller its branches: Zhang et al. 2019, *Improving Deep Transformer
-    with Depth-Scaled Initialization*, in the form of Groeneveld et al. 2024 (OLMo). Tying:
-    embedding and head agree on 0.02.
+    The later the block, the smaller its branches: torchtitan's `depth_init` (Liang et al. 2024),
+    after Zhang et al. 2019, who scale every matrix of a block. Tying: embedding and head agree on
+    0.02.
     """
     if place.ends_branch:
         assert place.layer is not None
@@ -218,20 +219,20 @@ def t_fixup(place: Place) -> Draw:
 
     Embeddings are N(0, 1 / sqrt(d_model)) times (9 n_layer)^(-1/4). Huang et al. 2020, section 3.2,
     the encoder's factor, since a block here has an encoder's two branches; they also leave out
-    LayerNorm, which stays here. Tying: the head keeps the embedding's rule.
+    LayerNorm, which stays here. Tying: the head keeps the embedding's rule; untied, it is Xavier.
     """
-    if place.embeds or place.kind == "head":
+    if place.embeds or (place.kind == "head" and place.tied):
         return Draw("normal", place.d_model**-0.5 * (9 * place.n_layer) ** -0.25)
-    behind_v = place.kind not in ("q", "k")
+    behind_v = place.kind not in ("q", "k", "head")
     return xavier_normal(place, gain=0.67 * place.n_layer**-0.25 if behind_v else 1.0)
 
 
 def deepnet(place: Place) -> Draw:
     """Xavier normal, with V and everything behind it times beta = (8 n_layer)^(-1/4).
 
-    Embeddings are N(0, 1 / sqrt(d_model)). Wang et al. 2022, figure 2, a decoder alone; made for
-    `model.norm post`, whose residual stream is scaled by their alpha. Tying: the head keeps the
-    embedding's rule.
+    Embeddings, and the head tied or not, are N(0, 1 / sqrt(d_model)), of which the paper says
+    nothing. Wang et al. 2022, figure 2, a decoder alone; made for `model.norm deepnet`, which
+    scales the residual stream by their alpha.
     """
     if place.embeds or place.kind == "head":
         return Draw("normal", place.d_model**-0.5)
@@ -242,23 +243,23 @@ def deepnet(place: Place) -> Draw:
 def mup(place: Place) -> Draw:
     """Hidden weights std sqrt(1 / fan_in); Q and the head 0; embeddings N(0, 1).
 
-    The initial state of Yang et al. 2022, table 8 and appendix D.2 (its learning rates by width are
-    not part of an init). Tying: one tensor cannot be 0 and embed, so both embeddings and the head
-    are N(0, 1 / sqrt(d_model)), at which a normalised stream has logits of variance 1 at any width.
+    The initial state of Yang et al. 2022, table 8 and appendix D.2, without what is no init: rates
+    by width, attention divided by the width of a head, a multiplier on the logits. Tying: one
+    tensor cannot be 0 and embed, so both embeddings and the head are N(0, 1 / sqrt(d_model)), at
+    which a normalised stream has logits of variance 1 at any width.
     """
     if place.kind == "q" or (place.kind == "head" and not place.tied):
         return ZERO
     if place.embeds and not place.tied:
         return Draw("normal", 1.0)
-    width = place.d_model if place.embeds else place.fan_in
-    return Draw("normal", math.sqrt(1 / width))
+    return Draw("normal", math.sqrt(1 / place.fan_in))
 
 
 def zero_residual(place: Place) -> Draw:
     """N(0, 0.02); projections into the residual stream exactly 0: blocks begin as identities.
 
-    Zhang et al. 2019 (Fixup), Bachlechner et al. 2020 (ReZero). Tying: embedding and head agree on
-    0.02.
+    Zhang et al. 2019 (Fixup); the effect of Bachlechner et al. 2020 (ReZero), whose zero is a gate.
+    Tying: embedding and head agree on 0.02.
     """
     return ZERO if place.ends_branch else Draw("normal", 0.02)
 

@@ -53,7 +53,7 @@ def coupled_adam(
 
     Stollenwerk & Stollenwerk 2025, *Better Embeddings with Coupled Adam*: a row that is never read
     then moves in proportion to its gradient, not by its own scale. Token embedding and untied head
-    are each averaged; all else is AdamW.
+    are each averaged, both by choice of this project; all else is AdamW.
     """
     coupled = ("wte.weight", "head.weight")
     groups = [

@@ -23,7 +23,7 @@ class InitRow:
     tensor: str  # blocks.0.attn.q
     kind: str  # q k v proj fc mlp_proj wte wpe head, or bias ln_weight ln_bias
     layer: int | None  # null outside the blocks
-    draw: str  # name in DRAWS, or constant
+    draw: str  # name in DRAWS
     std: float  # of the distribution, not of the draw
 
 

@@ -79,7 +79,7 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
     try:
         args, overrides = command_line(doc, presets, argv)
         preset = presets[args.preset]
-        spaces = [{**space, **overrides} for space in preset.spaces]
+        spaces = with_overrides(args.preset, preset.spaces, overrides)
         plan = make_plan(args.name or args.preset, args.preset, spaces)
         for note in plan.notes:
             console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
@@ -156,6 +156,20 @@ def command_line(
         key: [parse_value(key, text) for text in vars(args)[key]] for key in KNOBS if key in args
     }
     return args, overrides
+
+
+def with_overrides(preset: str, spaces: Sequence[Space], overrides: Space) -> list[Space]:
+    """The preset's spaces with what the command line gives in place of their values.
+
+    Raises InputError for a knob by which the preset's own spaces differ.
+    """
+    for knob in overrides:
+        if any(space.get(knob) != spaces[0].get(knob) for space in spaces):
+            raise InputError(
+                f"--preset {preset} sets {knob} by itself, for each of its parts: "
+                "vary it under another preset"
+            )
+    return [{**space, **overrides} for space in spaces]
 
 
 def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:

@@ -82,6 +82,8 @@ def test_configs_cannot_be_changed():
         ({"model.tied": 1}, "model.tied takes true or false, not 1"),
         ({"model.norm": "rms"}, "model.norm takes pre, post, deepnet, not 'rms'"),
         ({"init.nu": 2}, "init.nu takes a finite number > 2, not 2.0"),
+        ({"init.cut": 1e-8}, "init.cut takes a finite number >= 0.01"),
+        ({"optim.warmup": 10, "train.steps": 10}, "optim.warmup must be below train.steps"),
         ({"model.n_head": 5}, "5 heads do not divide a width of 64"),
         ({"model.vocab_size": 100}, "model.vocab_size takes a whole number >= 50257"),
     ],

@@ -92,6 +92,29 @@ def test_every_scheme_has_its_formula_here():
     assert set(EXPECTED) == set(INIT_SCHEMES)
 
 
+# (kind, d_model) -> std, where it is another one without the tie.
+UNTIED = {
+    "model5": lambda kind, d: xavier("wte", d) if kind == "wte" else None,
+    "torch_default": lambda kind, d: 1.0 if kind == "wte" else None,
+    "t_fixup": lambda kind, d: xavier("wte", d) if kind == "head" else None,
+    "mup": lambda kind, d: {"wte": 1.0, "wpe": 1.0, "head": 0.0}.get(kind),
+}
+
+
+@pytest.mark.parametrize("scheme", INIT_SCHEMES)
+def test_an_untied_head_and_its_embedding_have_rules_of_their_own(scheme):
+    model, rows = built(scheme, model_config=shape(tied=False))
+    said = {row.kind: row.std for row in rows}
+    measured = {"wte": model.wte.weight, "wpe": model.wpe.weight, "head": model.head.weight}
+    for kind, weight in measured.items():
+        tied = EXPECTED[scheme]("wte" if kind == "head" else kind, None, 64)
+        other = UNTIED.get(scheme, lambda kind, d: None)(kind, 64)
+        expected = tied if other is None else other
+        assert said[kind] == pytest.approx(expected, rel=1e-12), kind
+        # 4,096 elements of wpe, five standard errors of the heaviest tail.
+        assert weight.std().item() == pytest.approx(expected, rel=0.12), kind
+
+
 @pytest.mark.parametrize("d_model", [64, 256])
 @pytest.mark.parametrize("scheme", INIT_SCHEMES)
 def test_measured_std_is_the_formulas(scheme, d_model, capsys):
@@ -140,9 +163,10 @@ def test_a_truncated_normal_ends_at_its_cut():
         assert model.wte.weight.abs().max().item() == pytest.approx(cut * parent, rel=1e-3)
 
 
-def test_gain_scales_the_std():
-    plain, _ = built("orthogonal")
-    doubled, _ = built("orthogonal", gain=2.0)
+@pytest.mark.parametrize("scheme", ["xavier_normal", "xavier_uniform", "orthogonal"])
+def test_gain_scales_the_std(scheme):
+    plain, _ = built(scheme)
+    doubled, _ = built(scheme, gain=2.0)
     assert torch.allclose(2 * plain.blocks[1].mlp.fc.weight, doubled.blocks[1].mlp.fc.weight)
 
 

@@ -28,6 +28,9 @@ BAD = [
     (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
     (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take model5"),
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
+    (["--preset", "optimizer", "--optim.name", "adamw"], "--preset optimizer sets optim.name"),
+    (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd takes no optim.beta1"),
+    (["--optim.warmup", "200"], "optim.warmup must be below train.steps"),
     (["--corpus.name", "moby"], "corpus.name 'moby' is neither a corpus (gulliver, pydocs) nor"),
     (["--corpus.subset", "part-5"], "corpus.subset 'part-5' is unknown"),
     (

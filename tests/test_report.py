@@ -26,9 +26,12 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     findings = json.loads((report / "findings.json").read_text())
     assert findings["sweep"] == "small"
     assert findings["trials"] == {"finished": 4, "diverged": 1, "failed": 0, "unfinished": 1}
-    # One trial of the sweep is made to diverge by its learning rate.
-    schemes = {f"{name}, optim.lr {lr}" for name in ("model5", "gpt2") for lr in (0.001, 1e30)}
-    assert set(findings["depth_gradient"]) == set(findings["rare_tokens"]) <= schemes
+    assert set(findings["depth_gradient"]) == set(findings["rare_tokens"])
+    assert set(findings["rare_tokens"]) == {
+        "model5, optim.lr 0.001",
+        "gpt2, optim.lr 0.001",
+        "model5, optim.lr 1e+30",  # the trial that diverges
+    }
     depth = findings["depth_gradient"]["gpt2, optim.lr 0.001"]
     assert depth["runs"] == depth["first_layer_widest"]["seeds"] == len(depth["tau_of_runs"]) == 2
     assert sum(depth["widest_layer_of_runs"].values()) == 2
@@ -36,6 +39,8 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     change = findings["rare_tokens"]["model5, optim.lr 0.001"]["groups"]["never_used"]["change"]
     assert change["seeds"] == 2
     assert change["low"] <= change["value"] <= change["high"]
+    by_subset = findings["rare_tokens"]["model5, optim.lr 0.001"]["change_by_subset"]
+    assert by_subset["all"]["never_used"] == change  # its only subset
 
 
 def test_the_findings_are_those_of_the_rows(report):
