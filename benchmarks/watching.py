@@ -23,7 +23,7 @@ from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import make_optimizer
-from gptcore.probes import PROBES, Moment, model_parts
+from gptcore.probes import PROBES, Moment, update_rows, values_of
 from gptcore.token_groups import TokenGroups
 
 
@@ -50,16 +50,17 @@ def main() -> None:
     initialise(model, InitConfig())
     model.to(args.device)
     optimizer = make_optimizer(model, OptimConfig())
-    initial = {part.name: part.values.detach().clone() for part in model_parts(model)}
+    initial = values_of(model)
     groups = random_groups(np.random.default_rng(0), shape.vocab_size)
-    cadence = ProbesConfig()
 
     def clock() -> float:
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    times: dict[str, list[float]] = {"step": [], **{name: [] for name in PROBES}}
+    cadences = {name: getattr(ProbesConfig(), probe.cadence) for name, probe in PROBES.items()}
+    cadences["updates"] = ProbesConfig().every
+    times: dict[str, list[float]] = {"step": [], **{name: [] for name in cadences}}
     end = time.perf_counter() + args.seconds
     with one_thread():
         while time.perf_counter() < end or len(times["step"]) < 5:
@@ -72,9 +73,7 @@ def main() -> None:
             loss.item()
             loss.backward()
             torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            times["step"].append(clock() - start)
+            until_update = clock() - start
             moment = Moment(
                 step=0,
                 model=model,
@@ -89,6 +88,16 @@ def main() -> None:
                 with torch.no_grad():
                     probe.rows(moment)
                 times[name].append(clock() - start)
+            start = clock()
+            before = values_of(model)
+            copying = clock() - start
+            start = clock()
+            optimizer.step()
+            optimizer.zero_grad()
+            times["step"].append(until_update + clock() - start)
+            start = clock()
+            update_rows(0, model, before)
+            times["updates"].append(copying + clock() - start)
 
     step = statistics.median(times["step"][1:])
     print(
@@ -96,8 +105,8 @@ def main() -> None:
     )
     print(f"step          {step * 1e3:8.2f} ms, median of {len(times['step'])}")
     total = 0.0
-    for name, probe in PROBES.items():
-        median, every = statistics.median(times[name][1:]), getattr(cadence, probe.cadence)
+    for name, every in cadences.items():
+        median = statistics.median(times[name][1:])
         share = median / every / step
         total += share
         print(f"{name:13s} {median * 1e3:8.2f} ms every {every:3d} steps: {share:6.2%} of a step")

@@ -137,8 +137,9 @@ class TrainConfig:
 class ProbesConfig:
     """How often the trial is looked at. Step 0 and the last step are always recorded."""
 
-    every: int = knob(10, "steps between records of weights and token groups", low=1)
+    every: int = knob(10, "steps between records of weights, updates and token groups", low=1)
     histogram_every: int = knob(50, "steps between histograms", low=1)
+    spectrum_every: int = knob(50, "steps between singular values", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,7 @@ class Part(NamedTuple):
     kind: str  # q k v qkv proj fc mlp_proj wte wpe head, or bias ln_weight ln_bias
     layer: int | None  # None outside the blocks
     values: Tensor
+    grad: Tensor | None = None  # of the values, where a backward pass has left one
 
 
 def parts_of(name: str, module: nn.Module) -> Iterator[Part]:
@@ -122,16 +123,17 @@ def parts_of(name: str, module: nn.Module) -> Iterator[Part]:
     layer = int(path[1]) if path[0] == "blocks" and len(path) > 1 else None
     for leaf, values in module.named_parameters(recurse=False):
         if isinstance(module, nn.LayerNorm):
-            yield Part(f"{name}.{leaf}", f"ln_{leaf}", layer, values)
+            yield Part(f"{name}.{leaf}", f"ln_{leaf}", layer, values, values.grad)
         elif leaf == "bias":
-            yield Part(f"{name}.bias", "bias", layer, values)
+            yield Part(f"{name}.bias", "bias", layer, values, values.grad)
         elif path[-1] == "qkv":
-            yield Part(name, "qkv", layer, values)
-            for kind, rows in zip("qkv", values.chunk(3), strict=True):
-                yield Part(name.removesuffix("qkv") + kind, kind, layer, rows)
+            yield Part(name, "qkv", layer, values, values.grad)
+            grads = [None] * 3 if values.grad is None else values.grad.chunk(3)
+            for kind, rows, grad in zip("qkv", values.chunk(3), grads, strict=True):
+                yield Part(name.removesuffix("qkv") + kind, kind, layer, rows, grad)
         else:
             kind = "mlp_proj" if path[-2:] == ["mlp", "proj"] else path[-1]
-            yield Part(name, kind, layer, values)
+            yield Part(name, kind, layer, values, values.grad)
 
 
 class HeadOutput(NamedTuple):

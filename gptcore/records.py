@@ -33,9 +33,8 @@ class TrainingRow:
 
     step: int
     loss: float  # mean cross-entropy of the step's batch, nats per token
-    # Of the update that follows; null at the last step, which has none.
-    lr: float | None
-    grad_norm: float | None  # L2 norm over all parameters, before clipping
+    grad_norm: float  # L2 norm over all parameters, before clipping
+    lr: float | None  # of the update that follows; null at the last step, which has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +50,34 @@ class WeightRow:
     std: float  # of the population: divided by `size`
     excess_kurtosis: float | None  # 0 for a normal; null where all elements are equal
     max_abs: float
+    frobenius: float  # root of the sum of squares
     rms_displacement: float  # root mean square of (now - at step 0)
+    cosine: float | None  # of the angle between now and step 0; null where either is all zeros
+    grad_rms: float  # root mean square of the step's gradient, before clipping
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateRow:
+    """What the update that makes step + 1 out of `step` does to one parameter tensor."""
+
+    step: int
+    tensor: str
+    kind: str
+    layer: int | None
+    rms: float  # root mean square of (after - before)
+    ratio: float | None  # rms over the root mean square before; null where all is zero before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpectrumRow:
+    """The largest singular value of one weight matrix, and how many it stands for."""
+
+    step: int
+    tensor: str
+    kind: str
+    layer: int | None
+    spectral_norm: float
+    stable_rank: float | None  # (Frobenius / spectral norm)^2; null for a matrix of zeros
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,12 +124,23 @@ class GroupMembersRow:
 
 
 # A new row type goes here and into TABLES.
-Row = InitRow | TrainingRow | WeightRow | HistogramRow | TokenGroupRow | GroupMembersRow
+Row = (
+    InitRow
+    | TrainingRow
+    | WeightRow
+    | UpdateRow
+    | SpectrumRow
+    | HistogramRow
+    | TokenGroupRow
+    | GroupMembersRow
+)
 
 TABLES: dict[str, type[Row]] = {
     "init": InitRow,
     "training": TrainingRow,
     "weights": WeightRow,
+    "updates": UpdateRow,
+    "spectra": SpectrumRow,
     "histograms": HistogramRow,
     "token_groups": TokenGroupRow,
     "group_members": GroupMembersRow,

@@ -1,8 +1,8 @@
 """The training loop of one trial.
 
 Step k is the state of the model after k updates. Its loss is taken on batch k, which the model has
-not been updated on; then the probes look; then the update makes step k + 1. The last step has no
-update: it is there to be looked at.
+not been updated on; then come its gradient and the probes; then the update makes step k + 1. The
+last step has no update: it is there to be looked at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import learning_rate, make_optimizer
-from gptcore.probes import Moment, model_parts, observe
+from gptcore.probes import Moment, observe, update_rows, values_of
 from gptcore.records import Recorder, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
 
@@ -33,7 +33,7 @@ def train(
     optim, steps = config.optim, config.train.steps
     optimizer = make_optimizer(model, optim)
     parameters = list(model.parameters())
-    initial = {part.name: part.values.detach().clone() for part in model_parts(model)}
+    initial = values_of(model)
     status: Literal["finished", "diverged"] = "finished"
     reason, ceiling = "", EXPLOSION * math.log(config.model.vocab_size)
     last_loss: float | None = None
@@ -56,6 +56,7 @@ def train(
         if not loss_value <= ceiling:  # NaN too
             status, reason = "diverged", f"loss {loss_value:.4g} at step {step}"
             break
+        loss.backward()
         moment = Moment(
             step=step,
             model=model,
@@ -66,20 +67,22 @@ def train(
             log_z_BT=log_z_BT,
         )
         rows = observe(moment, config.probes, last=step == steps)
-        lr = grad_norm = None
+        norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in parameters if parameter.grad is not None]
+        )
+        lr = None
         if step < steps:
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm(
-                [parameter.grad for parameter in parameters if parameter.grad is not None]
-            )
             if optim.clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip, norm)
-            lr, grad_norm = learning_rate(optim, step, steps), norm.item()
+            lr = learning_rate(optim, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            before = values_of(model) if step % config.probes.every == 0 else None
             optimizer.step()
-            optimizer.zero_grad()
-        rows.append(TrainingRow(step=step, loss=loss_value, lr=lr, grad_norm=grad_norm))
+            if before:
+                rows.extend(update_rows(step, model, before))
+        optimizer.zero_grad()
+        rows.append(TrainingRow(step=step, loss=loss_value, lr=lr, grad_norm=norm.item()))
         recorder.log(rows)
         last_loss = loss_value
     seconds = time.perf_counter() - start

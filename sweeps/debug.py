@@ -60,15 +60,13 @@ class ConsoleRecorder(MemoryRecorder):
             if isinstance(row, TrainingRow):
                 if row.step == 0:
                     self._print_untrained(logprobs)
-                norm = "" if row.grad_norm is None else f"  grad_norm {row.grad_norm:.4f}"
                 groups = "".join(
                     f"  {group} {value:.2f}"
                     for group, value in logprobs.items()
                     if value is not None
                 )
-                self.console.print(
-                    f"step {row.step:4d}  loss {row.loss:.4f}{norm}{groups}", soft_wrap=True
-                )
+                line = f"step {row.step:4d}  loss {row.loss:.4f}  grad_norm {row.grad_norm:.4f}"
+                self.console.print(line + groups, soft_wrap=True)
 
     def _print_untrained(self, logprobs: dict[str, float | None]) -> None:
         """The init as drawn beside what it was drawn from, and the untrained token groups."""

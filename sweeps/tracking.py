@@ -177,8 +177,7 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
     match row:
         case TrainingRow():
             yield "loss/train", row.step, row.loss
-            if row.grad_norm is not None:
-                yield "grad_norm/global", row.step, row.grad_norm
+            yield "grad_norm/global", row.step, row.grad_norm
         case TokenGroupRow(mask="sequence", mean_logprob=float(value)):
             yield f"logprob/{row.group}", row.step, value
         case WeightRow(kind="qkv"):

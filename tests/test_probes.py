@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,16 @@ from scipy import stats
 from gptcore.config import InitConfig, ModelConfig, ProbesConfig
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
-from gptcore.probes import HISTOGRAM_EDGES, MIN_TOKENS, PROBES, Moment, model_parts, observe
+from gptcore.probes import (
+    HISTOGRAM_EDGES,
+    MIN_TOKENS,
+    PROBES,
+    Moment,
+    model_parts,
+    observe,
+    update_rows,
+    values_of,
+)
 from gptcore.records import TABLE_OF
 from gptcore.token_groups import TokenGroups
 
@@ -28,6 +40,8 @@ def moment():
     }
     ids, targets = torch.randint(40, (2, 5, 12), generator=generator)
     hidden = model(ids)
+    loss, log_z = loss_of(hidden, model.head.weight, targets)
+    loss.backward()
     return Moment(
         step=7,
         model=model,
@@ -35,7 +49,7 @@ def moment():
         groups=TokenGroups(GROUPS, np.zeros(50257, dtype=np.int64)),
         ids_BT=ids,
         hidden_BTD=hidden,
-        log_z_BT=loss_of(hidden, model.head.weight, targets).log_z_BT,
+        log_z_BT=log_z,
     )
 
 
@@ -54,25 +68,69 @@ def test_every_probe_gives_rows_of_a_table_at_the_moments_step(probe, moment):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_every_probe_only_reads(probe, moment):
-    before = [parameter.detach().clone() for parameter in moment.model.parameters()]
+    parameters = list(moment.model.parameters())
+    before = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in parameters]
     state = torch.get_rng_state()
     rows_of(probe, moment)
     assert torch.equal(state, torch.get_rng_state())
-    for old, new in zip(before, moment.model.parameters(), strict=True):
-        assert torch.equal(old, new)
-        assert new.grad is None
+    for (values, grad), now in zip(before, parameters, strict=True):
+        assert torch.equal(values, now)
+        assert torch.equal(grad, now.grad)
 
 
 def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     def due(step, last=False):
         at = Moment(**{**vars(moment), "step": step})
-        rows = observe(at, ProbesConfig(every=5, histogram_every=10), last=last)
+        rows = observe(at, ProbesConfig(every=5, histogram_every=10, spectrum_every=15), last=last)
         return {TABLE_OF[type(row)] for row in rows}
 
-    everything = {"weights", "token_groups", "histograms"}
-    assert due(0) == due(10) == due(3, last=True) == everything
-    assert due(5) == everything - {"histograms"}
+    everything = {"weights", "token_groups", "histograms", "spectra"}
+    assert due(0) == due(30) == due(3, last=True) == everything
+    assert due(5) == everything - {"histograms", "spectra"}
+    assert due(10) == everything - {"spectra"}
     assert due(3) == set()
+
+
+def test_spectra_are_numpys(moment):
+    rows = {row.tensor: row for row in rows_of("spectra", moment)}
+    matrices = {part.name: part.values for part in model_parts(moment.model)}
+    assert set(rows) == {name for name, values in matrices.items() if values.dim() == 2}
+    for name in ("wte", "blocks.1.attn.k", "blocks.0.attn.qkv", "blocks.1.mlp.proj"):
+        singular = np.linalg.svd(matrices[name].detach().double().numpy(), compute_uv=False)
+        assert rows[name].spectral_norm == pytest.approx(singular[0], rel=1e-4)
+        rank = (singular**2).sum() / singular[0] ** 2
+        assert rows[name].stable_rank == pytest.approx(rank, rel=1e-4)
+
+
+def test_what_an_update_does_is_measured_against_the_weights_before_it(moment):
+    model = copy.deepcopy(moment.model)
+    before = values_of(model)
+    with torch.no_grad():
+        model.wpe.weight.mul_(1.25)
+        model.blocks[1].attn.qkv.weight[16:32] += 0.5  # K of the second block
+    rows = {row.tensor: row for row in update_rows(3, model, before)}
+    assert set(rows) == set(before)
+    assert {row.step for row in rows.values()} == {3}
+    assert rows["wpe"].ratio == pytest.approx(0.25, rel=1e-5)
+    assert rows["blocks.1.attn.k"].rms == pytest.approx(0.5, rel=1e-5)
+    assert rows["blocks.1.attn.qkv"].rms == pytest.approx(0.5 / 3**0.5, rel=1e-5)
+    assert rows["blocks.1.attn.q"].rms == rows["blocks.1.attn.q"].ratio == 0
+    assert rows["blocks.0.mlp.fc"].ratio == 0
+    assert rows["blocks.0.attn.qkv"].ratio == 0
+    assert rows["ln_f.bias"].ratio is None  # all zeros before
+
+
+def test_tensors_of_zeros_have_no_angle_and_no_rank(moment):
+    model = copy.deepcopy(moment.model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        model.blocks[0].mlp.proj.weight.zero_()
+    zeroed = replace(moment, model=model)
+    (weights,) = (r for r in rows_of("weights", zeroed) if r.tensor == "blocks.0.mlp.proj")
+    (spectrum,) = (r for r in rows_of("spectra", zeroed) if r.tensor == "blocks.0.mlp.proj")
+    assert weights.cosine is weights.excess_kurtosis is spectrum.stable_rank is None
+    assert weights.frobenius == weights.std == spectrum.spectral_norm == weights.grad_rms == 0
 
 
 def test_weight_statistics_are_numpys(moment):
@@ -81,13 +139,19 @@ def test_weight_statistics_are_numpys(moment):
     for name in ("wte", "blocks.1.attn.k", "blocks.0.attn.qkv", "blocks.1.mlp.fc"):
         part = next(part for part in model_parts(moment.model) if part.name == name)
         values = part.values.detach().double().numpy().ravel()
-        moved = values - moment.initial[name].double().numpy().ravel()
+        initial = moment.initial[name].double().numpy().ravel()
+        moved = values - initial
+        grad = part.grad.double().numpy().ravel()
         row = rows[name]
         assert row.size == values.size
         assert row.mean == pytest.approx(values.mean(), abs=1e-6)
         assert row.std == pytest.approx(values.std(), rel=1e-5)
         assert row.excess_kurtosis == pytest.approx(stats.kurtosis(values), abs=1e-4)
         assert row.max_abs == pytest.approx(np.abs(values).max(), rel=1e-6)
+        assert row.frobenius == pytest.approx(np.linalg.norm(values), rel=1e-5)
+        cosine = values @ initial / np.linalg.norm(values) / np.linalg.norm(initial)
+        assert row.cosine == pytest.approx(cosine, abs=1e-5)
+        assert row.grad_rms == pytest.approx(np.sqrt((grad**2).mean()), rel=1e-5)
         assert row.rms_displacement == pytest.approx(np.sqrt((moved**2).mean()), rel=1e-4)
     bias = rows["blocks.0.mlp.fc.bias"]
     assert (bias.kind, bias.std, bias.max_abs, bias.excess_kurtosis) == ("bias", 0.0, 0.0, None)

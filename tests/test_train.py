@@ -33,7 +33,8 @@ def test_a_trial_fills_every_table_from_step_0_to_the_last(tiny):
     assert sorted(set(steps["weights"])) == sorted(set(steps["token_groups"])) == [0, 2, 4, 5]
     assert sorted(set(steps["histograms"])) == [0, 4, 5]
     assert all(recorder.rows[table] for table in TABLES)
-    assert [row.grad_norm is None for row in recorder.rows["training"]] == [False] * 5 + [True]
+    assert [row.lr is None for row in recorder.rows["training"]] == [False] * 5 + [True]
+    assert sorted({row.step for row in recorder.rows["updates"]}) == [0, 2, 4]
     assert recorder.result.loss == recorder.rows["training"][-1].loss
 
 
