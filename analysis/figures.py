@@ -45,7 +45,7 @@ def _band_and_line(
         "scheme:N",
         title="scheme",
         scale=alt.Scale(range=COLOURS),
-        legend=alt.Legend(symbolOpacity=1),
+        legend=alt.Legend(symbolOpacity=1, labelLimit=0),
     )
     dash = alt.StrokeDash("subset:N", title="corpus.subset")
     tooltip: list[Any] = [
