@@ -113,7 +113,7 @@ def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tenso
     kurtosis_P = centred_PN.div_(std_P1).square_().square_().mean(1) - 3
     mean_P, std_P = mean_P1.squeeze(1), std_P1.squeeze(1)
     # Not aminmax(dim=1), which goes element by element.
-    max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1))
+    max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1)).abs()  # no -0.0
     displacement_P, initial_P = _rms(values_PN - initial_PN), _rms(initial_PN)
     # The law of cosines: w . w0 = (|w|^2 + |w0|^2 - |w - w0|^2) / 2.
     square_P = std_P.square() + mean_P.square()
