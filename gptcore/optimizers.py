@@ -19,14 +19,7 @@ def adamw(
     model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
 ) -> Optimizer:
     """Adam with decoupled weight decay, lr * weight_decay * w. Loshchilov & Hutter 2019."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        betas=(beta1, beta2),
-        eps=eps,
-        fused=True,
-        lr=lr,
-        weight_decay=weight_decay,
-    )
+    return torch.optim.AdamW(model.parameters(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def adam(
@@ -36,14 +29,7 @@ def adam(
 
     A large `eps` makes rows with small gradients move in proportion to them, as under SGD.
     """
-    return torch.optim.Adam(
-        model.parameters(),
-        betas=(beta1, beta2),
-        eps=eps,
-        fused=True,
-        lr=lr,
-        weight_decay=weight_decay,
-    )
+    return torch.optim.Adam(model.parameters(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def coupled_adam(
