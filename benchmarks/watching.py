@@ -1,10 +1,12 @@
 """What does watching cost? The share of a training step that recording by default takes.
 
-    python benchmarks/watching.py [--d-model 64] [--n-layer 6] [--seconds 60]
+    python benchmarks/watching.py [--d-model 64] [--n-layer 6] [--batch-size 8] [--seconds 60]
 
-Runs with torch, numpy and tiktoken alone, on random tokens. In each round it times one bare
+Runs with torch, numpy and tiktoken alone, on random tokens
+with Zipf's law. In each round it times one bare
 training step and one run of every probe, so that a noisy machine hits both alike. A probe's share
-is its median time, over the steps between two of its records, against the median step.
+is its median time, over the steps between two of its records, against the median step; one that
+looks at the first and last step alone is spread over the default trial.
 """
 
 import argparse
@@ -18,21 +20,27 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import torch
 
-from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig
+from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig, TrainConfig
 from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import make_optimizer
-from gptcore.probes import PROBES, Moment, update_rows, values_of
+from gptcore.probes import PROBES, Moment, Reading, members_of, update_rows, values_of
 from gptcore.token_groups import TokenGroups
 
 
 def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
     """Groups of the sizes that Gulliver's Travels has."""
-    sizes = {"common_100": 100, "rare_100": 100, "never_100": 100, "singletons": 3398,
-             "never_used": 40471}  # fmt: skip
+    sizes = {"common_100": 100, "rare_100": 100, "never_100": 100, "never_used": 40478,
+             "singletons": 3402, "count_2_3": 2659, "count_4_15": 2736, "count_16_63": 744,
+             "count_64_255": 176, "count_256_up": 62}  # fmt: skip
     ids = {name: np.sort(rng.permutation(vocab_size)[:size]) for name, size in sizes.items()}
-    return TokenGroups(ids, np.zeros(vocab_size, dtype=np.int64))
+    return TokenGroups(ids, np.ones(vocab_size, dtype=np.int64), np.zeros(vocab_size))
+
+
+def random_ids(sequences: int, shape: ModelConfig) -> torch.Tensor:
+    """Token ids by Zipf's law, [sequences, context + 1]."""
+    return (shape.vocab_size ** torch.rand(sequences, shape.context + 1)).long() - 1
 
 
 def main() -> None:
@@ -50,23 +58,31 @@ def main() -> None:
     initialise(model, InitConfig())
     model.to(args.device)
     optimizer = make_optimizer(model, OptimConfig())
-    initial = values_of(model)
+    layers = range(shape.n_layer)
+    initial = values_of(model, layers)
+    fixed_texts = {
+        text: random_ids(ProbesConfig().sequences, shape).to(args.device)
+        for text in ("probe", "held_out")
+    }
     groups = random_groups(np.random.default_rng(0), shape.vocab_size)
+    member_GV = members_of(groups, model.head.weight)
 
     def clock() -> float:
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    cadences = {name: getattr(ProbesConfig(), probe.cadence) for name, probe in PROBES.items()}
+    cadences = {
+        name: getattr(ProbesConfig(), probe.cadence) if probe.cadence else TrainConfig().steps // 2
+        for name, probe in PROBES.items()
+    }
     cadences["updates"] = ProbesConfig().every
     times: dict[str, list[float]] = {"step": [], **{name: [] for name in cadences}}
     end = time.perf_counter() + args.seconds
     with one_thread():
         while time.perf_counter() < end or len(times["step"]) < 5:
-            ids, targets = torch.randint(
-                shape.vocab_size, (2, args.batch_size, shape.context), device=args.device
-            )
+            windows = random_ids(args.batch_size, shape).to(args.device)
+            ids, targets = windows[:, :-1], windows[:, 1:]
             start = clock()
             hidden = model(ids)
             loss, log_z = loss_of(hidden, model.head.weight, targets)
@@ -78,10 +94,11 @@ def main() -> None:
                 step=0,
                 model=model,
                 initial=initial,
+                layers=layers,
                 groups=groups,
-                ids_BT=ids,
-                hidden_BTD=hidden,
-                log_z_BT=log_z,
+                member_GV=member_GV,
+                fixed_texts=fixed_texts,
+                batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=log_z),
             )
             for name, probe in PROBES.items():
                 start = clock()
@@ -89,14 +106,14 @@ def main() -> None:
                     probe.rows(moment)
                 times[name].append(clock() - start)
             start = clock()
-            before = values_of(model)
+            before = values_of(model, layers)
             copying = clock() - start
             start = clock()
             optimizer.step()
             optimizer.zero_grad()
             times["step"].append(until_update + clock() - start)
             start = clock()
-            update_rows(0, model, before)
+            update_rows(0, model, layers, before)
             times["updates"].append(copying + clock() - start)
 
     step = statistics.median(times["step"][1:])

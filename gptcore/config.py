@@ -14,13 +14,14 @@ import inspect
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 Scalar = int | float | str | bool
 
-EXPERIMENT_VERSION = 1
+EXPERIMENT_VERSION = 2
 """Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial."""
 
 
@@ -137,9 +138,14 @@ class TrainConfig:
 class ProbesConfig:
     """How often the trial is looked at. Step 0 and the last step are always recorded."""
 
-    every: int = knob(10, "steps between records of weights, updates and token groups", low=1)
+    every: int = knob(
+        10, "steps between records of weights, updates, activations, the batch's groups", low=1
+    )
+    text_every: int = knob(50, "steps between readings of the fixed texts", low=1)
     histogram_every: int = knob(50, "steps between histograms", low=1)
     spectrum_every: int = knob(50, "steps between singular values", low=1)
+    sequences: int = knob(4, "sequences in each fixed text: the probe text, the held-out", low=1)
+    layers: str = knob("all", "which blocks are looked at: all, or ascending, such as 0,2,5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,24 @@ class TrialConfig:
                 f"optim.warmup must be below train.steps: a warm-up of {self.optim.warmup} steps "
                 f"does not end within {self.train.steps}"
             )
+        self.probed_layers()
+
+    def probed_layers(self) -> list[int]:
+        """The blocks that probes look at. Raises InputError for one that is not there."""
+        text, n_layer = self.probes.layers, self.model.n_layer
+        if text == "all":
+            return list(range(n_layer))
+        layers = [int(word) for word in text.split(",") if re.fullmatch(r"0|[1-9]\d*", word)]
+        if len(layers) != text.count(",") + 1 or layers != sorted(set(layers)):
+            raise InputError(
+                f"probes.layers takes all, or ascending layers such as 0,2,5, not {text!r}"
+            )
+        if layers[-1] >= n_layer:
+            raise InputError(
+                f"probes.layers {text}: there is no layer {layers[-1]}, "
+                f"the model has 0 to {n_layer - 1}"
+            )
+        return layers
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> TrialConfig:
@@ -187,19 +211,23 @@ class TrialConfig:
             for entry in fields(getattr(self, section.name))
         }
 
-    def key(self, corpus_digest: str) -> str:
-        """The trial's identity everywhere: 12 hex digits of a SHA-256.
+    def identity(self, corpus_digest: str) -> dict[str, Scalar]:
+        """All that decides what the trial finds.
 
         `corpus_digest` is the digest of the whole text that `corpus.subset` cuts from.
         """
-        identity = {
+        knobs = {
+            key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]
+        }
+        return {
             "experiment_version": EXPERIMENT_VERSION,
             "corpus_digest": corpus_digest,
-            **{
-                key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]
-            },
+            **knobs,
         }
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+
+    def key(self, corpus_digest: str) -> str:
+        """The trial's identity as its name everywhere: 12 hex digits of a SHA-256."""
+        canonical = json.dumps(self.identity(corpus_digest), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore.config import CorpusConfig, InputError, seed_of
-from gptcore.tokenizer import gpt2_encoding, token_bytes
+from gptcore.records import FixedTextRow
+from gptcore.tokenizer import VOCAB_SIZE, gpt2_encoding, token_bytes
 
 GULLIVER_URL = "https://www.gutenberg.org/cache/epub/829/pg829.txt"
 GULLIVER_FILES = ("gulliver.txt", "pg829.txt", "829-0.txt")
@@ -40,26 +41,68 @@ class CorpusUnavailable(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The part of a text that a trial trains on."""
+    """The part of a text that a trial reads: all of it but the held-out windows is trained on.
+
+    Two fixed texts of `sequences` windows each lie evenly over it, by turns: `probe` is read in
+    training too, `held_out` never. They depend on nothing but the subset, `context` and
+    `sequences`, so every scheme and seed is measured on the same ones.
+    """
 
     name: str
     subset: str
     digest: str  # SHA-256 of the whole text, UTF-8
     origin: str  # where the text came from
-    tokens: NDArray[np.uint16]  # [n_tokens], memory-mapped
+    tokens: NDArray[np.uint16]  # [n_tokens] of the subset, memory-mapped
+    context: int
+    sequences: int
 
     def batch(
-        self, step: int, *, batch_size: int, context: int, seed: int
+        self, step: int, *, batch_size: int, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Inputs and next-token targets of one step, [batch_size, context] each.
 
-        Sequences start anywhere, drawn with replacement. A batch is a function of the step and the
-        seed alone, so a trial can begin again at any step.
+        Sequences start wherever they meet no held-out window, drawn with replacement. A batch is a
+        function of the step and the seed alone, so a trial can begin again at any step.
         """
         rng = np.random.default_rng(seed_of("batch", seed, step))
-        starts = rng.integers(0, len(self.tokens) - context, size=batch_size)
-        windows = self.tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+        held_out = self.fixed_starts()["held_out"]
+        gap_starts = np.array([0, *(held_out + self.context + 1)])
+        starts_in_gap = np.array([*held_out, len(self.tokens)]) - gap_starts - self.context
+        ends = np.maximum(starts_in_gap, 0).cumsum()
+        draws = rng.integers(0, ends[-1], size=batch_size)
+        gaps = ends.searchsorted(draws, side="right")
+        windows = self._windows(gap_starts[gaps] + draws - np.array([0, *ends])[gaps])
         return windows[:, :-1], windows[:, 1:]
+
+    def fixed_starts(self) -> dict[str, NDArray[np.int64]]:
+        """Where the windows of each fixed text begin, [sequences] each."""
+        room = len(self.tokens) - (self.context + 1)
+        starts = np.arange(2 * self.sequences) * room // (2 * self.sequences - 1)
+        return {"probe": starts[0::2], "held_out": starts[1::2]}
+
+    def fixed_texts(self) -> dict[str, NDArray[np.int64]]:
+        """The windows of each fixed text, [sequences, context + 1] each."""
+        return {text: self._windows(starts) for text, starts in self.fixed_starts().items()}
+
+    def fixed_text_rows(self) -> list[FixedTextRow]:
+        return [
+            FixedTextRow(
+                text=text,
+                digest=hashlib.sha256(windows.astype("<u2").tobytes()).hexdigest(),
+                starts=self.fixed_starts()[text].tolist(),
+                tokens=windows.flatten().tolist(),
+            )
+            for text, windows in self.fixed_texts().items()
+        ]
+
+    def counts(self) -> NDArray[np.int64]:
+        """How often each token occurs in what is trained on, [VOCAB_SIZE]."""
+        everywhere = np.bincount(self.tokens, minlength=VOCAB_SIZE)
+        held_out = self.fixed_texts()["held_out"].flatten()
+        return everywhere - np.bincount(held_out, minlength=VOCAB_SIZE)
+
+    def _windows(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -72,8 +115,8 @@ class Source:
     sections: Callable[[str], dict[str, tuple[int, int]]]
 
 
-def load_corpus(config: CorpusConfig, context: int) -> Corpus:
-    """The corpus and subset that a config names, with at least one sequence of `context` tokens.
+def load_corpus(config: CorpusConfig, context: int, sequences: int) -> Corpus:
+    """The corpus and subset that a config names, with room for its fixed texts and for training.
 
     Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
     unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
@@ -84,10 +127,11 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokens = _tokenised(text, digest)
     start, stop = _subset_bounds(config, text, tokens)
-    if stop - start < context + 1:
+    # The fixed windows do not touch then, and between two held-out ones is room to train on.
+    if stop - start < (least := 2 * sequences * (context + 1)):
         raise InputError(
-            f"corpus.subset {config.subset} of corpus {config.name} has {stop - start} tokens: "
-            f"a context of {context} needs at least {context + 1}"
+            f"corpus.subset {config.subset} of corpus {config.name} has {stop - start} tokens: a "
+            f"context of {context} with {sequences} probes.sequences needs at least {least}"
         )
     return Corpus(
         name=config.name,
@@ -95,6 +139,8 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
         digest=digest,
         origin=origin,
         tokens=tokens[start:stop],
+        context=context,
+        sequences=sequences,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from gptcore.checkpoint import Checkpoint
 from gptcore.config import InputError, TrialConfig
 from gptcore.corpus import Corpus, load_corpus
 from gptcore.init_schemes import check_init, initialise
@@ -24,7 +26,7 @@ def check_trial(config: TrialConfig) -> Corpus:
     and its length.
     """
     check_knobs(config)
-    return load_corpus(config.corpus, config.model.context)
+    return load_corpus(config.corpus, config.model.context, config.probes.sequences)
 
 
 def check_knobs(config: TrialConfig) -> None:
@@ -33,23 +35,33 @@ def check_knobs(config: TrialConfig) -> None:
     check_optim(config.optim)
 
 
-def run_trial(config: TrialConfig, recorder: Recorder) -> TrialResult:
+def run_trial(
+    config: TrialConfig, recorder: Recorder, checkpoint_file: Path | None = None
+) -> TrialResult:
     """Run one trial from its config to its last row; the recorder is closed with the result.
+
+    Where a `checkpoint_file` is named, a trial that is cut off leaves its state there, and one that
+    finds it there goes on from it.
 
     A loss that diverges is a result; InputError and faults are raised, the recorder left open.
     On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
     or under Ray.
     """
     corpus = check_trial(config)
+    checkpoint = None
+    if checkpoint_file:
+        checkpoint = Checkpoint(checkpoint_file, config.identity(corpus.digest))
     device = device_of(config)
     with one_thread():
         model = GPT(config.model)
         recorder.log(initialise(model, config.init))
         model.to(device)
-        groups = token_groups(corpus.tokens, config.corpus.data_seed)
-        recorder.log(groups.rows())
-        result = train(model, corpus, groups, config, recorder)
+        groups = token_groups(corpus.counts(), config.corpus.data_seed)
+        recorder.log([*groups.rows(), *corpus.fixed_text_rows()])
+        result = train(model, corpus, groups, config, recorder, checkpoint)
     recorder.close(result)
+    if checkpoint:
+        checkpoint.delete()
     return result
 
 

@@ -4,7 +4,8 @@ Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*: toke
 embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding; tying and
 the place of LayerNorm can be varied. There is no dropout.
 
-Shapes: B sequences, T positions, D = d_model, H heads, V = vocab_size, N = B * T tokens.
+Shapes: B sequences, T positions, D = d_model, H heads, E = 3 D, V = vocab_size,
+N = B * T tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,14 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
-            for part in self.qkv(x_BTD).split(D, dim=2)
-        )
+        q, k, v = self.heads(self.qkv(x_BTD))
         y_BHTC = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(y_BHTC.transpose(1, 2).reshape(B, T, D))
+        return self.proj(y_BHTC.transpose(1, 2).flatten(2))
+
+    def heads(self, qkv_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V of the merged product, [B, T, 3 D], each as [B, H, T, D / H]."""
+        q, k, v = qkv_BTE.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -152,6 +154,10 @@ def loss_of(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> HeadOu
     return HeadOutput(loss, log_z_N.view_as(targets_BT))
 
 
+# 1 MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
+CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 16384)}
+
+
 @functools.lru_cache(maxsize=1)
 def _workspace(V: int, T: int, C: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Scratch for one head at a time, [V, C] and [T, C], kept from step to step.
@@ -171,21 +177,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     what makes this faster than the same arithmetic over whole rows.
     """
 
-    # 1 MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
-    CHUNK_AND_TILE: ClassVar = {"cpu": (256, 1024), "cuda": (2048, 16384)}
-    # exp(|z|) and its sum over the vocabulary stay far inside float32 below this.
-    SAFE_LOGIT = 40.0
-
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
         N, V = h_ND.shape[0], w_VD.shape[0]
-        chunk, tile = _ChunkedCrossEntropy.CHUNK_AND_TILE[h_ND.device.type]
+        chunk, tile = CHUNK_AND_TILE[h_ND.device.type]
         log_z_N = h_ND.new_empty(N)
         dh_ND, dw_VD = torch.empty_like(h_ND), torch.zeros_like(w_VD)
         exp_VC, tile_TC = _workspace(V, min(tile, V), min(chunk, N), h_ND.dtype, h_ND.device)
-        # |z| <= |h| |w|: where that is small, no maximum needs to be found and subtracted.
-        largest = h_ND.norm(dim=1).max() * w_VD.norm(dim=1).max()
-        bounded = largest.item() < _ChunkedCrossEntropy.SAFE_LOGIT
+        bounded = _bounded(h_ND, w_VD)
         for start in range(0, N, chunk):
             h, y, log_z, dh = (
                 whole[start : start + chunk] for whole in (h_ND, y_N, log_z_N, dh_ND)
@@ -217,3 +216,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         dh_ND, dw_VD = ctx.saved_tensors
         return dh_ND * grad_loss, dw_VD * grad_loss, None
+
+
+def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of groups of tokens, [N, G], and log Z, [N]; without gradient.
+
+    `member_GV` is 1 where a token is of a group, else 0.
+    """
+    shift_N = hidden_ND.new_zeros(len(hidden_ND))
+    if not _bounded(hidden_ND, weight_VD):
+        shift_N = (weight_VD @ hidden_ND.T).amax(0)
+    tile = CHUNK_AND_TILE[hidden_ND.device.type][1]
+    all_and_member = torch.cat([member_GV.new_ones(1, len(weight_VD)), member_GV])
+    sums = hidden_ND.new_zeros(len(all_and_member), len(hidden_ND))
+    for w, member in zip(weight_VD.split(tile), all_and_member.split(tile, dim=1), strict=True):
+        bits = (w @ (hidden_ND / math.log(2)).T).sub_(shift_N / math.log(2))
+        sums.addmm_(member, torch.exp2(bits, out=bits))
+    return (sums[1:] / sums[0]).T, sums[0].log() + shift_N
+
+
+def _bounded(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether logits are so small that no maximum has to be subtracted before their exponential.
+
+    |z| <= |h| |w|, and below 40 exp(|z|) and its sum over the vocabulary stay far inside float32.
+    """
+    return (hidden_ND.norm(dim=1).max() * weight_VD.norm(dim=1).max()).item() < 40.0

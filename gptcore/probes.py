@@ -7,20 +7,26 @@ read. What the update does is looked at after it, by update_rows.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptcore.config import ProbesConfig
-from gptcore.model import GPT, Part, parts_of
+from gptcore.model import GPT, CausalSelfAttention, Part, parts_of, softmax_sums
 from gptcore.records import (
+    ActivationRow,
+    AttentionRow,
     HistogramRow,
     Row,
     SpectrumRow,
+    TextLossRow,
     TokenGroupRow,
+    TokensRow,
     UpdateRow,
     WeightRow,
 )
@@ -33,23 +39,61 @@ HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Shared by all runs: 0.001 wide around 0, a tenth of the value far out, ending at +-4.06."""
 
 
+TILE = 1 << 16
+"""Elements that are worked on at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Sequences as the model reads them."""
+
+    text: str  # batch, probe or held_out
+    ids_BT: Tensor  # inputs
+    hidden_BTD: Tensor
+    log_z_BT: Tensor
+    prob_BTG: Tensor | None = None  # summed over the tokens of each group, where it is known
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """One recorded step of a trial."""
 
     step: int
     model: GPT
-    initial: Mapping[str, Tensor]  # the values of every tensor at step 0, by name
+    initial: Mapping[str, Tensor]  # step 0's values of the tensors that are looked at, by name
+    layers: Sequence[int]  # the blocks that are looked at
     groups: TokenGroups
-    ids_BT: Tensor  # inputs of the step's batch
-    hidden_BTD: Tensor
-    log_z_BT: Tensor
+    member_GV: Tensor  # as members_of gives it
+    fixed_texts: Mapping[str, Tensor]  # windows of each, [B, T + 1]
+    batch: Reading
+
+    @functools.cached_property
+    def readings(self) -> dict[str, Reading]:
+        """The fixed texts as the model reads them, with the probability of the token groups."""
+        weight_VD, readings = self.model.head.weight, {}
+        for text, windows_BT in self.fixed_texts.items():
+            ids_BT = windows_BT[:, :-1]
+            hidden_BTD = self.model(ids_BT)
+            prob_NG, log_z_N = softmax_sums(hidden_BTD.flatten(0, 1), weight_VD, self.member_GV)
+            readings[text] = Reading(
+                text=text,
+                ids_BT=ids_BT,
+                hidden_BTD=hidden_BTD,
+                log_z_BT=log_z_N.view_as(ids_BT),
+                prob_BTG=prob_NG.view(*ids_BT.shape, -1),
+            )
+        return readings
+
+    @functools.cached_property
+    def group_sum_GD(self) -> Tensor:
+        """Sum of the head's rows of each token group."""
+        return self.member_GV @ self.model.head.weight
 
 
 @dataclass(frozen=True)
 class Probe:
     rows: Callable[[Moment], Sequence[Row]]
-    cadence: str  # the knob of ProbesConfig that says how often
+    cadence: str | None  # the knob of ProbesConfig that says how often; None: first and last step
 
 
 def observe(moment: Moment, config: ProbesConfig, *, last: bool) -> list[Row]:
@@ -57,27 +101,29 @@ def observe(moment: Moment, config: ProbesConfig, *, last: bool) -> list[Row]:
     rows: list[Row] = []
     with torch.no_grad():
         for probe in PROBES.values():
-            if last or moment.step % getattr(config, probe.cadence) == 0:
+            every = getattr(config, probe.cadence) if probe.cadence else math.inf
+            if last or moment.step % every == 0:
                 rows.extend(probe.rows(moment))
     return rows
 
 
-def model_parts(model: GPT) -> list[Part]:
-    """Every parameter tensor of the model, the merged QKV also as its three parts.
+def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:
+    """Every parameter tensor of these blocks and outside the blocks.
 
-    A tied head is left out: it is the token embedding.
+    The merged QKV comes also as its three parts. A tied head, which is the token embedding, is left
+    out.
     """
     return [
         part
         for name, module in model.named_modules()
         for part in parts_of(name, module)
-        if part.kind != "head" or not model.tied
+        if (part.layer is None or part.layer in layers) and (part.kind != "head" or not model.tied)
     ]
 
 
 def weight_rows(moment: Moment) -> list[WeightRow]:
     """Statistics of every parameter tensor and its gradient, and how far it is from its start."""
-    parts = model_parts(moment.model)
+    parts = model_parts(moment.model, moment.layers)
     grads = {part.name: part.grad for part in parts if part.grad is not None}
     return [
         WeightRow(
@@ -92,7 +138,7 @@ def weight_rows(moment: Moment) -> list[WeightRow]:
             max_abs=max_abs,
             frobenius=math.sqrt(part.values.numel() * (std**2 + mean**2)),
             rms_displacement=displacement,
-            cosine=None if math.isnan(cosine) else cosine,
+            cosine=cosine if math.isfinite(cosine) else None,  # x / 0 where a start is 0
             grad_rms=grad_rms,
         )
         for part, (mean, std, kurtosis, max_abs, displacement, cosine, grad_rms) in _by_part(
@@ -108,13 +154,14 @@ def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tenso
     """
     mean_P1 = values_PN.mean(1, keepdim=True)
     # Centred first: a std from the sum of squares loses digits where |mean| >> std.
-    centred_PN = values_PN - mean_P1
-    std_P1 = centred_PN.square().mean(1, keepdim=True).sqrt()
-    kurtosis_P = centred_PN.div_(std_P1).square_().square_().mean(1) - 3
+    std_P1 = _mean(lambda values: (values - mean_P1).square(), values_PN)[:, None].sqrt()
+    kurtosis_P = _mean(
+        lambda values: ((values - mean_P1) / std_P1).square_().square_(), values_PN
+    ).sub(3)
     mean_P, std_P = mean_P1.squeeze(1), std_P1.squeeze(1)
     # Not aminmax(dim=1), which goes element by element.
     max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1)).abs()  # no -0.0
-    displacement_P, initial_P = _rms(values_PN - initial_PN), _rms(initial_PN)
+    displacement_P, initial_P = _rms(values_PN, initial_PN), _rms(initial_PN)
     # The law of cosines: w . w0 = (|w|^2 + |w0|^2 - |w - w0|^2) / 2.
     square_P = std_P.square() + mean_P.square()
     product_P = (square_P + initial_P.square() - displacement_P.square()) / 2
@@ -124,8 +171,18 @@ def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tenso
     )
 
 
-def _rms(values_PN: Tensor) -> Tensor:
-    return values_PN.square().mean(1).sqrt()
+def _mean(function: Callable[..., Tensor], *wholes_PN: Tensor) -> Tensor:
+    """Mean of the function over each row, [P], tile by tile: intermediate values stay in cache."""
+    P, N = wholes_PN[0].shape
+    tiles = zip(*(whole.split(max(1, TILE // P), dim=1) for whole in wholes_PN), strict=True)
+    return torch.stack([function(*tile).sum(1) for tile in tiles]).sum(0) / N
+
+
+def _rms(values_PN: Tensor, minus_PN: Tensor | None = None) -> Tensor:
+    """Root mean square of each row, or of its difference to another, [P]."""
+    if minus_PN is None:
+        return _mean(torch.square, values_PN).sqrt()
+    return _mean(lambda values, minus: (values - minus).square_(), values_PN, minus_PN).sqrt()
 
 
 def _by_part(
@@ -154,11 +211,13 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.flatten() for tensor in tensors])
 
 
-def update_rows(step: int, model: GPT, before: Mapping[str, Tensor]) -> list[UpdateRow]:
+def update_rows(
+    step: int, model: GPT, layers: Sequence[int], before: Mapping[str, Tensor]
+) -> list[UpdateRow]:
     """What the update of a step did; `before` are the values that values_of gave before it."""
 
     def sizes(values_PN: Tensor, before_PN: Tensor) -> Tensor:
-        return torch.stack([_rms(values_PN - before_PN), _rms(before_PN)], dim=1)
+        return torch.stack([_rms(values_PN, before_PN), _rms(before_PN)], dim=1)
 
     with torch.no_grad():
         return [
@@ -170,20 +229,21 @@ def update_rows(step: int, model: GPT, before: Mapping[str, Tensor]) -> list[Upd
                 rms=rms,
                 ratio=rms / rms_before if rms_before else None,
             )
-            for part, (rms, rms_before) in _by_part(sizes, model_parts(model), before)
+            for part, (rms, rms_before) in _by_part(sizes, model_parts(model, layers), before)
         ]
 
 
-def values_of(model: GPT) -> dict[str, Tensor]:
+def values_of(model: GPT, layers: Sequence[int]) -> dict[str, Tensor]:
     """A copy of every tensor that model_parts names."""
-    return {part.name: part.values.detach().clone() for part in model_parts(model)}
+    return {part.name: part.values.detach().clone() for part in model_parts(model, layers)}
 
 
 def spectrum_rows(moment: Moment) -> list[SpectrumRow]:
     """Largest singular value of every weight matrix, from the smaller of its two Gram matrices."""
-    parts = [part for part in model_parts(moment.model) if part.values.dim() == 2]
     rows = []
-    for part in parts:
+    for part in model_parts(moment.model, moment.layers):
+        if part.values.dim() != 2:
+            continue
         tall = part.values if part.values.shape[0] >= part.values.shape[1] else part.values.T
         squares = torch.linalg.eigvalsh(tall.T @ tall)  # ascending, of the singular values
         largest, total = float(squares[-1]), float(squares.sum())
@@ -203,7 +263,7 @@ def spectrum_rows(moment: Moment) -> list[SpectrumRow]:
 def histogram_rows(moment: Moment) -> list[HistogramRow]:
     """Histogram of each block's merged QKV weight on HISTOGRAM_EDGES."""
     rows = []
-    for part in model_parts(moment.model):
+    for part in model_parts(moment.model, moment.layers):
         if part.kind == "qkv" and part.layer is not None:
             edges = torch.tensor(HISTOGRAM_EDGES, device=part.values.device)
             bins = torch.bucketize(part.values.flatten(), edges, right=True)
@@ -220,53 +280,232 @@ def histogram_rows(moment: Moment) -> list[HistogramRow]:
     return rows
 
 
-def token_group_rows(moment: Moment) -> list[TokenGroupRow]:
-    """Mean log-probability of every group under every mask, from what the loss already computed.
+def activation_rows(moment: Moment) -> list[ActivationRow | AttentionRow]:
+    """Size of every stream of activations, and of attention, on the probe text."""
+    with watched(moment.model) as streams:
+        hidden_BTD = moment.model(moment.fixed_texts["probe"][:, :-1])
+    sites: list[tuple[str, int | None, Tensor]] = [
+        ("embedding", None, streams["wte"] + streams["wpe"]),
+        ("hidden", None, hidden_BTD),
+    ]
+    attention: list[AttentionRow] = []
+    for layer in moment.layers:
+        block = f"blocks.{layer}"
+        attn = moment.model.get_submodule(f"{block}.attn")
+        assert isinstance(attn, CausalSelfAttention)
+        q, k, v = attn.heads(streams[f"{block}.attn.qkv"])
+        sites += [("q", layer, q), ("k", layer, k), ("v", layer, v)]
+        sites += [("attn", layer, streams[f"{block}.attn"])]
+        sites += [("fc", layer, streams[f"{block}.mlp.fc"])]
+        sites += [("mlp", layer, streams[f"{block}.mlp"]), ("residual", layer, streams[block])]
+        attention += _attention_rows(moment.step, layer, q, k)
+    sizes = torch.stack(
+        [torch.stack([values.square().mean().sqrt(), values.abs().max()]) for _, _, values in sites]
+    ).tolist()
+    activations = [
+        ActivationRow(step=moment.step, site=site, layer=layer, rms=rms, max_abs=max_abs)
+        for (site, layer, _), (rms, max_abs) in zip(sites, sizes, strict=True)
+    ]
+    return [*activations, *attention]
 
-    Over the T positions of a sequence, log p(j) = z_j - log Z sums to
-    (sum_t h_t) . w_j - sum_t log Z_t: one row of logits a sequence stands for all its positions.
-    """
-    B, T = moment.ids_BT.shape
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What every module puts out while the context lasts, by its name."""
+    streams: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: streams.update({name: output})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    try:
+        yield streams
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention_rows(step: int, layer: int, q_BHTC: Tensor, k_BHTC: Tensor) -> list[AttentionRow]:
+    T, C = q_BHTC.shape[-2:]
+    future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTC.device).triu(1)
+    logits_BHTT = (q_BHTC @ k_BHTC.transpose(2, 3) / math.sqrt(C)).masked_fill(future_TT, -math.inf)
+    entropy_BHT = torch.special.entr(logits_BHTT.softmax(3)).sum(3)[..., 1:]
+    uniform_T = torch.arange(2, T + 1, device=q_BHTC.device).log()
+    table = torch.stack(
+        [
+            entropy_BHT.mean((0, 2)),
+            (entropy_BHT / uniform_T).mean((0, 2)),
+            logits_BHTT[:, :, 1:].amax((0, 2, 3)),
+        ],
+        dim=1,
+    )
+    return [
+        AttentionRow(
+            step=step,
+            layer=layer,
+            head=head,
+            entropy=entropy,
+            entropy_share=share,
+            max_logit=max_logit,
+        )
+        for head, (entropy, share, max_logit) in enumerate(table.tolist())
+    ]
+
+
+def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
+    """Loss and token groups on the fixed texts."""
+    rows: list[TextLossRow | TokenGroupRow] = []
     weight_VD = moment.model.head.weight
-    logit_sum_BV = (moment.hidden_BTD.sum(1) @ weight_VD.T).double()
-    log_z_sum_B = moment.log_z_BT.double().sum(1)
-    present_BV = torch.zeros_like(logit_sum_BV, dtype=torch.bool).scatter_(1, moment.ids_BT, True)
-    left_in = {
-        "sequence": ~present_BV,
-        "batch": ~present_BV.any(0).expand(B, -1),
-        "none": torch.ones_like(present_BV),
-    }
-    rows = []
-    for group, ids in moment.groups.ids.items():
-        columns = torch.from_numpy(ids).to(weight_VD.device)
-        logit_sum_BG = logit_sum_BV[:, columns]
-        for mask, left_in_BV in left_in.items():
-            keep_BG = left_in_BV[:, columns]
-            pairs = int(keep_BG.sum())
-            n_tokens = pairs / B
-            mean_logit = log_z = None
-            if n_tokens >= MIN_TOKENS:
-                mean_logit = float((logit_sum_BG * keep_BG).sum()) / (T * pairs)
-                log_z = float((log_z_sum_B * keep_BG.sum(1)).sum()) / (T * pairs)
-            rows.append(
-                TokenGroupRow(
-                    step=moment.step,
-                    group=group,
-                    mask=mask,
-                    n_tokens=n_tokens,
-                    mean_logprob=None
-                    if mean_logit is None or log_z is None
-                    else mean_logit - log_z,
-                    mean_logit=mean_logit,
-                    log_z=log_z,
-                )
+    for text, reading in moment.readings.items():
+        targets_BT = moment.fixed_texts[text][:, 1:]
+        target_logits_BT = (reading.hidden_BTD * weight_VD[targets_BT]).sum(2)
+        log_z = reading.log_z_BT.mean()
+        rows.append(
+            TextLossRow(
+                step=moment.step,
+                text=text,
+                loss=float(log_z - target_logits_BT.mean()),
+                log_z=float(log_z),
             )
+        )
+        rows += token_group_rows(moment, reading)
     return rows
+
+
+def members_of(groups: TokenGroups, weight_VD: Tensor) -> Tensor:
+    """1 where a token is of a group, else 0, [G, V]."""
+    member_GV = weight_VD.new_zeros(len(groups.ids), len(weight_VD))
+    for row, ids in zip(member_GV, groups.ids.values(), strict=True):
+        row[torch.from_numpy(ids).to(weight_VD.device)] = 1
+    return member_GV
+
+
+def token_group_rows(moment: Moment, reading: Reading) -> list[TokenGroupRow]:
+    """Mean log-probability of every group under every mask.
+
+    No logits of the whole vocabulary are needed beyond the log Z that the loss has: over the tokens
+    j of a group, z_tj = h_t . w_j sums to h_t . (sum_j w_j). From that, what a mask leaves out is
+    taken away: tokens among the inputs, which are few. All sums are over positions first: P is
+    position 0 and the rest.
+    """
+    weight_VD, groups, member_GV = moment.model.head.weight, moment.groups, moment.member_GV
+    device = weight_VD.device
+    B, T = reading.ids_BT.shape
+    present_U, which_BT = reading.ids_BT.unique(return_inverse=True)
+    position_T = torch.arange(T, device=device)
+    first_BU = torch.full((B, len(present_U)), T, device=device)
+    first_BU.scatter_reduce_(1, which_BT, position_T.expand(B, T), "amin")
+    is_present_BU, from_first_BTU = first_BU < T, position_T[:, None] >= first_BU[:, None, :]
+
+    # What is summed: of each token that can be left out, and over all tokens of a group.
+    log_z_BT1, ones_BT1 = reading.log_z_BT[..., None], torch.ones_like(reading.log_z_BT)[..., None]
+    logit_BTU = reading.hidden_BTD @ weight_VD[present_U].T
+    size_G = member_GV.sum(1)
+    unigram_V = torch.from_numpy(groups.log_unigram).to(device)
+    unigram_G = torch.stack([unigram_V[ids].sum() for ids in groups.ids.values()])
+    of_tokens = {"tokens": ones_BT1, "log_z": log_z_BT1, "logit": logit_BTU}
+    of_groups = {
+        "tokens": ones_BT1 * size_G,
+        "log_z": log_z_BT1 * size_G,
+        "logit": reading.hidden_BTD @ moment.group_sum_GD.T,
+        "unigram": ones_BT1 * unigram_G,
+    }
+    if reading.prob_BTG is not None:
+        of_tokens["prob"] = (logit_BTU - log_z_BT1).exp()
+        of_groups["prob"] = reading.prob_BTG
+    sums_PBU = {name: _by_position(values) for name, values in of_tokens.items()}
+    left_out_PBU = {
+        "sequence": {name: sums * is_present_BU for name, sums in sums_PBU.items()},
+        "prefix": {name: _by_position(of_tokens[name] * from_first_BTU) for name in of_tokens},
+        "batch": {name: sums.expand(2, B, len(present_U)) for name, sums in sums_PBU.items()},
+        "none": {name: torch.zeros_like(first_BU).expand(2, -1, -1) for name in of_tokens},
+    }
+    member_UG = member_GV[:, present_U].T.double()
+    positions_of = {"first": B, "rest": B * (T - 1)}
+    rows = []
+    for mask, out_PBU in left_out_PBU.items():
+        out_PU = {name: values.sum(1).double() for name, values in out_PBU.items()}
+        out_PU["unigram"] = out_PU["tokens"] * unigram_V[present_U]
+        left_PG = {
+            name: (_by_position(of_groups[name]).sum(1) - out_PU[name] @ member_UG).tolist()
+            for name in of_groups
+        }
+        for p, (positions, n_positions) in enumerate(positions_of.items()):
+            for g, group in enumerate(groups.ids):
+                pairs = left_PG["tokens"][p][g]
+                n_tokens = pairs / n_positions
+                values: dict[str, float | None] = {}
+                if n_tokens >= MIN_TOKENS:
+                    mean = {name: left_PG[name][p][g] / pairs for name in left_PG}
+                    values["mean_logit"], values["log_z"] = mean["logit"], mean["log_z"]
+                    values["mean_logprob"] = mean["logit"] - mean["log_z"]
+                    values["excess"] = mean["logit"] - mean["log_z"] - mean["unigram"]
+                    if mean.get("prob", 0.0) > 0:  # known, and not too small for float32
+                        values["log_mean_prob"] = math.log(mean["prob"])
+                rows.append(
+                    TokenGroupRow(
+                        step=moment.step,
+                        text=reading.text,
+                        group=group,
+                        mask=mask,
+                        positions=positions,
+                        n_tokens=n_tokens,
+                        mean_logprob=values.get("mean_logprob"),
+                        log_mean_prob=values.get("log_mean_prob"),
+                        mean_logit=values.get("mean_logit"),
+                        log_z=values.get("log_z"),
+                        excess=values.get("excess"),
+                    )
+                )
+    return rows
+
+
+def _by_position(values_BTX: Tensor) -> Tensor:
+    """Sums over position 0 and over all others: [2, B, X]."""
+    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1)]).double()
+
+
+def tokens_rows(moment: Moment) -> list[TokensRow]:
+    """Every token's log-probability on the probe text, and its row of the head's weight."""
+    reading, weight_VD = moment.readings["probe"], moment.model.head.weight
+    # Mean over the positions but 0 of log p(j) = z_j - log Z, [V, B].
+    log_prob_VB = (weight_VD @ reading.hidden_BTD[:, 1:].mean(1).T).double()
+    log_prob_VB -= reading.log_z_BT[:, 1:].double().mean(1)
+    absent_VB = torch.ones_like(log_prob_VB, dtype=torch.bool)
+    absent_VB.T.scatter_(1, reading.ids_BT, False)
+    sequences_V = absent_VB.sum(1)
+    masked_V = (log_prob_VB * absent_VB).sum(1) / sequences_V
+    initial_VD = moment.initial["wte" if moment.model.tied else "head"]
+    vocab = len(moment.groups.counts)
+    return [
+        TokensRow(
+            step=moment.step,
+            count=moment.groups.counts.tolist(),
+            log_unigram=moment.groups.log_unigram.tolist(),
+            log_prob=log_prob_VB.mean(1)[:vocab].tolist(),
+            log_prob_masked=[
+                value if n else None
+                for value, n in zip(
+                    masked_V[:vocab].tolist(), sequences_V[:vocab].tolist(), strict=True
+                )
+            ],
+            norm=weight_VD.norm(dim=1)[:vocab].tolist(),
+            displacement=(weight_VD - initial_VD).norm(dim=1)[:vocab].tolist(),
+        )
+    ]
+
+
+def batch_group_rows(moment: Moment) -> list[TokenGroupRow]:
+    """Token groups on the step's own batch, from what its loss already computed."""
+    return token_group_rows(moment, moment.batch)
 
 
 PROBES: dict[str, Probe] = {
     "weights": Probe(weight_rows, cadence="every"),
     "spectra": Probe(spectrum_rows, cadence="spectrum_every"),
     "histograms": Probe(histogram_rows, cadence="histogram_every"),
-    "token_groups": Probe(token_group_rows, cadence="every"),
+    "activations": Probe(activation_rows, cadence="every"),
+    "batch_groups": Probe(batch_group_rows, cadence="every"),
+    "fixed_texts": Probe(fixed_text_rows, cadence="text_every"),
+    "tokens": Probe(tokens_rows, cadence=None),
 }

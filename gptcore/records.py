@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raise it when a row type changes. Readers refuse tables of another version by name."""
 
 
@@ -33,6 +33,7 @@ class TrainingRow:
 
     step: int
     loss: float  # mean cross-entropy of the step's batch, nats per token
+    log_z: float  # mean log-normaliser of the batch's predictions
     grad_norm: float  # L2 norm over all parameters, before clipping
     lr: float | None  # of the update that follows; null at the last step, which has none
 
@@ -96,22 +97,92 @@ class HistogramRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenGroupRow:
-    """How probable the model finds a group of tokens, on the inputs of one batch.
+class ActivationRow:
+    """The size of one stream of activations on the probe text.
 
-    Means run over every position of the batch and every token of the group that `mask` leaves in:
-    `sequence` leaves out, for each sequence, the tokens among that sequence's inputs; `batch`
-    those among any sequence's inputs; `none` leaves out none. Below 20 tokens they are null.
-    mean_logprob = mean_logit - log_z.
+    Sites of a block: q, k, v; attn and mlp, the branches' outputs; fc, before the GELU; residual,
+    the block's output. Outside the blocks: embedding, what enters the first; hidden, the head's
+    input.
     """
 
     step: int
+    site: str
+    layer: int | None  # null outside the blocks
+    rms: float  # root mean square over sequences, positions and channels
+    max_abs: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionRow:
+    """Where one head looks on the probe text. Position 0, which sees itself alone, is left out."""
+
+    step: int
+    layer: int
+    head: int
+    entropy: float  # of a position's attention, nats; mean over sequences and positions
+    entropy_share: float  # mean of entropy / log(number of positions seen): 1 for uniform attention
+    max_logit: float  # largest q . k / sqrt(d_head)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLossRow:
+    """How well a fixed text is predicted."""
+
+    step: int
+    text: str  # probe or held_out
+    loss: float  # mean cross-entropy, nats per token
+    log_z: float  # mean log-normaliser
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenGroupRow:
+    """How probable the model finds a group of tokens, on some sequences.
+
+    Means run over every pair of a position and a token of the group that `mask` leaves in.
+    `sequence` leaves out the tokens among the sequence's own inputs, `prefix` those among its
+    inputs so far, `batch` those among any sequence's inputs, `none` leaves out none. Where it
+    leaves in fewer than 20 tokens the values are null. mean_logprob = mean_logit - log_z.
+    """
+
+    step: int
+    text: str  # batch: the step's own inputs; probe, held_out: the fixed texts
     group: str
     mask: str
-    n_tokens: float  # tokens of the group left in, mean over the sequences
+    positions: str  # first: position 0, which has one token to go by; rest: all others
+    n_tokens: float  # tokens of the group left in, mean over sequences and positions
     mean_logprob: float | None  # nats
+    log_mean_prob: float | None  # log of the mean probability; null on the batch
     mean_logit: float | None
-    log_z: float | None  # mean log-normaliser over the same pairs of sequence and token
+    log_z: float | None  # mean log-normaliser over the same pairs of position and token
+    excess: float | None  # mean_logprob above the mean log-prob of the smoothed unigram model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokensRow:
+    """Every token at the first or last step. Entry i of a list is of token id i.
+
+    Rows are those of the head's weight: of the token embedding where it is tied.
+    """
+
+    step: int
+    count: list[int]  # occurrences in what the trial trains on
+    log_unigram: list[float]  # log-prob under the smoothed unigram model
+    log_prob: list[float]  # on the probe text, mean over all positions but 0; nats
+    log_prob_masked: list[
+        float | None
+    ]  # over the sequences without the token; null if there are none
+    norm: list[float]  # L2 norm of the token's row
+    displacement: list[float]  # L2 norm of (row now - row at step 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FixedTextRow:
+    """A text that the trial is measured on at every step alike."""
+
+    text: str  # probe, held_out
+    digest: str  # SHA-256 of `tokens` as little-endian 16-bit numbers
+    starts: list[int]  # first token of each window, in the subset
+    tokens: list[int]  # ids of the windows one after another, context + 1 each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +202,13 @@ Row = (
     | UpdateRow
     | SpectrumRow
     | HistogramRow
+    | ActivationRow
+    | AttentionRow
+    | TextLossRow
     | TokenGroupRow
+    | TokensRow
     | GroupMembersRow
+    | FixedTextRow
 )
 
 TABLES: dict[str, type[Row]] = {
@@ -142,8 +218,13 @@ TABLES: dict[str, type[Row]] = {
     "updates": UpdateRow,
     "spectra": SpectrumRow,
     "histograms": HistogramRow,
+    "activations": ActivationRow,
+    "attention": AttentionRow,
+    "text_losses": TextLossRow,
     "token_groups": TokenGroupRow,
+    "tokens": TokensRow,
     "group_members": GroupMembersRow,
+    "fixed_texts": FixedTextRow,
 }
 """Name of the Parquet file -> type of its rows."""
 

@@ -1,7 +1,7 @@
 """Which tokens are common, rare or never used in the text that a trial trains on.
 
-Counts are of the subset that the trial reads, never of the whole corpus: a token unused in one part
-may be common in another.
+Counts are of what the trial trains on, never of the whole corpus: a token unused in one part may be
+common in another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gptcore.config import seed_of
 from gptcore.records import GroupMembersRow
-from gptcore.tokenizer import VOCAB_SIZE, is_word_piece
+from gptcore.tokenizer import is_word_piece
 
 Counts = NDArray[np.int64]  # [VOCAB_SIZE], occurrences of each id
 Ids = NDArray[np.int64]
@@ -26,6 +26,7 @@ class TokenGroups:
 
     ids: Mapping[str, Ids]
     counts: Counts
+    log_unigram: NDArray[np.float64]  # [VOCAB_SIZE], as log_unigram gives it
 
     def rows(self) -> list[GroupMembersRow]:
         return [
@@ -34,14 +35,26 @@ class TokenGroups:
         ]
 
 
-def token_groups(tokens: NDArray[np.uint16], seed: int) -> TokenGroups:
-    """Every group of TOKEN_GROUPS for a text; `seed` decides draws among tied tokens."""
-    counts = np.bincount(tokens, minlength=VOCAB_SIZE)
+def token_groups(counts: Counts, seed: int) -> TokenGroups:
+    """Every group of TOKEN_GROUPS by these counts; `seed` decides draws among tied tokens."""
     ids = {
         name: np.sort(choose(counts, np.random.default_rng(seed_of("token_groups", name, seed))))
         for name, choose in TOKEN_GROUPS.items()
     }
-    return TokenGroups(ids, counts)
+    return TokenGroups(ids, counts, log_unigram(counts))
+
+
+def log_unigram(counts: Counts) -> NDArray[np.float64]:
+    """Log-prob of every token under the unigram model of a text, smoothed for what it lacks.
+
+    Good 1953, *The Population Frequencies of Species and the Estimation of Population Parameters*:
+    what never occurred has the share of the text that singletons have, N_1 / N (here at least
+    1 / N), evenly; all others share the rest by their counts.
+    """
+    unseen, singletons = (int(np.count_nonzero(counts == count)) for count in (0, 1))
+    total = int(counts.sum())
+    missing = max(singletons, 1) / total if unseen else 0.0
+    return np.log(np.where(counts > 0, (1 - missing) * counts / total, missing / max(unseen, 1)))
 
 
 def common_100(counts: Counts, rng: np.random.Generator) -> Ids:
@@ -59,14 +72,9 @@ def never_100(counts: Counts, rng: np.random.Generator) -> Ids:
     return _first_100(np.flatnonzero(counts == 0), counts, rng)
 
 
-def singletons(counts: Counts, rng: np.random.Generator) -> Ids:
-    """All tokens that occur exactly once."""
-    return np.flatnonzero(counts == 1)
-
-
-def never_used(counts: Counts, rng: np.random.Generator) -> Ids:
-    """All tokens that never occur."""
-    return np.flatnonzero(counts == 0)
+def occurring(low: int, high: float) -> Callable[[Counts, np.random.Generator], Ids]:
+    """The group of all tokens that occur at least `low` and fewer than `high` times."""
+    return lambda counts, rng: np.flatnonzero((counts >= low) & (counts < high))
 
 
 def _first_100(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
@@ -80,6 +88,12 @@ TOKEN_GROUPS: dict[str, Callable[[Counts, np.random.Generator], Ids]] = {
     "common_100": common_100,
     "rare_100": rare_100,
     "never_100": never_100,
-    "singletons": singletons,
-    "never_used": never_used,
+    # Whole bins of frequency, each four times as wide as the one before.
+    "never_used": occurring(0, 1),
+    "singletons": occurring(1, 2),
+    "count_2_3": occurring(2, 4),
+    "count_4_15": occurring(4, 16),
+    "count_16_63": occurring(16, 64),
+    "count_64_255": occurring(64, 256),
+    "count_256_up": occurring(256, np.inf),
 }

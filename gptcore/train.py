@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 
+from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import learning_rate, make_optimizer
-from gptcore.probes import Moment, observe, update_rows, values_of
+from gptcore.probes import Moment, Reading, members_of, observe, update_rows, values_of
 from gptcore.records import Recorder, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
 
@@ -26,34 +27,50 @@ EXPLOSION = 10.0
 
 
 def train(
-    model: GPT, corpus: Corpus, groups: TokenGroups, config: TrialConfig, recorder: Recorder
+    model: GPT,
+    corpus: Corpus,
+    groups: TokenGroups,
+    config: TrialConfig,
+    recorder: Recorder,
+    checkpoint: Checkpoint | None,
 ) -> TrialResult:
-    """Train the model in place, logging rows as they come, until the last step or divergence."""
+    """Train the model in place, logging rows as they come, until the last step or divergence.
+
+    Where the checkpoint's file exists, begins where that ends, after its rows are logged again: the
+    recorder is given what it would have been given by a trial that was never cut off.
+    """
     device = model.wte.weight.device
     optim, steps = config.optim, config.train.steps
     optimizer = make_optimizer(model, optim)
     parameters = list(model.parameters())
-    initial = values_of(model)
+    layers, member_GV = config.probed_layers(), members_of(groups, model.head.weight)
+    initial = values_of(model, layers)
+    fixed_texts = {
+        text: torch.from_numpy(windows).to(device) for text, windows in corpus.fixed_texts().items()
+    }
     status: Literal["finished", "diverged"] = "finished"
-    reason, ceiling = "", EXPLOSION * math.log(config.model.vocab_size)
-    last_loss: float | None = None
-    start = time.perf_counter()
-    for step in range(steps + 1):
+    reason = ""
+    progress = checkpoint.load(model, optimizer) if checkpoint else Progress()
+    for rows in progress.rows:
+        recorder.log(rows)
+    losses = [row.loss for rows in progress.rows for row in rows if isinstance(row, TrainingRow)]
+    start = time.perf_counter() - progress.seconds
+    for step in range(progress.step, steps + 1):
+        if checkpoint and checkpoint.due():
+            progress.step, progress.seconds = step, time.perf_counter() - start
+            checkpoint.save(progress, model, optimizer)
         ids_BT, targets_BT = (
             torch.from_numpy(side).to(device)
             for side in corpus.batch(
-                step,
-                batch_size=config.train.batch_size,
-                context=config.model.context,
-                seed=config.corpus.data_seed,
+                step, batch_size=config.train.batch_size, seed=config.corpus.data_seed
             )
         )
         hidden_BTD = model(ids_BT)
         loss, log_z_BT = loss_of(hidden_BTD, model.head.weight, targets_BT)
         loss_value = loss.item()
-        if step == 0 and math.isfinite(loss_value):
-            ceiling = max(ceiling, EXPLOSION * loss_value)
-        if not loss_value <= ceiling:  # NaN too
+        chance = math.log(config.model.vocab_size)
+        exploded = losses and loss_value > EXPLOSION * max(losses[0], chance)
+        if exploded or not math.isfinite(loss_value):
             status, reason = "diverged", f"loss {loss_value:.4g} at step {step}"
             break
         loss.backward()
@@ -61,10 +78,11 @@ def train(
             step=step,
             model=model,
             initial=initial,
+            layers=layers,
             groups=groups,
-            ids_BT=ids_BT,
-            hidden_BTD=hidden_BTD,
-            log_z_BT=log_z_BT,
+            member_GV=member_GV,
+            fixed_texts=fixed_texts,
+            batch=Reading(text="batch", ids_BT=ids_BT, hidden_BTD=hidden_BTD, log_z_BT=log_z_BT),
         )
         rows = observe(moment, config.probes, last=step == steps)
         norm = torch.nn.utils.get_total_norm(
@@ -77,19 +95,28 @@ def train(
             lr = learning_rate(optim, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            before = values_of(model) if step % config.probes.every == 0 else None
+            before = values_of(model, layers) if step % config.probes.every == 0 else None
             optimizer.step()
             if before:
-                rows.extend(update_rows(step, model, before))
+                rows.extend(update_rows(step, model, layers, before))
         optimizer.zero_grad()
-        rows.append(TrainingRow(step=step, loss=loss_value, lr=lr, grad_norm=norm.item()))
+        rows.append(
+            TrainingRow(
+                step=step,
+                loss=loss_value,
+                log_z=log_z_BT.mean().item(),
+                lr=lr,
+                grad_norm=norm.item(),
+            )
+        )
         recorder.log(rows)
-        last_loss = loss_value
+        progress.rows.append(rows)
+        losses.append(loss_value)
     seconds = time.perf_counter() - start
     return TrialResult(
         status=status,
         steps=step,
-        loss=last_loss,
+        loss=losses[-1] if losses else None,
         reason=reason,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         seconds=seconds,

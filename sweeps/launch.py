@@ -178,7 +178,7 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
     load = functools.cache(load_corpus)
     if not any("corpus.name" in space for space in spaces):
         try:
-            load(TrialConfig().corpus, context=2)
+            load(TrialConfig().corpus, context=2, sequences=1)
         except CorpusUnavailable as error:
             subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
             if any(str(subset).startswith("part-") for subset in subsets):
@@ -191,7 +191,9 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
         subset = canonical_subset(config.corpus.subset)
         config = replace(config, corpus=replace(config.corpus, subset=subset))
         # The order of batches does not matter to what is loaded.
-        corpus = load(replace(config.corpus, data_seed=0), config.model.context)
+        corpus = load(
+            replace(config.corpus, data_seed=0), config.model.context, config.probes.sequences
+        )
         if config.corpus.name not in CORPORA:
             # A worker need not stand in the folder where the user typed the path.
             config = replace(config, corpus=replace(config.corpus, name=corpus.origin))

@@ -13,6 +13,7 @@ OTHER = {
     "optim.name": "sgd",
     "optim.schedule": "linear",
     "train.device": "cpu",
+    "probes.layers": "0,2",
 }
 
 
@@ -57,7 +58,7 @@ def test_key_follows_the_corpus_and_the_experiment_version(monkeypatch):
 
 def test_key_is_the_same_in_every_process_and_version_of_python():
     # A changed key orphans every finished trial. If this fails on purpose, say so in the commit.
-    assert TrialConfig().key("digest") == "95ed39ad914d"
+    assert TrialConfig().key("digest") == "061f2ccbf1c6"
 
 
 def test_configs_cannot_be_changed():
@@ -114,3 +115,26 @@ def test_replacing_a_part_checks_the_whole():
     config = TrialConfig()
     with pytest.raises(InputError):
         replace(config, model=replace(config.model, n_head=7))
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ("6", "there is no layer 6, the model has 0 to 5"),
+        ("0,9", "there is no layer 9"),
+        ("2,1", "takes all, or ascending layers"),
+        ("1,1", "takes all, or ascending layers"),
+        ("first", "takes all, or ascending layers"),
+        ("0,,1", "takes all, or ascending layers"),
+        ("-1", "takes all, or ascending layers"),
+        ("00", "takes all, or ascending layers"),
+    ],
+)
+def test_a_probe_on_a_layer_that_is_not_there_is_refused(layers, says):
+    with pytest.raises(InputError, match=says):
+        TrialConfig.from_flat({"probes.layers": layers})
+
+
+def test_probes_look_at_all_layers_or_those_named():
+    assert TrialConfig().probed_layers() == [0, 1, 2, 3, 4, 5]
+    assert TrialConfig.from_flat({"probes.layers": "0,5"}).probed_layers() == [0, 5]

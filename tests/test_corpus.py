@@ -1,5 +1,6 @@
 import http.server
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from gptcore.tokenizer import gpt2_encoding
 
 
 def load(name, subset="all", context=8):
-    return load_corpus(CorpusConfig(name=name, subset=subset), context)
+    return load_corpus(CorpusConfig(name=name, subset=subset), context, sequences=2)
 
 
 def decode(found):
@@ -93,8 +94,8 @@ def test_the_real_book_has_its_known_size(real_gulliver):
 
 
 def test_line_ends_and_a_byte_order_mark_do_not_change_the_digest(tmp_path):
-    (tmp_path / "unix.txt").write_bytes(b"one two\n" * 9)
-    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbf" + b"one two\r\n" * 9)
+    (tmp_path / "unix.txt").write_bytes(b"one two\n" * 20)
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbf" + b"one two\r\n" * 20)
     unix, dos = (load(str(tmp_path / name)) for name in ("unix.txt", "dos.txt"))
     assert unix.digest == dos.digest
 
@@ -109,21 +110,55 @@ def test_tokens_are_made_once_and_memory_mapped(empty_cache, monkeypatch):
 
 def test_a_batch_is_a_function_of_step_and_seed_alone():
     found = load("pydocs")
-    ids, targets = found.batch(3, batch_size=4, context=8, seed=0)
+    ids, targets = found.batch(3, batch_size=4, seed=0)
     assert ids.shape == targets.shape == (4, 8)
     assert np.array_equal(ids[:, 1:], targets[:, :-1])
-    again, _ = found.batch(3, batch_size=4, context=8, seed=0)
+    again, _ = found.batch(3, batch_size=4, seed=0)
     assert np.array_equal(ids, again)
     for step, seed in ((4, 0), (3, 1)):
-        assert not np.array_equal(ids, found.batch(step, batch_size=4, context=8, seed=seed)[0])
+        assert not np.array_equal(ids, found.batch(step, batch_size=4, seed=seed)[0])
 
 
-def test_the_shortest_text_that_holds_a_sequence_is_enough(tmp_path):
+def test_no_batch_meets_the_held_out_text_and_every_other_window_can_be_drawn(tmp_path):
+    """A text whose tokens name their place, so that a batch shows where it was cut."""
+    found = replace(load("pydocs"), tokens=np.arange(200, dtype=np.uint16), sequences=3)
+    held_out = set(found.fixed_texts()["held_out"].flatten().tolist())
+    assert len(held_out) == 3 * 9
+    ids, targets = found.batch(0, batch_size=20_000, seed=0)
+    windows = np.concatenate([ids, targets[:, -1:]], axis=1)
+    assert np.array_equal(windows - windows[:, :1], np.broadcast_to(np.arange(9), windows.shape))
+    possible = {start for start in range(200 - 8) if held_out.isdisjoint(range(start, start + 9))}
+    assert set(windows[:, 0].tolist()) == possible
+    assert found.counts()[sorted(held_out)].sum() == 0
+    assert found.counts().sum() == 200 - 27
+
+
+def test_the_fixed_texts_lie_apart_all_over_the_subset():
+    whole, part = load("pydocs"), load("pydocs", "0-0.1")
+    for found in (whole, part):
+        starts = found.fixed_starts()
+        every = np.sort(np.concatenate(list(starts.values())))
+        assert np.diff(every).min() >= 9
+        assert every[0] == 0
+        assert every[-1] + 9 == len(found.tokens)
+        for row in found.fixed_text_rows():
+            assert row.starts == starts[row.text].tolist()
+            windows = [found.tokens[start : start + 9].tolist() for start in row.starts]
+            assert row.tokens == [token for window in windows for token in window]
+    digests = {row.digest for found in (whole, part) for row in found.fixed_text_rows()}
+    assert len(digests) == 4  # those of two texts of two subsets
+    assert whole.fixed_text_rows() == load("pydocs").fixed_text_rows()
+
+
+def test_the_shortest_text_with_room_for_its_fixed_texts_is_enough(tmp_path):
     file = tmp_path / "short.txt"
-    file.write_text(" a" * 9)
-    ids, targets = load(str(file)).batch(0, batch_size=2, context=8, seed=0)
+    file.write_text(" a" * 36)
+    ids, targets = load(str(file)).batch(0, batch_size=2, seed=0)
     assert ids.shape == targets.shape == (2, 8)
-    with pytest.raises(InputError, match="has 9 tokens: a context of 9 needs at least 10"):
+    with pytest.raises(
+        InputError,
+        match=r"has 36 tokens: a context of 9 with 2 probes\.sequences needs at least 40",
+    ):
         load(str(file), context=9)
 
 

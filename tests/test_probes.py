@@ -14,6 +14,8 @@ from gptcore.probes import (
     MIN_TOKENS,
     PROBES,
     Moment,
+    Reading,
+    members_of,
     model_parts,
     observe,
     update_rows,
@@ -21,6 +23,8 @@ from gptcore.probes import (
 )
 from gptcore.records import TABLE_OF
 from gptcore.token_groups import TokenGroups
+
+LAYERS = [0, 1]
 
 GROUPS = {
     "used": np.arange(0, 60),  # the batch draws its tokens from here
@@ -36,20 +40,24 @@ def moment():
     initialise(model, InitConfig(scheme="normal", std=0.3))
     initial = {
         part.name: part.values.detach() + 0.01 * torch.randn(part.values.shape, generator=generator)
-        for part in model_parts(model)
+        for part in model_parts(model, LAYERS)
     }
     ids, targets = torch.randint(40, (2, 5, 12), generator=generator)
     hidden = model(ids)
     loss, log_z = loss_of(hidden, model.head.weight, targets)
     loss.backward()
+    groups = TokenGroups(GROUPS, np.arange(50257), -np.arange(50257) / 1000)
     return Moment(
         step=7,
         model=model,
         initial=initial,
-        groups=TokenGroups(GROUPS, np.zeros(50257, dtype=np.int64)),
-        ids_BT=ids,
-        hidden_BTD=hidden,
-        log_z_BT=log_z,
+        layers=LAYERS,
+        groups=groups,
+        member_GV=members_of(groups, model.head.weight),
+        fixed_texts={
+            text: torch.randint(80, (3, 13), generator=generator) for text in ("probe", "held_out")
+        },
+        batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=log_z),
     )
 
 
@@ -81,19 +89,28 @@ def test_every_probe_only_reads(probe, moment):
 def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     def due(step, last=False):
         at = Moment(**{**vars(moment), "step": step})
-        rows = observe(at, ProbesConfig(every=5, histogram_every=10, spectrum_every=15), last=last)
-        return {TABLE_OF[type(row)] for row in rows}
+        config = ProbesConfig(every=5, histogram_every=10, spectrum_every=15, text_every=20)
+        return {TABLE_OF[type(row)] for row in observe(at, config, last=last)}
 
-    everything = {"weights", "token_groups", "histograms", "spectra"}
-    assert due(0) == due(30) == due(3, last=True) == everything
-    assert due(5) == everything - {"histograms", "spectra"}
-    assert due(10) == everything - {"spectra"}
+    often = {"weights", "activations", "attention", "token_groups"}
+    assert due(0) == due(3, last=True) == often | {"histograms", "spectra", "text_losses", "tokens"}
+    assert due(5) == often
+    assert due(30) == often | {"histograms", "spectra"}
+    assert due(20) == often | {"histograms", "text_losses"}
     assert due(3) == set()
+
+
+def test_only_the_layers_named_are_looked_at(moment):
+    second = replace(moment, layers=[1])
+    for probe in ("weights", "spectra", "histograms", "activations"):
+        assert {row.layer for row in rows_of(probe, second)} <= {None, 1}
+        every, some = (rows_of(probe, at) for at in (moment, second))
+        assert some == [row for row in every if row.layer in (None, 1)]
 
 
 def test_spectra_are_numpys(moment):
     rows = {row.tensor: row for row in rows_of("spectra", moment)}
-    matrices = {part.name: part.values for part in model_parts(moment.model)}
+    matrices = {part.name: part.values for part in model_parts(moment.model, LAYERS)}
     assert set(rows) == {name for name, values in matrices.items() if values.dim() == 2}
     for name in ("wte", "blocks.1.attn.k", "blocks.0.attn.qkv", "blocks.1.mlp.proj"):
         singular = np.linalg.svd(matrices[name].detach().double().numpy(), compute_uv=False)
@@ -104,11 +121,11 @@ def test_spectra_are_numpys(moment):
 
 def test_what_an_update_does_is_measured_against_the_weights_before_it(moment):
     model = copy.deepcopy(moment.model)
-    before = values_of(model)
+    before = values_of(model, LAYERS)
     with torch.no_grad():
         model.wpe.weight.mul_(1.25)
         model.blocks[1].attn.qkv.weight[16:32] += 0.5  # K of the second block
-    rows = {row.tensor: row for row in update_rows(3, model, before)}
+    rows = {row.tensor: row for row in update_rows(3, model, LAYERS, before)}
     assert set(rows) == set(before)
     assert {row.step for row in rows.values()} == {3}
     assert rows["wpe"].ratio == pytest.approx(0.25, rel=1e-5)
@@ -137,7 +154,7 @@ def test_weight_statistics_are_numpys(moment):
     rows = {row.tensor: row for row in rows_of("weights", moment)}
     assert set(rows) == set(moment.initial)
     for name in ("wte", "blocks.1.attn.k", "blocks.0.attn.qkv", "blocks.1.mlp.fc"):
-        part = next(part for part in model_parts(moment.model) if part.name == name)
+        part = next(part for part in model_parts(moment.model, LAYERS) if part.name == name)
         values = part.values.detach().double().numpy().ravel()
         initial = moment.initial[name].double().numpy().ravel()
         moved = values - initial
@@ -186,35 +203,152 @@ def test_values_outside_the_edges_fall_into_the_outer_bins(moment):
     assert (row.counts[0], row.counts[-1]) == (16, 48 * 16 - 16)
 
 
+def expected_pairs(ids_BT, mask, positions):
+    """[B, T, V]: which pairs of a position and a token a mask leaves in, spelled out."""
+    B, T = ids_BT.shape
+    keep = torch.zeros(B, T, 50257, dtype=torch.bool)
+    for b in range(B):
+        for t in [0] if positions == "first" else range(1, T):
+            inputs = {
+                "sequence": ids_BT[b],
+                "prefix": ids_BT[b, : t + 1],
+                "batch": ids_BT.flatten(),
+                "none": torch.tensor([], dtype=torch.long),
+            }[mask]
+            keep[b, t] = True
+            keep[b, t, inputs] = False
+    return keep
+
+
 def test_group_log_probs_are_those_of_a_full_log_softmax(moment):
-    logits = (moment.hidden_BTD @ moment.model.head.weight.T).detach().double()
-    log_prob = logits.log_softmax(2)
-    B, T, V = logits.shape
-    present = torch.zeros(B, V, dtype=torch.bool).scatter_(1, moment.ids_BT, True)
-    left_in = {
-        "sequence": ~present,
-        "batch": ~present.any(0).expand(B, V),
-        "none": torch.ones(B, V, dtype=torch.bool),
-    }
-    rows = rows_of("token_groups", moment)
-    assert len(rows) == len(GROUPS) * len(left_in)
+    weight = moment.model.head.weight.detach()
+    texts = {"batch": (moment.batch.ids_BT, moment.batch.hidden_BTD.detach())}
+    for text, windows in moment.fixed_texts.items():
+        texts[text] = windows[:, :-1], moment.model(windows[:, :-1]).detach()
+    rows = [*rows_of("batch_groups", moment), *rows_of("fixed_texts", moment)]
+    rows = [row for row in rows if TABLE_OF[type(row)] == "token_groups"]
+    assert len(rows) == len(GROUPS) * 4 * 2 * 3
+    for text, (ids, hidden) in texts.items():
+        logits = (hidden @ weight.T).double()
+        log_prob = logits.log_softmax(2)
+        for mask in ("sequence", "prefix", "batch", "none"):
+            for positions in ("first", "rest"):
+                pairs = expected_pairs(ids, mask, positions)
+                n_positions = pairs.any(2).sum().item()
+                for group, members in GROUPS.items():
+                    keep = torch.zeros_like(pairs)
+                    keep[:, :, members] = pairs[:, :, members]
+                    (row,) = (
+                        row
+                        for row in rows
+                        if (row.text, row.mask, row.positions, row.group)
+                        == (text, mask, positions, group)
+                    )
+                    assert row.n_tokens == pytest.approx(keep.sum().item() / n_positions)
+                    values = (row.mean_logprob, row.mean_logit, row.log_z, row.excess)
+                    if row.n_tokens < MIN_TOKENS:
+                        assert set(values) == {None}
+                        assert row.log_mean_prob is None
+                        continue
+                    mean_log_prob = log_prob[keep].mean().item()
+                    unigram = -keep.nonzero()[:, 2].double().mean().item() / 1000
+                    assert row.mean_logprob == pytest.approx(mean_log_prob, abs=1e-5)
+                    assert row.mean_logit == pytest.approx(logits[keep].mean().item(), abs=1e-5)
+                    assert row.mean_logprob == pytest.approx(row.mean_logit - row.log_z, abs=1e-12)
+                    assert row.excess == pytest.approx(mean_log_prob - unigram, abs=1e-5)
+                    if text == "batch":
+                        assert row.log_mean_prob is None
+                    else:
+                        log_mean = log_prob[keep].exp().mean().log().item()
+                        assert row.log_mean_prob == pytest.approx(log_mean, abs=1e-5)
+
+
+def test_the_loss_on_a_fixed_text_is_its_cross_entropy(moment):
+    rows = [row for row in rows_of("fixed_texts", moment) if TABLE_OF[type(row)] == "text_losses"]
+    assert [row.text for row in rows] == ["probe", "held_out"]
     for row in rows:
-        keep = torch.zeros(B, V, dtype=torch.bool)
-        keep[:, GROUPS[row.group]] = left_in[row.mask][:, GROUPS[row.group]]
-        assert row.n_tokens == keep.sum().item() / B
-        if row.n_tokens < MIN_TOKENS:
-            assert row.mean_logprob is row.mean_logit is row.log_z is None
-            continue
-        weights = keep[:, None, :].expand(B, T, V)
-        assert row.mean_logprob == pytest.approx(log_prob[weights].mean().item(), abs=1e-5)
-        assert row.mean_logit == pytest.approx(logits[weights].mean().item(), abs=1e-5)
-        assert row.mean_logprob == pytest.approx(row.mean_logit - row.log_z, abs=1e-12)
+        windows = moment.fixed_texts[row.text]
+        with torch.no_grad():
+            logits = moment.model(windows[:, :-1]) @ moment.model.head.weight.T
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        assert row.loss == pytest.approx(loss.item(), abs=1e-5)
+        assert row.log_z == pytest.approx(logits.logsumexp(2).mean().item(), abs=1e-5)
 
 
-def test_masks_leave_out_what_the_inputs_hold(moment):
-    left = {(row.group, row.mask): row.n_tokens for row in rows_of("token_groups", moment)}
-    distinct = [len(set(sequence)) for sequence in moment.ids_BT.tolist()]
-    assert left["used", "sequence"] == 60 - np.mean(distinct)
-    assert left["used", "batch"] == 60 - len(set(moment.ids_BT.flatten().tolist()))
-    assert left["used", "none"] == 60
-    assert {left["unused", mask] for mask in ("sequence", "batch", "none")} == {100}
+def test_every_token_can_be_followed(moment):
+    (row,) = rows_of("tokens", moment)
+    ids = moment.fixed_texts["probe"][:, :-1]
+    weight = moment.model.head.weight.detach()
+    with torch.no_grad():
+        log_prob = (moment.model(ids) @ weight.T).double().log_softmax(2)[:, 1:]
+    in_one, nowhere = int(ids[0, 3]), 40_000
+    for token in (in_one, nowhere):
+        absent = [b for b in range(3) if token not in ids[b]]
+        assert row.log_prob[token] == pytest.approx(log_prob[:, :, token].mean().item(), abs=1e-5)
+        assert row.log_prob_masked[token] == pytest.approx(
+            log_prob[absent, :, token].mean().item(), abs=1e-5
+        )
+        assert row.norm[token] == pytest.approx(weight[token].norm().item(), rel=1e-5)
+        moved = (weight - moment.initial["wte"])[token].norm().item()
+        assert row.displacement[token] == pytest.approx(moved, rel=1e-5)
+        assert row.count[token] == token
+        assert row.log_unigram[token] == -token / 1000
+    assert {len(values) for values in (row.count, row.log_prob, row.norm)} == {50257}
+
+
+def test_a_token_of_every_sequence_has_no_masked_log_prob(moment):
+    windows = moment.fixed_texts["probe"].clone()
+    windows[:, 5] = 77
+    (row,) = rows_of("tokens", replace(moment, fixed_texts={"probe": windows}))
+    assert row.log_prob_masked[77] is None
+    assert row.log_prob[77] < 0
+
+
+def test_streams_are_those_of_the_forward_pass(moment):
+    """Each site recomputed from the model's own parts, for the second block."""
+    rows = rows_of("activations", moment)
+    sizes = {(row.site, row.layer): row for row in rows if TABLE_OF[type(row)] == "activations"}
+    model, block = moment.model, moment.model.blocks[1]
+    ids = moment.fixed_texts["probe"][:, :-1]
+    with torch.no_grad():
+        x = model.wte(ids) + model.wpe.weight[:12]
+        expected = {("embedding", None): x}
+        x = model.blocks[0](x)
+        expected["residual", 0] = x
+        q, k, v = block.attn.qkv(block.ln_1(x)).split(16, dim=2)
+        expected |= {("q", 1): q, ("k", 1): k, ("v", 1): v}
+        expected["attn", 1] = block.attn(block.ln_1(x))
+        x = x + expected["attn", 1]
+        expected["fc", 1] = block.mlp.fc(block.ln_2(x))
+        expected["mlp", 1] = block.mlp(block.ln_2(x))
+        expected["residual", 1] = x + expected["mlp", 1]
+        expected["hidden", None] = model.ln_f(expected["residual", 1])
+        scores = torch.einsum("bthc,bshc->bhts", q.view(3, 12, 2, 8), k.view(3, 12, 2, 8)) / 8**0.5
+    assert len(sizes) == 2 + 2 * 7
+    for site, values in expected.items():
+        assert sizes[site].rms == pytest.approx(values.square().mean().sqrt().item(), rel=1e-5)
+        assert sizes[site].max_abs == pytest.approx(values.abs().max().item(), rel=1e-5)
+    heads = [row for row in rows if TABLE_OF[type(row)] == "attention" and row.layer == 1]
+    assert [row.head for row in heads] == [0, 1]
+    for row in heads:
+        entropies = torch.stack(
+            [
+                torch.distributions.Categorical(logits=scores[:, row.head, t, : t + 1]).entropy()
+                for t in range(1, 12)
+            ]
+        )
+        uniform = torch.arange(2, 13).log()[:, None]
+        seen = [scores[:, row.head, t, : t + 1].max().item() for t in range(1, 12)]
+        assert row.entropy == pytest.approx(entropies.mean().item(), rel=1e-5)
+        assert row.entropy_share == pytest.approx((entropies / uniform).mean().item(), rel=1e-5)
+        assert row.max_logit == pytest.approx(max(seen), rel=1e-5)
+
+
+def test_attention_without_queries_is_uniform(moment):
+    model = copy.deepcopy(moment.model)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[:16].zero_()
+    rows = rows_of("activations", replace(moment, model=model))
+    heads = [row for row in rows if TABLE_OF[type(row)] == "attention" and row.layer == 0]
+    assert [row.entropy_share for row in heads] == pytest.approx([1.0, 1.0])
+    assert [row.max_logit for row in heads] == [0.0, 0.0]

@@ -3,28 +3,28 @@ import pytest
 
 from gptcore.config import CorpusConfig
 from gptcore.corpus import load_corpus
-from gptcore.token_groups import TOKEN_GROUPS, token_groups
-from gptcore.tokenizer import is_word_piece
+from gptcore.token_groups import TOKEN_GROUPS, log_unigram, token_groups
+from gptcore.tokenizer import VOCAB_SIZE, is_word_piece
 
 
 @pytest.fixture(scope="module")
-def tokens():
-    return load_corpus(CorpusConfig(name="pydocs"), 8).tokens
+def corpus():
+    return load_corpus(CorpusConfig(name="pydocs"), context=8, sequences=2)
 
 
 @pytest.mark.parametrize("group", TOKEN_GROUPS)
-def test_every_group_holds_distinct_ids_in_order_and_is_recorded(group, tokens):
-    groups = token_groups(tokens, seed=0)
+def test_every_group_holds_distinct_ids_in_order_and_is_recorded(group, corpus):
+    groups = token_groups(corpus.counts(), seed=0)
     ids = groups.ids[group]
     assert len(ids) > 0
     assert np.array_equal(ids, np.unique(ids))
     (recorded,) = (row for row in groups.rows() if row.group == group)
     assert recorded.tokens == ids.tolist()
-    assert sum(recorded.counts) == np.isin(tokens, ids).sum()
+    assert recorded.counts == corpus.counts()[ids].tolist()
 
 
-def test_groups_are_what_their_names_say(tokens):
-    groups = token_groups(tokens, seed=0)
+def test_groups_are_what_their_names_say(corpus):
+    groups = token_groups(corpus.counts(), seed=0)
     counts = groups.counts
     common, rare, never = (groups.ids[name] for name in ("common_100", "rare_100", "never_100"))
     assert len(common) == len(rare) == len(never) == 100
@@ -34,17 +34,38 @@ def test_groups_are_what_their_names_say(tokens):
     assert set(counts[rare]) == {1}
     assert set(counts[never]) == {0}
     assert all(is_word_piece(int(token)) for token in [*common, *rare, *never])
-    assert np.array_equal(groups.ids["singletons"], np.flatnonzero(counts == 1))
-    assert np.array_equal(groups.ids["never_used"], np.flatnonzero(counts == 0))
+    assert set(counts[groups.ids["singletons"]]) == {1}
+    assert set(counts[groups.ids["never_used"]]) == {0}
+    assert set(counts[groups.ids["count_2_3"]]) == {2, 3}
+    assert counts[groups.ids["count_16_63"]].min() >= 16
+    assert counts[groups.ids["count_16_63"]].max() <= 63
 
 
-def test_ties_are_broken_by_the_seed(tokens):
-    first, again, other = (token_groups(tokens, seed) for seed in (0, 0, 1))
+def test_the_bins_hold_every_token_once(corpus):
+    groups = token_groups(corpus.counts(), seed=0)
+    bins = [ids for name, ids in groups.ids.items() if not name.endswith("_100")]
+    assert np.array_equal(np.sort(np.concatenate(bins)), np.arange(VOCAB_SIZE))
+
+
+def test_ties_are_broken_by_the_seed(corpus):
+    first, again, other = (token_groups(corpus.counts(), seed) for seed in (0, 0, 1))
     for group in ("rare_100", "never_100"):
         assert np.array_equal(first.ids[group], again.ids[group])
         assert not np.array_equal(first.ids[group], other.ids[group])
 
 
-def test_counts_are_of_the_subset():
-    part = load_corpus(CorpusConfig(name="pydocs", subset="0-0.1"), 8).tokens
-    assert token_groups(part, 0).counts.sum() == len(part)
+def test_the_unigram_is_a_distribution_that_keeps_the_counts_order(corpus):
+    counts = corpus.counts()
+    log_prob = log_unigram(counts)
+    assert np.exp(log_prob).sum() == pytest.approx(1)
+    by_count = [log_prob[counts == count] for count in range(4)]
+    assert all(len(set(values)) == 1 for values in by_count)
+    assert by_count[0][0] < by_count[1][0] < by_count[2][0] < by_count[3][0]
+    singletons, total = (counts == 1).sum(), counts.sum()
+    assert np.exp(by_count[0]).sum() == pytest.approx(singletons / total)
+    assert np.exp(by_count[1][0]) == pytest.approx((1 - singletons / total) / total)
+
+
+def test_the_unigram_is_defined_without_singletons_and_without_unused_tokens():
+    assert np.exp(log_unigram(np.array([2, 2, 0]))) == pytest.approx([3 / 8, 3 / 8, 1 / 4])
+    assert np.exp(log_unigram(np.array([3, 1]))) == pytest.approx([3 / 4, 1 / 4])

@@ -32,6 +32,7 @@ def test_a_trial_fills_every_table_from_step_0_to_the_last(tiny):
     assert steps["training"] == [0, 1, 2, 3, 4, 5]
     assert sorted(set(steps["weights"])) == sorted(set(steps["token_groups"])) == [0, 2, 4, 5]
     assert sorted(set(steps["histograms"])) == [0, 4, 5]
+    assert {row.step for row in recorder.rows["tokens"]} == {0, 5}
     assert all(recorder.rows[table] for table in TABLES)
     assert [row.lr is None for row in recorder.rows["training"]] == [False] * 5 + [True]
     assert sorted({row.step for row in recorder.rows["updates"]}) == [0, 2, 4]
@@ -50,8 +51,8 @@ def test_the_same_config_gives_bitwise_the_same_rows(tiny):
 
 
 def test_looking_more_often_changes_nothing(tiny):
-    seldom = run(replace(tiny, probes=replace(tiny.probes, every=1000, histogram_every=1000)))
-    often = run(replace(tiny, probes=replace(tiny.probes, every=1, histogram_every=1)))
+    seldom = run(replace(tiny, probes=replace(tiny.probes, every=1000, text_every=1000)))
+    often = run(replace(tiny, probes=replace(tiny.probes, every=1, text_every=1)))
     assert seldom.rows["training"] == often.rows["training"]
 
 
@@ -115,7 +116,11 @@ def test_the_untrained_model_stands_at_the_closed_form(tiny):
     from math import log
 
     rows = run(with_knobs(tiny, model__d_model=64, train__steps=1)).rows["token_groups"]
-    start = {row.group: row.mean_logprob for row in rows if row.step == 0 and row.mask == "none"}
+    start = {
+        row.group: row.mean_logprob
+        for row in rows
+        if row.step == 0 and row.mask == "none" and row.text == "probe"
+    }
     expected = -(log(50257) + 64 * 0.02**2 / 2)
     for group in ("singletons", "never_used"):
         assert start[group] == pytest.approx(expected, abs=0.02)
