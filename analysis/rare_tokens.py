@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-MASK = "sequence"
-"""The primary mask: a token among a sequence's own inputs is left out of that sequence."""
+from gptcore.records import PRIMARY
 
 ORDERS = {
     "never_below_rare_below_common": ("never_100", "rare_100", "common_100"),
@@ -14,14 +13,21 @@ ORDERS = {
 """Groups from least to most probable as the source reports them: its own three, then whole bins."""
 
 
-def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
-    """Per run and group, from step 0 to the last step under the primary mask.
+def primary(token_groups: pl.LazyFrame) -> pl.LazyFrame:
+    """The rows of gptcore.records.PRIMARY: on the probe text, at all positions but the first, where
+    a token among a sequence's own inputs is left out of that sequence."""
+    return token_groups.filter(**PRIMARY)
 
-    Columns: trial_key, group, start, end, change, logit_change, log_z_change, with
-    change = logit_change - log_z_change (nats). Null where too few tokens were left in.
+
+def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
+    """Per run and group, from step 0 to the last step, of the primary rows.
+
+    Columns: trial_key, group, start, end, change, logit_change, log_z_change, excess, with
+    change = logit_change - log_z_change (nats) and excess that of the end over the smoothed
+    unigram. Null where too few tokens were left in.
     """
-    columns = ("mean_logprob", "mean_logit", "log_z")
-    ordered = token_groups.filter(pl.col("mask") == MASK).sort("step", maintain_order=True)
+    columns = ("mean_logprob", "mean_logit", "log_z", "excess")
+    ordered = primary(token_groups).sort("step", maintain_order=True)
     ends = ordered.group_by("trial_key", "group", maintain_order=True).agg(
         *(pl.col(name).first().alias(f"{name}_start") for name in columns),
         *(pl.col(name).last().alias(f"{name}_end") for name in columns),
@@ -34,6 +40,7 @@ def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
         change=pl.col("mean_logprob_end") - pl.col("mean_logprob_start"),
         logit_change=pl.col("mean_logit_end") - pl.col("mean_logit_start"),
         log_z_change=pl.col("log_z_end") - pl.col("log_z_start"),
+        excess="excess_end",
     ).collect()
 
 

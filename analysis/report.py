@@ -29,10 +29,11 @@ import vl_convert
 
 from analysis import figures
 from analysis.depth_gradient import depth_gradient, last_steps, layer_growth
-from analysis.rare_tokens import MASK, ORDERS, group_changes, orders_hold
+from analysis.rare_tokens import ORDERS, group_changes, orders_hold, primary
 from analysis.runs import RunTables, read_sweep, tracking_uri
 from analysis.stats import mean_interval, median_interval, share_interval
 from gptcore.config import KNOBS, InputError, spelling
+from gptcore.records import PRIMARY
 
 
 def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -> Path:
@@ -139,11 +140,11 @@ def _token_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, A
     groups = by_run["group_changes"]["group"].unique(maintain_order=True)
     return {
         "runs": orders.height,
-        "mask": MASK,
+        "measured_on": PRIMARY,
         "groups": {
             group: {
                 column: mean_interval(of_seeds(changes.filter(pl.col("group") == group), column))
-                for column in ("start", "end", "change", "logit_change", "log_z_change")
+                for column in ("start", "end", "change", "logit_change", "log_z_change", "excess")
             }
             for group in groups
         },
@@ -167,11 +168,12 @@ def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
 
 def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str, Any]) -> str:
     """The page: one HTML file with everything in it."""
-    primary = sweep.tables["token_groups"].filter(pl.col("mask") == MASK)
     charts = {
         "qkv_std": figures.fig_qkv_std(by_run["layer_growth"]),
         "growth_by_layer": figures.fig_growth_by_layer(by_run["layer_growth"]),
-        "group_log_prob": figures.fig_group_log_prob(with_trial(primary, sweep)),
+        "group_log_prob": figures.fig_group_log_prob(
+            with_trial(primary(sweep.tables["token_groups"].lazy()).collect(), sweep)
+        ),
     }
     # A plan made before a knob was added does not have it.
     knobs = [knob for knob in KNOBS if knob in sweep.trials.columns]

@@ -6,6 +6,7 @@ no generators to keep: batches and draws are functions of the config and the ste
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ SHARE_OF_TIME = 0.01
 """A trial saves at most this often, and spends at most this share of its time on it."""
 
 
+def checkpoint_file(runs_dir: Path, key: str) -> Path:
+    """Where the trial with this key leaves its state, in debug mode and in a sweep alike."""
+    return runs_dir / "checkpoints" / f"{key}.pt"
+
+
 @dataclass
 class Progress:
     """How far a training loop is, beside the model and the optimiser."""
@@ -37,20 +43,20 @@ class Progress:
 class Checkpoint:
     """The file of one trial, which stands for as long as the trial is unfinished."""
 
-    def __init__(
-        self, file: Path, identity: dict[str, Scalar], seconds_between: float = SECONDS_BETWEEN
-    ) -> None:
-        """`identity` is what decides the trial's numbers: TrialConfig.identity."""
+    def __init__(self, file: Path, identity: dict[str, Scalar]) -> None:
+        """`identity` is what decides the trial's numbers, as TrialConfig.identity gives it."""
         self.file = file
         self.identity = {**identity, "schema_version": SCHEMA_VERSION}
-        self.pause = self.seconds_between = seconds_between
-        self.last = time.perf_counter()
+        self.last, self.pause = time.perf_counter(), SECONDS_BETWEEN
 
     def due(self) -> bool:
         return time.perf_counter() - self.last >= self.pause
 
     def save(self, progress: Progress, model: GPT, optimizer: Optimizer) -> None:
-        """Write everything to a file that then takes the old one's place."""
+        """Write everything to a file that then takes the old one's place.
+
+        Raises InputError where it cannot be written; the old one is then left as it was.
+        """
         start = time.perf_counter()
         state = {
             "identity": self.identity,
@@ -66,10 +72,12 @@ class Checkpoint:
             torch.save(state, partial)
             partial.replace(self.file)
         except (OSError, RuntimeError) as error:  # PyTorch's own for a full disk
-            partial.unlink(missing_ok=True)
-            raise OSError(f"the checkpoint {self.file} cannot be written: {error}") from error
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            why = str(error).strip().partition("\n")[0]
+            raise InputError(f"the checkpoint {self.file} cannot be written: {why}") from error
         self.last = time.perf_counter()
-        self.pause = max(self.seconds_between, (self.last - start) / SHARE_OF_TIME)
+        self.pause = max(SECONDS_BETWEEN, (self.last - start) / SHARE_OF_TIME)
 
     def load(self, model: GPT, optimizer: Optimizer) -> Progress:
         """Bring model and optimiser to where the file left them; the beginning where there is none.

@@ -157,6 +157,14 @@ class TokenGroupRow:
     excess: float | None  # mean_logprob above the mean log-prob of the smoothed unigram model
 
 
+PRIMARY = {"text": "probe", "mask": "sequence", "positions": "rest"}
+"""The rows of token_groups that findings rest on; the others say how much the choice matters."""
+
+
+def is_primary(row: TokenGroupRow) -> bool:
+    return all(getattr(row, name) == value for name, value in PRIMARY.items())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokensRow:
     """Every token at the first or last step. Entry i of a list is of token id i.

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gptcore.checkpoint import checkpoint_file
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import (
@@ -23,6 +24,7 @@ from gptcore.records import (
     TrainingRow,
     TrialResult,
     WeightRow,
+    is_primary,
 )
 from sweeps.parquet import write_tables
 
@@ -32,7 +34,10 @@ def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console)
     folder = runs_dir / "debug" / key
     console.print(f"trial {key} in this process, rows to {folder}")
     recorder = ConsoleRecorder(config, console)
-    result = run_trial(config, recorder)
+    file = checkpoint_file(runs_dir, key)
+    if file.exists():
+        console.print(f"going on from {file}, after what it did before:", soft_wrap=True)
+    result = run_trial(config, recorder, file)
     write_tables(recorder.rows, folder)
     console.print(
         f"{result.status} after {result.steps} steps, {result.seconds:.1f} s, "
@@ -54,7 +59,7 @@ class ConsoleRecorder(MemoryRecorder):
         logprobs = {
             row.group: row.mean_logprob
             for row in rows
-            if isinstance(row, TokenGroupRow) and row.mask == "sequence"
+            if isinstance(row, TokenGroupRow) and is_primary(row)
         }
         for row in rows:
             if isinstance(row, TrainingRow):

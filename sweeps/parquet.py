@@ -18,6 +18,7 @@ COLUMN_TYPES = {
     str: pl.String(),
     list[int]: pl.List(pl.Int64),
     list[float]: pl.List(pl.Float64),
+    list[float | None]: pl.List(pl.Float64),
 }
 
 

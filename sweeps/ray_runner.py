@@ -121,6 +121,7 @@ def run_on_ray(
             tune.with_resources(run_batch, resources),
             param_space={
                 "store": dict(store),
+                "runs_dir": str(runs_dir),
                 "batch": tune.grid_search([[dict(job)] for job in jobs]),
             },
             tune_config=tune.TuneConfig(

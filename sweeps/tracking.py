@@ -24,10 +24,12 @@ from gptcore.config import InputError, Scalar, spelling
 from gptcore.records import (
     MemoryRecorder,
     Row,
+    TextLossRow,
     TokenGroupRow,
     TrainingRow,
     TrialResult,
     WeightRow,
+    is_primary,
 )
 from sweeps.parquet import write_tables
 
@@ -178,7 +180,9 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
         case TrainingRow():
             yield "loss/train", row.step, row.loss
             yield "grad_norm/global", row.step, row.grad_norm
-        case TokenGroupRow(mask="sequence", mean_logprob=float(value)):
+        case TextLossRow():
+            yield f"loss/{'val' if row.text == 'held_out' else row.text}", row.step, row.loss
+        case TokenGroupRow(mean_logprob=float(value)) if is_primary(row):
             yield f"logprob/{row.group}", row.step, value
         case WeightRow(kind="qkv"):
             yield f"qkv_std/layer_{row.layer:02d}", row.step, row.std

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
@@ -19,7 +21,8 @@ REPORT_EVERY = 10
 def run_batch(config: dict[str, Any]) -> None:
     """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
 
-    The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id.
+    The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
+    in `config["runs_dir"]` a trial that was cut off finds its checkpoint.
     A trial that breaks leaves its MLflow run FAILED, and the exception to Tune. One that Tune stops
     (by SystemExit) is left to the driver.
     """
@@ -33,7 +36,8 @@ def run_batch(config: dict[str, Any]) -> None:
                     f"trial {trial['key']} is {key} on this worker: "
                     "its corpus or its gptcore is not the driver's"
                 )
-            run_trial(config_of_trial, _Reporting(recorder, key))
+            file = checkpoint_file(Path(config["runs_dir"]), key)
+            run_trial(config_of_trial, _Reporting(recorder, key), file)
         except Exception as error:
             recorder.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise

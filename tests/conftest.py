@@ -49,7 +49,7 @@ def tiny() -> TrialConfig:
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A text with Gulliver's headings and Gutenberg's wrapping, found as the corpus gulliver."""
     parts = [
-        f"PART {roman}. A VOYAGE.\n\n" + f"In part {roman} the captain sailed on. " * 40 + "\n\n"
+        f"PART {roman}. A VOYAGE.\n\n" + f"In part {roman} the captain sailed on. " * 80 + "\n\n"
         for roman in ("I", "II", "III", "IV")
     ]
     contents = "".join(f" PART {roman}. A VOYAGE.\n" for roman in ("I", "II", "III", "IV"))

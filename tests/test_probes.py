@@ -88,7 +88,7 @@ def test_every_probe_only_reads(probe, moment):
 
 def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     def due(step, last=False):
-        at = Moment(**{**vars(moment), "step": step})
+        at = replace(moment, step=step)
         config = ProbesConfig(every=5, histogram_every=10, spectrum_every=15, text_every=20)
         return {TABLE_OF[type(row)] for row in observe(at, config, last=last)}
 

@@ -2,6 +2,7 @@ import polars as pl
 import pytest
 
 from analysis.rare_tokens import ORDERS, group_changes, orders_hold
+from gptcore.records import PRIMARY
 
 
 def token_groups(ends, start=-10.8):
@@ -11,7 +12,8 @@ def token_groups(ends, start=-10.8):
         for group, end in groups.items():
             for step in (100, 0, 50):
                 value = None if end is None else start + (end - start) * step / 100
-                for mask, shift in (("none", 5.0), ("sequence", 0.0)):
+                others = [{name: "another"} for name in PRIMARY]
+                for shift, other in enumerate([{}, *others]):
                     logprob = None if value is None else value + shift
                     log_z = None if value is None else 10.8 + 0.01 * step
                     rows.append(
@@ -19,10 +21,12 @@ def token_groups(ends, start=-10.8):
                             "trial_key": key,
                             "step": step,
                             "group": group,
-                            "mask": mask,
+                            **PRIMARY,
+                            **other,
                             "mean_logprob": logprob,
                             "mean_logit": None if logprob is None else logprob + log_z,
                             "log_z": log_z,
+                            "excess": 0.03 * step,
                         }
                     )
     return pl.LazyFrame(rows)
@@ -38,6 +42,7 @@ def test_planted_changes_are_found_under_the_primary_mask():
     for group, end in PLANTED.items():
         assert found[group]["start"] == pytest.approx(-10.8)
         assert found[group]["change"] == pytest.approx(end + 10.8)
+        assert found[group]["excess"] == pytest.approx(3.0)
         assert found[group]["log_z_change"] == pytest.approx(1.0)
         split = found[group]["logit_change"] - found[group]["log_z_change"]
         assert found[group]["change"] == pytest.approx(split)

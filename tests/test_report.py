@@ -8,7 +8,7 @@ import pytest
 
 from analysis.report import find, main, of_seeds, statistics_of_runs, with_scheme
 from analysis.runs import RunTables, connect, tracking_uri
-from gptcore.records import TABLES
+from gptcore.records import PRIMARY, TABLES
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -48,8 +48,8 @@ def test_the_findings_are_those_of_the_rows(report):
     trials = pl.read_parquet(report / "trials.parquet").filter(pl.col("init.scheme") == "gpt2")
     rows = pl.read_parquet(report / "token_groups.parquet").filter(
         pl.col("trial_key").is_in(trials["trial_key"].to_list()),
-        pl.col("group") == "never_100",
-        pl.col("mask") == "sequence",
+        group="never_100",
+        **PRIMARY,
     )
     start, end = (rows.filter(step=step)["mean_logprob"].mean() for step in (0, 5))
     group = findings["rare_tokens"]["gpt2, optim.lr 0.001"]["groups"]["never_100"]
@@ -198,8 +198,8 @@ def test_a_scheme_without_finished_trials_is_still_in_the_findings():
     )
     groups = pl.DataFrame(
         [
-            {"trial_key": "a", "group": group, "mask": "sequence", "step": step}
-            | {"mean_logprob": -10.0 - step, "mean_logit": 0.0, "log_z": 10.0 + step}
+            {"trial_key": "a", "group": group, "step": step, **PRIMARY}
+            | {"mean_logprob": -10.0 - step, "mean_logit": 0.0, "log_z": 10.0 + step, "excess": 0.0}
             for group in ("common_100", "rare_100", "never_100", "singletons", "never_used")
             for step in (0, 5)
         ]

@@ -163,6 +163,29 @@ def test_a_killed_worker_fails_its_trial_alone_and_the_same_command_goes_on(tmp_
     assert [point.step for point in history] == list(range(151)), key
 
 
+def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path):
+    arguments = ["--debug", *flags(TrialConfig.from_flat({**TINY, "train.steps": 1000}))]
+    killed, whole = tmp_path / "killed" / "runs", tmp_path / "whole" / "runs"
+    for runs_dir in (killed, whole):
+        runs_dir.mkdir(parents=True)
+    undisturbed = start(whole, *arguments)
+    process = start(killed, *arguments)
+    checkpoint = wait_for(lambda: list(killed.glob("checkpoints/*.pt")))[0]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, output = run(killed, *arguments)
+    assert code == 0, output
+    assert f"going on from runs/checkpoints/{checkpoint.name}" in output
+    assert not checkpoint.exists()
+    undisturbed.communicate(timeout=300)
+    for table in TABLES:
+        resumed, expected = (
+            pl.read_parquet(folder / "debug" / checkpoint.stem / f"{table}.parquet")
+            for folder in (killed, whole)
+        )
+        assert resumed.equals(expected), table
+
+
 def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))

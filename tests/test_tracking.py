@@ -50,8 +50,9 @@ def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished"}
     expected |= {"steps": "5", "device": "cpu"}
     assert expected.items() <= run.data.tags.items()
-    for metric in ("loss/train", "grad_norm/global", "logprob/never_used", "qkv_std/layer_01",
-                   "w_std/layer_00.attn.q", "w_std/layer_01.mlp.proj", "w_std/wte"):  # fmt: skip
+    for metric in ("loss/train", "loss/val", "grad_norm/global", "logprob/never_used",
+                   "qkv_std/layer_01", "w_std/layer_00.attn.q", "w_std/layer_01.mlp.proj",
+                   "w_std/wte"):  # fmt: skip
         assert metric in run.data.metrics, metric
     losses = client.get_metric_history(run.info.run_id, "loss/train")
     assert [(point.step, point.timestamp - run.info.start_time) for point in losses] == [

@@ -12,7 +12,7 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny,
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
     job = {"key": "planned", "params": tiny.to_flat(), "tags": {}}
     with pytest.raises(InputError, match="its corpus or its gptcore is not the driver's"):
-        run_batch({"store": store, "batch": [job]})
+        run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
     run = trial_runs(client, "sweep")["planned"]
     assert run.info.status == "FAILED"
     assert "is not the driver's" in run.data.tags["reason"]

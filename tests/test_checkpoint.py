@@ -1,0 +1,157 @@
+"""A trial that is cut off anywhere and begins again ends with the very rows of one that was not."""
+
+import pytest
+import torch
+
+from gptcore import checkpoint
+from gptcore.checkpoint import Checkpoint, checkpoint_file, packed, unpacked
+from gptcore.config import InputError, TrialConfig
+from gptcore.corpus import Corpus
+from gptcore.experiment import run_trial
+from gptcore.optimizers import OPTIMIZERS
+from gptcore.records import MemoryRecorder, TrainingRow
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process in the middle of a trial."""
+
+
+class CutAt(MemoryRecorder):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def log(self, rows):
+        super().log(rows)
+        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
+            raise Cut
+
+
+@pytest.fixture(autouse=True)
+def save_at_every_step(monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+
+
+def run(config, file=None):
+    recorder = MemoryRecorder()
+    run_trial(config, recorder, file)
+    return recorder
+
+
+def cut(config, file, step):
+    with pytest.raises(Cut):
+        run_trial(config, CutAt(step), file)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("step", [0, 1, 4, 5])
+def test_a_trial_that_was_cut_off_ends_bitwise_like_one_that_was_not(tiny, tmp_path, name, step):
+    config = TrialConfig.from_flat(
+        {**tiny.to_flat(), "optim.name": name, "optim.schedule": "cosine"}
+    )
+    file = tmp_path / "folder" / "key.pt"
+    cut(config, file, step)
+    assert torch.load(file, weights_only=True)["step"] == step
+    resumed = run(config, file)
+    assert resumed.rows == run(config).rows
+    assert resumed.result.steps == 5
+    assert list(file.parent.iterdir()) == []  # nothing is left of an ended trial
+
+
+def test_a_trial_can_be_cut_off_again_and_again(tiny, tmp_path):
+    file = tmp_path / "key.pt"
+    for step in (1, 2, 4):
+        cut(tiny, file, step)
+    assert run(tiny, file).rows == run(tiny).rows
+
+
+def test_a_resumed_trial_does_not_train_again_what_it_had_done(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "key.pt"
+    cut(tiny, file, 4)
+    steps, batch = [], Corpus.batch
+    monkeypatch.setattr(
+        Corpus,
+        "batch",
+        lambda self, step, **knobs: steps.append(step) or batch(self, step, **knobs),
+    )
+    run(tiny, file)
+    assert steps == [4, 5]
+
+
+def test_a_diverging_trial_diverges_alike_after_a_resume(tiny, tmp_path):
+    config = TrialConfig.from_flat({**tiny.to_flat(), "optim.lr": 1e30})
+    file = tmp_path / "key.pt"
+    cut(config, file, 0)
+    resumed, whole = run(config, file), run(config)
+    assert resumed.result.status == whole.result.status == "diverged"
+    assert resumed.result.reason == whole.result.reason
+    assert resumed.rows == whole.rows
+
+
+def test_a_checkpoint_of_another_trial_is_refused_with_what_differs(tiny, tmp_path):
+    file = tmp_path / "key.pt"
+    cut(tiny, file, 3)
+    other = TrialConfig.from_flat({**tiny.to_flat(), "init.seed": 7})
+    with pytest.raises(
+        InputError, match=r"is of another trial \(init\.seed is 0 there and 7 here\)"
+    ):
+        run(other, file)
+    assert file.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "other bytes", "empty", "a bit", "a folder"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(tiny, tmp_path, damage):
+    file = tmp_path / "key.pt"
+    cut(tiny, file, 3)
+    whole, middle = file.read_bytes(), file.stat().st_size // 2
+    if damage == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(
+            {
+                "cut short": whole[: len(whole) // 2],
+                "other bytes": b"not a checkpoint",
+                "empty": b"",
+                "a bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            }[damage]
+        )
+    with pytest.raises(InputError, match=r"key\.pt is damaged .*: delete it to begin from step 0"):
+        run(tiny, file)
+    assert file.exists()
+
+
+def test_what_a_checkpoint_holds_is_never_run_as_code(tiny, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("a checkpoint's code was run",))
+
+    file = tmp_path / "key.pt"
+    torch.save({"identity": Evil()}, file)
+    with pytest.raises(InputError, match="is damaged"):
+        run(tiny, file)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/key\.pt cannot be written"):
+        run(tiny, tmp_path / "file" / "key.pt")
+
+
+def test_saving_takes_its_small_share_of_the_time(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 0.01)
+    saved = []
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, *state: saved.append(save(self, *state)))
+    run(tiny, tmp_path / "key.pt")
+    assert len(saved) == 1  # of 6 steps, each shorter than a hundred savings
+
+
+def test_rows_come_back_as_they_were(tiny):
+    for rows in run(tiny).rows.values():
+        assert unpacked(packed(rows)) == rows
+
+
+def test_each_trial_has_a_file_of_its_own_in_the_runs_folder(tmp_path):
+    assert checkpoint_file(tmp_path, "abc") == tmp_path / "checkpoints" / "abc.pt"
