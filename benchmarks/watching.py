@@ -25,8 +25,9 @@ from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import make_optimizer
-from gptcore.probes import PROBES, Moment, Reading, members_of, update_rows, values_of
+from gptcore.probes import PROBES, Moment, update_rows, values_of
 from gptcore.token_groups import TokenGroups
+from gptcore.token_probs import Reading
 
 
 def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
@@ -65,7 +66,6 @@ def main() -> None:
         for text in ("probe", "held_out")
     }
     groups = random_groups(np.random.default_rng(0), shape.vocab_size)
-    member_GV = members_of(groups, model.head.weight)
 
     def clock() -> float:
         if args.device == "cuda":
@@ -96,7 +96,6 @@ def main() -> None:
                 initial=initial,
                 layers=layers,
                 groups=groups,
-                member_GV=member_GV,
                 fixed_texts=fixed_texts,
                 batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=log_z),
             )

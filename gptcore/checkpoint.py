@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -87,33 +88,28 @@ class Checkpoint:
         if not self.file.exists():
             return Progress()
         try:
+            # PyTorch writes checksums, but does not look at them.
+            with zipfile.ZipFile(self.file) as archive:
+                if spoiled := archive.testzip():
+                    raise zipfile.BadZipFile(f"the checksum of {spoiled} is wrong")
             # weights_only: what the file holds is read as data, never run as code.
             state = torch.load(self.file, map_location=model.wte.weight.device, weights_only=True)
-            if differing := self._differences(state["identity"]):
-                raise InputError(
-                    f"the checkpoint {self.file} is of another trial ({differing}): "
-                    "delete it to begin from step 0"
-                )
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            rows = [unpacked(rows) for rows in state["rows"]]
-            return Progress(state["step"], rows, state["seconds"])
-        except InputError:
-            raise
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
+            differing = self._differences(state["identity"])
+        except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, LookupError) as error:
             why = str(error).strip().partition("\n")[0]
             raise InputError(
                 f"the checkpoint {self.file} is damaged ({type(error).__name__}: {why}): "
                 "delete it to begin from step 0"
             ) from error
+        if differing:
+            raise InputError(
+                f"the checkpoint {self.file} is of another trial ({differing}): "
+                "delete it to begin from step 0"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows = [unpacked(rows) for rows in state["rows"]]
+        return Progress(state["step"], rows, state["seconds"])
 
     def _differences(self, identity: dict[str, Scalar]) -> str:
         """`init.seed is 0 there and 1 here`, for everything that differs."""

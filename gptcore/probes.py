@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.config import ProbesConfig
-from gptcore.model import GPT, CausalSelfAttention, Part, parts_of, softmax_sums
+from gptcore.model import GPT, CausalSelfAttention, Part, parts_of
 from gptcore.records import (
     ActivationRow,
     AttentionRow,
@@ -31,9 +31,7 @@ from gptcore.records import (
     WeightRow,
 )
 from gptcore.token_groups import TokenGroups
-
-MIN_TOKENS = 20
-"""A mean over fewer tokens of a group than this is not reported."""
+from gptcore.token_probs import Reading, read, token_group_rows, tokens_row
 
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Shared by all runs: 0.001 wide around 0, a tenth of the value far out, ending at +-4.06."""
@@ -41,17 +39,6 @@ HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 
 TILE = 1 << 16
 """Elements that are worked on at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Sequences as the model reads them."""
-
-    text: str  # batch, probe or held_out
-    ids_BT: Tensor  # inputs
-    hidden_BTD: Tensor
-    log_z_BT: Tensor
-    prob_BTG: Tensor | None = None  # summed over the tokens of each group, where it is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +50,16 @@ class Moment:
     initial: Mapping[str, Tensor]  # step 0's values of the tensors that are looked at, by name
     layers: Sequence[int]  # the blocks that are looked at
     groups: TokenGroups
-    member_GV: Tensor  # as members_of gives it
     fixed_texts: Mapping[str, Tensor]  # windows of each, [B, T + 1]
     batch: Reading
 
     @functools.cached_property
     def readings(self) -> dict[str, Reading]:
-        """The fixed texts as the model reads them, with the probability of the token groups."""
-        weight_VD, readings = self.model.head.weight, {}
-        for text, windows_BT in self.fixed_texts.items():
-            ids_BT = windows_BT[:, :-1]
-            hidden_BTD = self.model(ids_BT)
-            prob_NG, log_z_N = softmax_sums(hidden_BTD.flatten(0, 1), weight_VD, self.member_GV)
-            readings[text] = Reading(
-                text=text,
-                ids_BT=ids_BT,
-                hidden_BTD=hidden_BTD,
-                log_z_BT=log_z_N.view_as(ids_BT),
-                prob_BTG=prob_NG.view(*ids_BT.shape, -1),
-            )
-        return readings
-
-    @functools.cached_property
-    def group_sum_GD(self) -> Tensor:
-        """Sum of the head's rows of each token group."""
-        return self.member_GV @ self.model.head.weight
+        """The fixed texts as the model reads them."""
+        return {
+            text: read(self.model, text, windows_BT[:, :-1], self.groups)
+            for text, windows_BT in self.fixed_texts.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -352,6 +324,11 @@ def _attention_rows(step: int, layer: int, q_BHTC: Tensor, k_BHTC: Tensor) -> li
     ]
 
 
+def batch_group_rows(moment: Moment) -> list[TokenGroupRow]:
+    """Token groups on the step's own batch, from what its loss already computed."""
+    return token_group_rows(moment.step, moment.batch, moment.model.head.weight, moment.groups)
+
+
 def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
     """Loss and token groups on the fixed texts."""
     rows: list[TextLossRow | TokenGroupRow] = []
@@ -359,145 +336,18 @@ def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
     for text, reading in moment.readings.items():
         targets_BT = moment.fixed_texts[text][:, 1:]
         target_logits_BT = (reading.hidden_BTD * weight_VD[targets_BT]).sum(2)
-        log_z = reading.log_z_BT.mean()
-        rows.append(
-            TextLossRow(
-                step=moment.step,
-                text=text,
-                loss=float(log_z - target_logits_BT.mean()),
-                log_z=float(log_z),
-            )
-        )
-        rows += token_group_rows(moment, reading)
+        log_z = float(reading.log_z_BT.mean())
+        loss = log_z - float(target_logits_BT.mean())
+        rows.append(TextLossRow(step=moment.step, text=text, loss=loss, log_z=log_z))
+        rows += token_group_rows(moment.step, reading, weight_VD, moment.groups)
     return rows
-
-
-def members_of(groups: TokenGroups, weight_VD: Tensor) -> Tensor:
-    """1 where a token is of a group, else 0, [G, V]."""
-    member_GV = weight_VD.new_zeros(len(groups.ids), len(weight_VD))
-    for row, ids in zip(member_GV, groups.ids.values(), strict=True):
-        row[torch.from_numpy(ids).to(weight_VD.device)] = 1
-    return member_GV
-
-
-def token_group_rows(moment: Moment, reading: Reading) -> list[TokenGroupRow]:
-    """Mean log-probability of every group under every mask.
-
-    No logits of the whole vocabulary are needed beyond the log Z that the loss has: over the tokens
-    j of a group, z_tj = h_t . w_j sums to h_t . (sum_j w_j). From that, what a mask leaves out is
-    taken away: tokens among the inputs, which are few. All sums are over positions first: P is
-    position 0 and the rest.
-    """
-    weight_VD, groups, member_GV = moment.model.head.weight, moment.groups, moment.member_GV
-    device = weight_VD.device
-    B, T = reading.ids_BT.shape
-    present_U, which_BT = reading.ids_BT.unique(return_inverse=True)
-    position_T = torch.arange(T, device=device)
-    first_BU = torch.full((B, len(present_U)), T, device=device)
-    first_BU.scatter_reduce_(1, which_BT, position_T.expand(B, T), "amin")
-    is_present_BU, from_first_BTU = first_BU < T, position_T[:, None] >= first_BU[:, None, :]
-
-    # What is summed: of each token that can be left out, and over all tokens of a group.
-    log_z_BT1, ones_BT1 = reading.log_z_BT[..., None], torch.ones_like(reading.log_z_BT)[..., None]
-    logit_BTU = reading.hidden_BTD @ weight_VD[present_U].T
-    size_G = member_GV.sum(1)
-    unigram_V = torch.from_numpy(groups.log_unigram).to(device)
-    unigram_G = torch.stack([unigram_V[ids].sum() for ids in groups.ids.values()])
-    of_tokens = {"tokens": ones_BT1, "log_z": log_z_BT1, "logit": logit_BTU}
-    of_groups = {
-        "tokens": ones_BT1 * size_G,
-        "log_z": log_z_BT1 * size_G,
-        "logit": reading.hidden_BTD @ moment.group_sum_GD.T,
-        "unigram": ones_BT1 * unigram_G,
-    }
-    if reading.prob_BTG is not None:
-        of_tokens["prob"] = (logit_BTU - log_z_BT1).exp()
-        of_groups["prob"] = reading.prob_BTG
-    sums_PBU = {name: _by_position(values) for name, values in of_tokens.items()}
-    left_out_PBU = {
-        "sequence": {name: sums * is_present_BU for name, sums in sums_PBU.items()},
-        "prefix": {name: _by_position(of_tokens[name] * from_first_BTU) for name in of_tokens},
-        "batch": {name: sums.expand(2, B, len(present_U)) for name, sums in sums_PBU.items()},
-        "none": {name: torch.zeros_like(first_BU).expand(2, -1, -1) for name in of_tokens},
-    }
-    member_UG = member_GV[:, present_U].T.double()
-    positions_of = {"first": B, "rest": B * (T - 1)}
-    rows = []
-    for mask, out_PBU in left_out_PBU.items():
-        out_PU = {name: values.sum(1).double() for name, values in out_PBU.items()}
-        out_PU["unigram"] = out_PU["tokens"] * unigram_V[present_U]
-        left_PG = {
-            name: (_by_position(of_groups[name]).sum(1) - out_PU[name] @ member_UG).tolist()
-            for name in of_groups
-        }
-        for p, (positions, n_positions) in enumerate(positions_of.items()):
-            for g, group in enumerate(groups.ids):
-                pairs = left_PG["tokens"][p][g]
-                n_tokens = pairs / n_positions
-                values: dict[str, float | None] = {}
-                if n_tokens >= MIN_TOKENS:
-                    mean = {name: left_PG[name][p][g] / pairs for name in left_PG}
-                    values["mean_logit"], values["log_z"] = mean["logit"], mean["log_z"]
-                    values["mean_logprob"] = mean["logit"] - mean["log_z"]
-                    values["excess"] = mean["logit"] - mean["log_z"] - mean["unigram"]
-                    if mean.get("prob", 0.0) > 0:  # known, and not too small for float32
-                        values["log_mean_prob"] = math.log(mean["prob"])
-                rows.append(
-                    TokenGroupRow(
-                        step=moment.step,
-                        text=reading.text,
-                        group=group,
-                        mask=mask,
-                        positions=positions,
-                        n_tokens=n_tokens,
-                        mean_logprob=values.get("mean_logprob"),
-                        log_mean_prob=values.get("log_mean_prob"),
-                        mean_logit=values.get("mean_logit"),
-                        log_z=values.get("log_z"),
-                        excess=values.get("excess"),
-                    )
-                )
-    return rows
-
-
-def _by_position(values_BTX: Tensor) -> Tensor:
-    """Sums over position 0 and over all others: [2, B, X]."""
-    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1)]).double()
 
 
 def tokens_rows(moment: Moment) -> list[TokensRow]:
-    """Every token's log-probability on the probe text, and its row of the head's weight."""
-    reading, weight_VD = moment.readings["probe"], moment.model.head.weight
-    # Mean over the positions but 0 of log p(j) = z_j - log Z, [V, B].
-    log_prob_VB = (weight_VD @ reading.hidden_BTD[:, 1:].mean(1).T).double()
-    log_prob_VB -= reading.log_z_BT[:, 1:].double().mean(1)
-    absent_VB = torch.ones_like(log_prob_VB, dtype=torch.bool)
-    absent_VB.T.scatter_(1, reading.ids_BT, False)
-    sequences_V = absent_VB.sum(1)
-    masked_V = (log_prob_VB * absent_VB).sum(1) / sequences_V
+    """Every token on the probe text, and its row of the head's weight."""
     initial_VD = moment.initial["wte" if moment.model.tied else "head"]
-    vocab = len(moment.groups.counts)
-    return [
-        TokensRow(
-            step=moment.step,
-            count=moment.groups.counts.tolist(),
-            log_unigram=moment.groups.log_unigram.tolist(),
-            log_prob=log_prob_VB.mean(1)[:vocab].tolist(),
-            log_prob_masked=[
-                value if n else None
-                for value, n in zip(
-                    masked_V[:vocab].tolist(), sequences_V[:vocab].tolist(), strict=True
-                )
-            ],
-            norm=weight_VD.norm(dim=1)[:vocab].tolist(),
-            displacement=(weight_VD - initial_VD).norm(dim=1)[:vocab].tolist(),
-        )
-    ]
-
-
-def batch_group_rows(moment: Moment) -> list[TokenGroupRow]:
-    """Token groups on the step's own batch, from what its loss already computed."""
-    return token_group_rows(moment, moment.batch)
+    reading, weight_VD = moment.readings["probe"], moment.model.head.weight
+    return [tokens_row(moment.step, reading, weight_VD, initial_VD, moment.groups)]
 
 
 PROBES: dict[str, Probe] = {

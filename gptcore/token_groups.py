@@ -20,7 +20,7 @@ Counts = NDArray[np.int64]  # [VOCAB_SIZE], occurrences of each id
 Ids = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenGroups:
     """The ids of every group, ascending, and how often each id occurs in the trial's text."""
 

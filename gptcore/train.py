@@ -18,9 +18,10 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.model import GPT, loss_of
 from gptcore.optimizers import learning_rate, make_optimizer
-from gptcore.probes import Moment, Reading, members_of, observe, update_rows, values_of
+from gptcore.probes import Moment, observe, update_rows, values_of
 from gptcore.records import Recorder, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
+from gptcore.token_probs import Reading
 
 EXPLOSION = 10.0
 """A loss this many times the larger of its start and ln V ends the trial as diverged."""
@@ -43,7 +44,7 @@ def train(
     optim, steps = config.optim, config.train.steps
     optimizer = make_optimizer(model, optim)
     parameters = list(model.parameters())
-    layers, member_GV = config.probed_layers(), members_of(groups, model.head.weight)
+    layers = config.probed_layers()
     initial = values_of(model, layers)
     fixed_texts = {
         text: torch.from_numpy(windows).to(device) for text, windows in corpus.fixed_texts().items()
@@ -80,7 +81,6 @@ def train(
             initial=initial,
             layers=layers,
             groups=groups,
-            member_GV=member_GV,
             fixed_texts=fixed_texts,
             batch=Reading(text="batch", ids_BT=ids_BT, hidden_BTD=hidden_BTD, log_z_BT=log_z_BT),
         )

@@ -11,11 +11,8 @@ from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
 from gptcore.probes import (
     HISTOGRAM_EDGES,
-    MIN_TOKENS,
     PROBES,
     Moment,
-    Reading,
-    members_of,
     model_parts,
     observe,
     update_rows,
@@ -23,6 +20,7 @@ from gptcore.probes import (
 )
 from gptcore.records import TABLE_OF
 from gptcore.token_groups import TokenGroups
+from gptcore.token_probs import MIN_TOKENS, Reading
 
 LAYERS = [0, 1]
 
@@ -46,14 +44,12 @@ def moment():
     hidden = model(ids)
     loss, log_z = loss_of(hidden, model.head.weight, targets)
     loss.backward()
-    groups = TokenGroups(GROUPS, np.arange(50257), -np.arange(50257) / 1000)
     return Moment(
         step=7,
         model=model,
         initial=initial,
         layers=LAYERS,
-        groups=groups,
-        member_GV=members_of(groups, model.head.weight),
+        groups=TokenGroups(GROUPS, np.arange(50257), -np.arange(50257) / 1000),
         fixed_texts={
             text: torch.randint(80, (3, 13), generator=generator) for text in ("probe", "held_out")
         },
