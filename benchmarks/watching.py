@@ -2,11 +2,10 @@
 
     python benchmarks/watching.py [--d-model 64] [--n-layer 6] [--batch-size 8] [--seconds 60]
 
-Runs with torch, numpy and tiktoken alone, on random tokens
-with Zipf's law. In each round it times one bare
-training step and one run of every probe, so that a noisy machine hits both alike. A probe's share
-is its median time, over the steps between two of its records, against the median step; one that
-looks at the first and last step alone is spread over the default trial.
+Runs with torch, numpy and tiktoken alone, on random tokens by Zipf's law. In each round it times
+one bare training step and one run of every probe, so that a noisy machine hits both alike. A
+probe's share is its median time, over the steps between two of its records, against the median
+step; one that looks at the first and last step alone is spread over the default trial.
 """
 
 import argparse
@@ -20,7 +19,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import torch
 
-from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig, TrainConfig
+from gptcore.config import (
+    CorpusConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    ProbesConfig,
+    TrainConfig,
+)
 from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, loss_of
@@ -28,6 +34,7 @@ from gptcore.optimizers import make_optimizer
 from gptcore.probes import PROBES, Moment, update_rows, values_of
 from gptcore.token_groups import TokenGroups
 from gptcore.token_probs import Reading
+from gptcore.train import norm_of
 
 
 def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
@@ -62,7 +69,7 @@ def main() -> None:
     layers = range(shape.n_layer)
     initial = values_of(model, layers)
     fixed_texts = {
-        text: random_ids(ProbesConfig().sequences, shape).to(args.device)
+        text: random_ids(CorpusConfig().windows, shape).to(args.device)
         for text in ("probe", "held_out")
     }
     groups = random_groups(np.random.default_rng(0), shape.vocab_size)
@@ -88,7 +95,7 @@ def main() -> None:
             loss, log_z = loss_of(hidden, model.head.weight, targets)
             loss.item()
             loss.backward()
-            torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()
+            norm_of([p.grad for p in model.parameters()]).item()
             until_update = clock() - start
             moment = Moment(
                 step=0,

@@ -6,25 +6,22 @@ no generators to keep: batches and draws are functions of the config and the ste
 
 from __future__ import annotations
 
-import contextlib
-import pickle
+import io
 import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from gptcore.config import InputError, Scalar
+from gptcore.files import write_atomically
 from gptcore.model import GPT
-from gptcore.records import SCHEMA_VERSION, TABLE_OF, TABLES, Row
+from gptcore.records import SCHEMA_VERSION, TABLES, Row
 
-SECONDS_BETWEEN = 10.0
 SHARE_OF_TIME = 0.01
-"""A trial saves at most this often, and spends at most this share of its time on it."""
+"""A trial spends at most this share of its time on saving."""
 
 
 def checkpoint_file(runs_dir: Path, key: str) -> Path:
@@ -32,26 +29,29 @@ def checkpoint_file(runs_dir: Path, key: str) -> Path:
     return runs_dir / "checkpoints" / f"{key}.pt"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far a training loop is, beside the model and the optimiser."""
 
-    step: int = 0  # the next to be looked at
-    rows: list[list[Row]] = field(default_factory=list)  # of every step before it
-    seconds: float = 0.0  # that those steps took
+    step: int  # the next to be looked at
+    rows: list[list[Row]]  # of every step before it
+    seconds: float  # that those steps took
 
 
 class Checkpoint:
     """The file of one trial, which stands for as long as the trial is unfinished."""
 
-    def __init__(self, file: Path, identity: dict[str, Scalar]) -> None:
-        """`identity` is what decides the trial's numbers, as TrialConfig.identity gives it."""
-        self.file = file
+    def __init__(self, file: Path, identity: dict[str, Scalar], pause: float) -> None:
+        """`identity`, as TrialConfig.identity gives it, is what decides the trial's numbers.
+
+        `pause` is the least number of seconds between two savings.
+        """
+        self.file, self.least_pause = file, pause
         self.identity = {**identity, "schema_version": SCHEMA_VERSION}
-        self.last, self.pause = time.perf_counter(), SECONDS_BETWEEN
+        self.next = time.perf_counter() + pause
 
     def due(self) -> bool:
-        return time.perf_counter() - self.last >= self.pause
+        return time.perf_counter() >= self.next
 
     def save(self, progress: Progress, model: GPT, optimizer: Optimizer) -> None:
         """Write everything to a file that then takes the old one's place.
@@ -59,26 +59,25 @@ class Checkpoint:
         Raises InputError where it cannot be written; the old one is then left as it was.
         """
         start = time.perf_counter()
-        state = {
-            "identity": self.identity,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "rows": [packed(rows) for rows in progress.rows],
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        partial = self.file.with_suffix(".partial")
+        # To memory first: from writing to a disk, PyTorch raises what it also raises for faults.
+        state = io.BytesIO()
+        torch.save(
+            {
+                "identity": self.identity,
+                "step": progress.step,
+                "rows": progress.rows,
+                "seconds": progress.seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            },
+            state,
+        )
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            partial.replace(self.file)
-        except (OSError, RuntimeError) as error:  # PyTorch's own for a full disk
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            why = str(error).strip().partition("\n")[0]
-            raise InputError(f"the checkpoint {self.file} cannot be written: {why}") from error
-        self.last = time.perf_counter()
-        self.pause = max(SECONDS_BETWEEN, (self.last - start) / SHARE_OF_TIME)
+            write_atomically(self.file, lambda file: file.write_bytes(state.getbuffer()))
+        except OSError as error:
+            raise InputError(f"the checkpoint {self.file} cannot be written: {error}") from error
+        end = time.perf_counter()
+        self.next = end + max(self.least_pause, (end - start) / SHARE_OF_TIME)
 
     def load(self, model: GPT, optimizer: Optimizer) -> Progress:
         """Bring model and optimiser to where the file left them; the beginning where there is none.
@@ -86,30 +85,32 @@ class Checkpoint:
         Raises InputError for a file that cannot be read or is of another trial.
         """
         if not self.file.exists():
-            return Progress()
+            return Progress(0, [], 0.0)
         try:
             # PyTorch writes checksums, but does not look at them.
             with zipfile.ZipFile(self.file) as archive:
-                if spoiled := archive.testzip():
-                    raise zipfile.BadZipFile(f"the checksum of {spoiled} is wrong")
-            # weights_only: what the file holds is read as data, never run as code.
-            state = torch.load(self.file, map_location=model.wte.weight.device, weights_only=True)
-            differing = self._differences(state["identity"])
-        except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, LookupError) as error:
-            why = str(error).strip().partition("\n")[0]
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+            # weights_only: of what the file holds, nothing but tensors and rows is ever made.
+            with torch.serialization.safe_globals([*TABLES.values()]):
+                state = torch.load(
+                    self.file, map_location=model.wte.weight.device, weights_only=True
+                )
+            if differing := self._differences(state["identity"]):
+                raise InputError(
+                    f"the checkpoint {self.file} is of another trial ({differing}): "
+                    "delete it to begin from step 0"
+                )
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return Progress(state["step"], state["rows"], state["seconds"])
+        except InputError:
+            raise
+        except Exception as error:  # a damaged file is as free in this as in what it holds
             raise InputError(
-                f"the checkpoint {self.file} is damaged ({type(error).__name__}: {why}): "
+                f"the checkpoint {self.file} is damaged ({type(error).__name__}): "
                 "delete it to begin from step 0"
             ) from error
-        if differing:
-            raise InputError(
-                f"the checkpoint {self.file} is of another trial ({differing}): "
-                "delete it to begin from step 0"
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rows = [unpacked(rows) for rows in state["rows"]]
-        return Progress(state["step"], rows, state["seconds"])
 
     def _differences(self, identity: dict[str, Scalar]) -> str:
         """`init.seed is 0 there and 1 here`, for everything that differs."""
@@ -121,22 +122,3 @@ class Checkpoint:
 
     def delete(self) -> None:
         self.file.unlink(missing_ok=True)
-
-
-def packed(rows: Sequence[Row]) -> list[Any]:
-    """Rows as the lists and numbers that a weights_only load takes: [table, values]."""
-    return [
-        [TABLE_OF[type(row)], [getattr(row, name) for name in _names(type(row))]] for row in rows
-    ]
-
-
-def unpacked(rows: Sequence[Any]) -> list[Row]:
-    """What packed made a list of."""
-    return [
-        TABLES[table](**dict(zip(_names(TABLES[table]), values, strict=True)))
-        for table, values in rows
-    ]
-
-
-def _names(row_type: type[Row]) -> list[str]:
-    return [entry.name for entry in fields(row_type)]

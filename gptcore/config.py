@@ -87,7 +87,7 @@ class ModelConfig:
 class InitConfig:
     """How the parameters start."""
 
-    scheme: str = knob("model5", "name in INIT_SCHEMES")
+    scheme: str = knob("model5", "rule for the starting weights")
     std: float = knob(0.02, "standard deviation, for schemes that take one", above=0.0)
     cut: float = knob(2.0, "where truncated_normal is cut, in parent standard deviations", low=0.01)
     nu: float = knob(5.0, "degrees of freedom of student_t", above=2.0)
@@ -101,18 +101,19 @@ class CorpusConfig:
 
     # The text's digest stands in the key instead: the same bytes under another name or path are
     # the same trial.
-    name: str = knob("gulliver", "name in CORPORA, or path of a UTF-8 text file", in_key=False)
+    name: str = knob("gulliver", "path of a UTF-8 text file, or a corpus", in_key=False)
     subset: str = knob("all", "`all`, a section such as `part-1`, or fractions such as `0-0.25`")
     data_seed: int = knob(0, "seed of the order of batches, and of draws among tied tokens", low=0)
+    windows: int = knob(4, "sequences in the probe text, and in the text that is held out", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """How the parameters move."""
 
-    name: str = knob("adamw", "name in OPTIMIZERS")
+    name: str = knob("adamw", "optimiser")
     lr: float = knob(1e-3, "learning rate, at its highest", above=0.0)
-    schedule: str = knob("constant", "name in SCHEDULES, after the warm-up")
+    schedule: str = knob("constant", "learning rate after the warm-up")
     warmup: int = knob(0, "steps over which the learning rate rises to lr", low=0)
     clip: float = knob(0.0, "largest norm of the gradient, 0 for no limit", low=0.0)
     beta1: float = knob(0.9, "Adam's decay of the first moment", low=0.0, below=1.0)
@@ -129,6 +130,9 @@ class TrainConfig:
 
     steps: int = knob(200, "optimiser updates", low=1)
     batch_size: int = knob(8, "sequences a step", low=1)
+    checkpoint_seconds: float = knob(
+        10.0, "least seconds between checkpoints, a hundredth of the time", low=0.0, in_key=False
+    )
     device: str = knob(
         "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), in_key=False
     )
@@ -136,7 +140,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbesConfig:
-    """How often the trial is looked at. Step 0 and the last step are always recorded."""
+    """How often the trial is looked at; at step 0 and the last step in any case."""
 
     every: int = knob(
         10, "steps between records of weights, updates, activations, the batch's groups", low=1
@@ -144,7 +148,6 @@ class ProbesConfig:
     text_every: int = knob(50, "steps between readings of the fixed texts", low=1)
     histogram_every: int = knob(50, "steps between histograms", low=1)
     spectrum_every: int = knob(50, "steps between singular values", low=1)
-    sequences: int = knob(4, "sequences in each fixed text: the probe text, the held-out", low=1)
     layers: str = knob("all", "which blocks are looked at: all, or ascending, such as 0,2,5")
 
 

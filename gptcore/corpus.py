@@ -12,7 +12,6 @@ import http.client
 import os
 import pydoc_data.topics
 import re
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore.config import CorpusConfig, InputError, seed_of
+from gptcore.files import write_atomically
 from gptcore.records import FixedTextRow
 from gptcore.tokenizer import VOCAB_SIZE, gpt2_encoding, token_bytes
 
@@ -43,9 +43,9 @@ class CorpusUnavailable(InputError):
 class Corpus:
     """The part of a text that a trial reads: all of it but the held-out windows is trained on.
 
-    Two fixed texts of `sequences` windows each lie evenly over it, by turns: `probe` is read in
-    training too, `held_out` never. They depend on nothing but the subset, `context` and
-    `sequences`, so every scheme and seed is measured on the same ones.
+    Two fixed texts of so many windows each lie evenly over it, by turns: `probe` is read in
+    training too, `held_out` never. They depend on nothing but the subset, `context` and `windows`,
+    so every scheme and seed is measured on the same ones.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Corpus:
     origin: str  # where the text came from
     tokens: NDArray[np.uint16]  # [n_tokens] of the subset, memory-mapped
     context: int
-    sequences: int
+    windows: int
 
     def batch(
         self, step: int, *, batch_size: int, seed: int
@@ -75,13 +75,13 @@ class Corpus:
         return windows[:, :-1], windows[:, 1:]
 
     def fixed_starts(self) -> dict[str, NDArray[np.int64]]:
-        """Where the windows of each fixed text begin, [sequences] each."""
+        """Where the windows of each fixed text begin, [windows] each."""
         room = len(self.tokens) - (self.context + 1)
-        starts = np.arange(2 * self.sequences) * room // (2 * self.sequences - 1)
+        starts = np.arange(2 * self.windows) * room // (2 * self.windows - 1)
         return {"probe": starts[0::2], "held_out": starts[1::2]}
 
     def fixed_texts(self) -> dict[str, NDArray[np.int64]]:
-        """The windows of each fixed text, [sequences, context + 1] each."""
+        """The windows of each fixed text, [windows, context + 1] each."""
         return {text: self._windows(starts) for text, starts in self.fixed_starts().items()}
 
     def fixed_text_rows(self) -> list[FixedTextRow]:
@@ -115,7 +115,7 @@ class Source:
     sections: Callable[[str], dict[str, tuple[int, int]]]
 
 
-def load_corpus(config: CorpusConfig, context: int, sequences: int) -> Corpus:
+def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     """The corpus and subset that a config names, with room for its fixed texts and for training.
 
     Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
@@ -128,10 +128,10 @@ def load_corpus(config: CorpusConfig, context: int, sequences: int) -> Corpus:
     tokens = _tokenised(text, digest)
     start, stop = _subset_bounds(config, text, tokens)
     # The fixed windows do not touch then, and between two held-out ones is room to train on.
-    if stop - start < (least := 2 * sequences * (context + 1)):
+    if stop - start < (least := 2 * config.windows * (context + 1)):
         raise InputError(
             f"corpus.subset {config.subset} of corpus {config.name} has {stop - start} tokens: a "
-            f"context of {context} with {sequences} probes.sequences needs at least {least}"
+            f"context of {context} with {config.windows} corpus.windows needs at least {least}"
         )
     return Corpus(
         name=config.name,
@@ -140,7 +140,7 @@ def load_corpus(config: CorpusConfig, context: int, sequences: int) -> Corpus:
         origin=origin,
         tokens=tokens[start:stop],
         context=context,
-        sequences=sequences,
+        windows=config.windows,
     )
 
 
@@ -175,7 +175,7 @@ def canonical_subset(subset: str) -> str:
 
 def _fractions(subset: str) -> tuple[float, float] | None:
     """(0.0, 0.25) of `0-0.25`; None for what does not name a part of a text by fractions."""
-    number = r"(\d+\.?\d*|\.\d+)"
+    number = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
     if match := re.fullmatch(f"{number}-{number}", subset):
         low, high = float(match[1]), float(match[2])
         if 0 <= low < high <= 1:
@@ -211,7 +211,7 @@ def _tokenised(text: str, digest: str) -> NDArray[np.uint16]:
     if not file.exists():
         # A text that spells <|endoftext|> means those characters, not the special token.
         tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
-        _write_atomically(file, lambda temporary: np.save(temporary, tokens))
+        _keep(file, lambda temporary: np.save(temporary, tokens))
     return np.load(file, mmap_mode="r")
 
 
@@ -221,13 +221,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GPTCORE_CACHE") or Path(base) / "gpt-sweeps").expanduser()
 
 
-def _write_atomically(file: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `file` that then takes its name: whole or absent."""
+def _keep(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file of the cache. Raises InputError where it cannot be written."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            write(Path(folder, file.name))
-            Path(folder, file.name).replace(file)
+        write_atomically(file, write)
     except OSError as error:
         raise InputError(
             f"the corpus cache {file.parent} cannot be written ({error}): "
@@ -249,12 +246,11 @@ def _read_gulliver() -> tuple[str, str]:
     text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:
         raise CorpusUnavailable(f"{GULLIVER_URL} does not send Gulliver's Travels: {GET_GULLIVER}")
-    _write_atomically(cache_dir() / GULLIVER_FILES[0], lambda temporary: _save(temporary, text))
+    _keep(
+        cache_dir() / GULLIVER_FILES[0],
+        lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"),
+    )
     return text, GULLIVER_URL
-
-
-def _save(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _download(url: str) -> str:

@@ -26,7 +26,7 @@ def check_trial(config: TrialConfig) -> Corpus:
     and its length.
     """
     check_knobs(config)
-    return load_corpus(config.corpus, config.model.context, config.probes.sequences)
+    return load_corpus(config.corpus, config.model.context)
 
 
 def check_knobs(config: TrialConfig) -> None:
@@ -35,13 +35,11 @@ def check_knobs(config: TrialConfig) -> None:
     check_optim(config.optim)
 
 
-def run_trial(
-    config: TrialConfig, recorder: Recorder, checkpoint_file: Path | None = None
-) -> TrialResult:
+def run_trial(config: TrialConfig, recorder: Recorder, file: Path | None = None) -> TrialResult:
     """Run one trial from its config to its last row; the recorder is closed with the result.
 
-    Where a `checkpoint_file` is named, a trial that is cut off leaves its state there, and one that
-    finds it there goes on from it.
+    Where a `file` is named, a trial that is cut off leaves its state there, and one that finds it
+    there goes on from it.
 
     A loss that diverges is a result; InputError and faults are raised, the recorder left open.
     On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
@@ -49,8 +47,9 @@ def run_trial(
     """
     corpus = check_trial(config)
     checkpoint = None
-    if checkpoint_file:
-        checkpoint = Checkpoint(checkpoint_file, config.identity(corpus.digest))
+    if file:
+        identity = config.identity(corpus.digest)
+        checkpoint = Checkpoint(file, identity, config.train.checkpoint_seconds)
     device = device_of(config)
     with one_thread():
         model = GPT(config.model)

@@ -223,16 +223,18 @@ def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tup
 
     `member_GV` is 1 where a token is of a group, else 0.
     """
+    tiles = weight_VD.split(CHUNK_AND_TILE[hidden_ND.device.type][1])
     shift_N = hidden_ND.new_zeros(len(hidden_ND))
     if not _bounded(hidden_ND, weight_VD):
-        shift_N = (weight_VD @ hidden_ND.T).amax(0)
-    tile = CHUNK_AND_TILE[hidden_ND.device.type][1]
-    all_and_member = torch.cat([member_GV.new_ones(1, len(weight_VD)), member_GV])
-    sums = hidden_ND.new_zeros(len(all_and_member), len(hidden_ND))
-    for w, member in zip(weight_VD.split(tile), all_and_member.split(tile, dim=1), strict=True):
-        bits = (w @ (hidden_ND / math.log(2)).T).sub_(shift_N / math.log(2))
-        sums.addmm_(member, torch.exp2(bits, out=bits))
-    return (sums[1:] / sums[0]).T, sums[0].log() + shift_N
+        shift_N = torch.stack([(w @ hidden_ND.T).amax(0) for w in tiles]).amax(0)
+    total_N, sums_GN = torch.zeros_like(shift_N), hidden_ND.new_zeros(len(member_GV), len(shift_N))
+    bits_DN, shift_bits_N = (hidden_ND / math.log(2)).T, shift_N / math.log(2)
+    for w, member in zip(tiles, member_GV.split(len(tiles[0]), dim=1), strict=True):
+        bits = (w @ bits_DN).sub_(shift_bits_N)
+        exp = torch.exp2(bits, out=bits)
+        total_N += exp.sum(0)
+        sums_GN.addmm_(member, exp)
+    return (sums_GN / total_N).T, total_N.log() + shift_N
 
 
 def _bounded(hidden_ND: Tensor, weight_VD: Tensor) -> bool:

@@ -140,8 +140,8 @@ class TokenGroupRow:
 
     Means run over every pair of a position and a token of the group that `mask` leaves in.
     `sequence` leaves out the tokens among the sequence's own inputs, `prefix` those among its
-    inputs so far, `batch` those among any sequence's inputs, `none` leaves out none. Where it
-    leaves in fewer than 20 tokens the values are null. mean_logprob = mean_logit - log_z.
+    inputs so far, `batch` those among any sequence's inputs, `none` leaves out none. Values are
+    null where it leaves in fewer than 20 tokens. mean_logprob = mean_logit - log_z.
     """
 
     step: int
@@ -151,7 +151,9 @@ class TokenGroupRow:
     positions: str  # first: position 0, which has one token to go by; rest: all others
     n_tokens: float  # tokens of the group left in, mean over sequences and positions
     mean_logprob: float | None  # nats
-    log_mean_prob: float | None  # log of the mean probability; null on the batch
+    log_mean_prob: (
+        float | None
+    )  # log of the mean probability; null on the batch, and where rounding rules
     mean_logit: float | None
     log_z: float | None  # mean log-normaliser over the same pairs of position and token
     excess: float | None  # mean_logprob above the mean log-prob of the smoothed unigram model
@@ -176,9 +178,8 @@ class TokensRow:
     count: list[int]  # occurrences in what the trial trains on
     log_unigram: list[float]  # log-prob under the smoothed unigram model
     log_prob: list[float]  # on the probe text, mean over all positions but 0; nats
-    log_prob_masked: list[
-        float | None
-    ]  # over the sequences without the token; null if there are none
+    # The same over the sequences without the token; null where every sequence has it.
+    log_prob_masked: list[float | None]
     norm: list[float]  # L2 norm of the token's row
     displacement: list[float]  # L2 norm of (row now - row at step 0)
 

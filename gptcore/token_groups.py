@@ -20,7 +20,7 @@ Counts = NDArray[np.int64]  # [VOCAB_SIZE], occurrences of each id
 Ids = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TokenGroups:
     """The ids of every group, ascending, and how often each id occurs in the trial's text."""
 
@@ -48,12 +48,12 @@ def log_unigram(counts: Counts) -> NDArray[np.float64]:
     """Log-prob of every token under the unigram model of a text, smoothed for what it lacks.
 
     Good 1953, *The Population Frequencies of Species and the Estimation of Population Parameters*:
-    what never occurred has the share of the text that singletons have, N_1 / N (here at least
-    1 / N), evenly; all others share the rest by their counts.
+    what never occurred has the share of the text that singletons have, N_1 / N (here between 1 / N
+    and 1 - 1 / N), evenly; all others share the rest by their counts.
     """
     unseen, singletons = (int(np.count_nonzero(counts == count)) for count in (0, 1))
     total = int(counts.sum())
-    missing = max(singletons, 1) / total if unseen else 0.0
+    missing = min(max(singletons, 1), total - 1) / total if unseen else 0.0
     return np.log(np.where(counts > 0, (1 - missing) * counts / total, missing / max(unseen, 1)))
 
 

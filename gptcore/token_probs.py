@@ -6,9 +6,9 @@ Shapes as in gptcore.model, and: G token groups; U distinct tokens among the inp
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from gptcore.token_groups import TokenGroups
 
 MIN_TOKENS = 20
 """A mean over fewer tokens of a group than this is not reported."""
+
+LEAST_SHARE = 1e-4
+"""A probability that is left of a group's is not reported below this: it drowns in rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +51,10 @@ def read(model: GPT, text: str, ids_BT: Tensor, groups: TokenGroups) -> Reading:
 
 def members_of(groups: TokenGroups, weight_VD: Tensor) -> Tensor:
     """1 where a token is of a group, else 0, [G, V], beside the head's weight."""
-    return _members(groups, len(weight_VD), weight_VD.dtype, weight_VD.device)
-
-
-@functools.lru_cache(maxsize=1)
-def _members(groups: TokenGroups, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    members_GV = torch.zeros(len(groups.ids), V, dtype=dtype)
+    members_GV = torch.zeros(len(groups.ids), len(weight_VD))
     for row, ids in zip(members_GV, groups.ids.values(), strict=True):
         row[torch.from_numpy(ids)] = 1
-    return members_GV.to(device)
+    return members_GV.to(weight_VD.device)
 
 
 def token_group_rows(
@@ -64,16 +62,15 @@ def token_group_rows(
 ) -> list[TokenGroupRow]:
     """Mean log-probability of every group under every mask; `weight_VD` is the head's.
 
-    No logits of the whole vocabulary are needed beyond the log Z that the loss has: over the tokens
-    j of a group, z_tj = h_t . w_j sums to h_t . (sum_j w_j). From that, what a mask leaves out is
-    taken away: tokens among the inputs, which are few. All sums are over positions first: P is
-    position 0 and the rest.
+    On a batch no more logits of the whole vocabulary are needed than its loss has made: over the
+    tokens j of a group, z_tj = h_t . w_j sums to h_t . (sum_j w_j). From that, what a mask leaves
+    out is taken away: tokens among the inputs, which are few.
     """
-    members_GV, device = members_of(groups, weight_VD), weight_VD.device
+    members_GV = members_of(groups, weight_VD)
     B, T = reading.ids_BT.shape
     present_U, which_BT = reading.ids_BT.unique(return_inverse=True)
-    position_T = torch.arange(T, device=device)
-    first_BU = torch.full((B, len(present_U)), T, device=device)
+    position_T = torch.arange(T, device=present_U.device)
+    first_BU = torch.full((B, len(present_U)), T, device=present_U.device)
     first_BU.scatter_reduce_(1, which_BT, position_T.expand(B, T), "amin")
     is_present_BU, from_first_BTU = first_BU < T, position_T[:, None] >= first_BU[:, None, :]
 
@@ -81,14 +78,15 @@ def token_group_rows(
     log_z_BT1, ones_BT1 = reading.log_z_BT[..., None], torch.ones_like(reading.log_z_BT)[..., None]
     logit_BTU = reading.hidden_BTD @ weight_VD[present_U].T
     size_G = members_GV.sum(1)
-    unigram_V = torch.from_numpy(groups.log_unigram).to(device)
-    unigram_G = torch.stack([unigram_V[ids].sum() for ids in groups.ids.values()])
+    unigram_V = torch.zeros(len(weight_VD), dtype=torch.float64)
+    unigram_V[: len(groups.log_unigram)] = torch.from_numpy(groups.log_unigram)
+    unigram_V = unigram_V.to(weight_VD.device)
     of_tokens = {"tokens": ones_BT1, "log_z": log_z_BT1, "logit": logit_BTU}
     of_groups = {
         "tokens": ones_BT1 * size_G,
         "log_z": log_z_BT1 * size_G,
         "logit": reading.hidden_BTD @ (members_GV @ weight_VD).T,
-        "unigram": ones_BT1 * unigram_G,
+        "unigram": ones_BT1 * (members_GV.double() @ unigram_V),
     }
     if reading.prob_BTG is not None:
         of_tokens["prob"] = (logit_BTU - log_z_BT1).exp()
@@ -101,29 +99,23 @@ def token_group_rows(
         "none": {name: torch.zeros_like(first_BU).expand(2, -1, -1) for name in of_tokens},
     }
     members_UG = members_GV[:, present_U].T.double()
-    positions_of = {"first": B, "rest": B * (T - 1)}
+    whole_PG = {name: _by_position(values).sum(1) for name, values in of_groups.items()}
+    n_positions = {"first": B, "rest": B * (T - 1)}
     rows = []
     for mask, out_PBU in left_out_PBU.items():
         out_PU = {name: sums.sum(1).double() for name, sums in out_PBU.items()}
         out_PU["unigram"] = out_PU["tokens"] * unigram_V[present_U]
-        left_PG = {
-            name: (
-                _by_position(of_groups[name].double()).sum(1) - out_PU[name] @ members_UG
-            ).tolist()
-            for name in of_groups
-        }
-        for p, (positions, n_positions) in enumerate(positions_of.items()):
-            for g, group in enumerate(groups.ids):
-                pairs = left_PG["tokens"][p][g]
-                n_tokens = pairs / n_positions
-                values: dict[str, float | None] = {}
-                if n_tokens >= MIN_TOKENS:
-                    mean = {name: left_PG[name][p][g] / pairs for name in left_PG}
-                    values["mean_logit"], values["log_z"] = mean["logit"], mean["log_z"]
-                    values["mean_logprob"] = mean["logit"] - mean["log_z"]
-                    values["excess"] = mean["logit"] - mean["log_z"] - mean["unigram"]
-                    if mean.get("prob", 0.0) > 0:  # known, and not too small for float32
-                        values["log_mean_prob"] = math.log(mean["prob"])
+        left_PG = {name: whole - out_PU[name] @ members_UG for name, whole in whole_PG.items()}
+        if "prob" in left_PG:
+            drowned = left_PG["prob"] < LEAST_SHARE * whole_PG["prob"]
+            left_PG["prob"] = left_PG["prob"].masked_fill(drowned, 0.0)
+        table = torch.stack(list(left_PG.values()), dim=2).tolist()
+        for positions, by_group in zip(n_positions, table, strict=True):
+            for group, sums in zip(groups.ids, by_group, strict=True):
+                found = dict(zip(left_PG, sums, strict=True))
+                pairs = found.pop("tokens")
+                n_tokens = pairs / n_positions[positions]
+                means = {name: value / pairs for name, value in found.items()} if pairs else None
                 rows.append(
                     TokenGroupRow(
                         step=step,
@@ -132,19 +124,29 @@ def token_group_rows(
                         mask=mask,
                         positions=positions,
                         n_tokens=n_tokens,
-                        mean_logprob=values.get("mean_logprob"),
-                        log_mean_prob=values.get("log_mean_prob"),
-                        mean_logit=values.get("mean_logit"),
-                        log_z=values.get("log_z"),
-                        excess=values.get("excess"),
+                        **_values(means if n_tokens >= MIN_TOKENS else None),
                     )
                 )
     return rows
 
 
 def _by_position(values_BTX: Tensor) -> Tensor:
-    """Sums over position 0 and over all others: [2, B, X]."""
-    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1)]).double()
+    """Sums over position 0 and over all others, [2, B, X]."""
+    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1, dtype=torch.float64)])
+
+
+def _values(means: dict[str, float] | None) -> dict[str, float | None]:
+    """The values of a row, from means over its pairs of position and token."""
+    if means is None:
+        return dict.fromkeys(("mean_logprob", "log_mean_prob", "mean_logit", "log_z", "excess"))
+    log_prob = means["logit"] - means["log_z"]
+    return {
+        "mean_logprob": log_prob,
+        "log_mean_prob": math.log(means["prob"]) if means.get("prob") else None,
+        "mean_logit": means["logit"],
+        "log_z": means["log_z"],
+        "excess": log_prob - means["unigram"],
+    }
 
 
 def tokens_row(
@@ -160,7 +162,7 @@ def tokens_row(
     masked_V = (log_prob_VB * absent_VB).sum(1) / sequences_V
     vocab = len(groups.counts)  # a model may have rows beyond
 
-    def listed(values_V: Tensor) -> list[float]:
+    def listed(values_V: Tensor) -> list[Any]:
         return values_V[:vocab].tolist()
 
     return TokensRow(

@@ -5,9 +5,11 @@ The rows are those of a sweep, as Parquet files in a folder.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.table import Table
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
+from gptcore.files import write_atomically
 from gptcore.records import (
     InitRow,
     MemoryRecorder,
@@ -30,15 +33,19 @@ from sweeps.parquet import write_tables
 
 
 def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console) -> TrialResult:
-    """Run one trial here and write its tables to RUNS_DIR/debug/KEY."""
+    """Run one trial here; its tables, config and result go to RUNS_DIR/debug/KEY."""
     folder = runs_dir / "debug" / key
     console.print(f"trial {key} in this process, rows to {folder}")
     recorder = ConsoleRecorder(config, console)
     file = checkpoint_file(runs_dir, key)
     if file.exists():
-        console.print(f"going on from {file}, after what it did before:", soft_wrap=True)
+        console.print(f"going on from {file}; its steps are told again:", soft_wrap=True)
     result = run_trial(config, recorder, file)
     write_tables(recorder.rows, folder)
+    trial = {"key": key, "params": config.to_flat(), "result": asdict(result)}
+    write_atomically(
+        folder / "trial.json", lambda file: file.write_text(json.dumps(trial, indent=1))
+    )
     console.print(
         f"{result.status} after {result.steps} steps, {result.seconds:.1f} s, "
         f"{result.tokens_per_second:.0f} tokens/s {result.reason}".rstrip()

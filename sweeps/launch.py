@@ -30,6 +30,8 @@ from rich.table import Table
 from gptcore.config import KNOBS, InputError, TrialConfig, parse_value, spelling
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs, device_of
+from gptcore.init_schemes import INIT_SCHEMES
+from gptcore.optimizers import OPTIMIZERS, SCHEDULES
 from sweeps.spaces import Preset, Space, trials_of
 
 if TYPE_CHECKING:
@@ -129,16 +131,25 @@ def command_line(
     )
     mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
     parser.add_argument("--no-report", action="store_true", help="end without building the report")
-    knobs = parser.add_argument_group("knobs", "one value, or several to sweep over")
+    knobs = parser.add_argument_group(
+        "knobs", "one value, or several to sweep over [default, where the preset has no other]"
+    )
     defaults = TrialConfig().to_flat()
+    registries: dict[str, Mapping[str, Any]] = {
+        "init.scheme": INIT_SCHEMES,
+        "corpus.name": CORPORA,
+        "optim.name": OPTIMIZERS,
+        "optim.schedule": SCHEDULES,
+    }
     for key, entry in KNOBS.items():
+        names = entry.metadata["choices"] or registries.get(key, ())
         knobs.add_argument(
             f"--{key}",
             nargs="+",
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            help=f"{entry.metadata['doc']} "
-            f"({spelling(defaults[key])} unless the preset says otherwise)",
+            help=f"{entry.metadata['doc']}{': ' if names else ''}{', '.join(names)} "
+            f"[{spelling(defaults[key])}]",
         )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -178,7 +189,7 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
     load = functools.cache(load_corpus)
     if not any("corpus.name" in space for space in spaces):
         try:
-            load(TrialConfig().corpus, context=2, sequences=1)
+            load(TrialConfig().corpus, context=2)
         except CorpusUnavailable as error:
             subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
             if any(str(subset).startswith("part-") for subset in subsets):
@@ -190,10 +201,10 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
         check_knobs(config)
         subset = canonical_subset(config.corpus.subset)
         config = replace(config, corpus=replace(config.corpus, subset=subset))
+        if config.probed_layers() == list(range(config.model.n_layer)):
+            config = replace(config, probes=replace(config.probes, layers="all"))
         # The order of batches does not matter to what is loaded.
-        corpus = load(
-            replace(config.corpus, data_seed=0), config.model.context, config.probes.sequences
-        )
+        corpus = load(replace(config.corpus, data_seed=0), config.model.context)
         if config.corpus.name not in CORPORA:
             # A worker need not stand in the folder where the user typed the path.
             config = replace(config, corpus=replace(config.corpus, name=corpus.origin))

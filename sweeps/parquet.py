@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import polars as pl
 
+from gptcore.files import write_atomically
 from gptcore.records import SCHEMA_VERSION, TABLES, Row
 
 COLUMN_TYPES = {
@@ -41,15 +43,13 @@ def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path
 
     A file carries its schema version as Parquet metadata.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for table, rows in tables.items():
         schema = schema_of(TABLES[table])
         columns = {name: [getattr(row, name) for row in rows] for name in schema}
         frame = pl.DataFrame(columns, schema=schema)
         file = folder / f"{table}.parquet"
-        partial = file.with_suffix(".partial")
-        frame.write_parquet(partial, metadata={"schema_version": str(SCHEMA_VERSION)})
-        partial.replace(file)
+        version = {"schema_version": str(SCHEMA_VERSION)}
+        write_atomically(file, functools.partial(frame.write_parquet, metadata=version))
         files.append(file)
     return files

@@ -25,6 +25,7 @@ class SweepProgress(tune.Callback):
         """`steps`: how many each trial will make, by its key."""
         self.console, self.steps = console, steps
         self.done = dict.fromkeys(steps, 0)
+        self.begun: dict[str, int] = {}  # the step that each trial was first heard of at
         self.running: set[str] = set()
         self.finished: set[str] = set()
         self.failed: dict[str, str] = {}  # why, by trial key
@@ -53,7 +54,9 @@ class SweepProgress(tune.Callback):
         )
         if len(self.finished) + len(self.failed) == len(self.steps):
             return counts
-        if self.first_report is None or not (made := sum(self.done.values())):
+        # A trial that goes on from a checkpoint begins far from step 0.
+        made = sum(self.done[key] - step for key, step in self.begun.items())
+        if self.first_report is None or not made:
             return f"{counts}, starting"
         remain = sum(
             total - self.done[key] for key, total in self.steps.items() if key not in self.failed
@@ -79,9 +82,10 @@ class SweepProgress(tune.Callback):
     ) -> None:
         if self.first_report is None:
             self.first_report = time.monotonic()
-        self.done[_key(trial)] = result["step"]
-        if result.get("status") == "diverged":
-            self.done[_key(trial)] = self.steps[_key(trial)]
+        key = _key(trial)
+        # Not heard of before its end: it was too short to begin far from there.
+        self.begun.setdefault(key, 0 if "status" in result else result["step"])
+        self.done[key] = self.steps[key] if result.get("status") == "diverged" else result["step"]
         self._show()
 
     def on_trial_complete(

@@ -1,8 +1,8 @@
 """The only writer of MLflow: one experiment a sweep, one run a trial key, found or created.
 
-A run's timestamps are its start plus the step, so that a trial that runs again writes the very
-points it wrote before, and MLflow keeps one of each. Metrics are a selection for eyes; the Parquet
-artifacts hold everything and are what the analysis reads.
+A run's timestamps are its start plus the step, so that a trial that runs again on a CPU of the same
+kind writes the very points it wrote before, and MLflow keeps one of each. Metrics are a selection
+for eyes; the Parquet artifacts hold everything and are what the analysis reads.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from sweeps.tracking import MlflowRecorder
 
-REPORT_EVERY = 10
+REPORT_SECONDS = 1.0
 
 
 def run_batch(config: dict[str, Any]) -> None:
@@ -48,12 +49,15 @@ class _Reporting:
 
     def __init__(self, recorder: Recorder, key: str) -> None:
         self.recorder, self.key = recorder, key
+        # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
+        self.next = time.monotonic() + REPORT_SECONDS
 
     def log(self, rows: Sequence[Row]) -> None:
         self.recorder.log(rows)
         for row in rows:
-            if isinstance(row, TrainingRow) and row.step % REPORT_EVERY == 0:
+            if isinstance(row, TrainingRow) and time.monotonic() >= self.next:
                 tune.report({"trial_key": self.key, "step": row.step, "loss": row.loss})
+                self.next = time.monotonic() + REPORT_SECONDS
 
     def close(self, result: TrialResult) -> None:
         self.recorder.close(result)

@@ -1,13 +1,18 @@
 """A trial that is cut off anywhere and begins again ends with the very rows of one that was not."""
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gptcore import checkpoint
-from gptcore.checkpoint import Checkpoint, checkpoint_file, packed, unpacked
+from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import InputError, TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.experiment import run_trial
+from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder, TrainingRow
 
@@ -29,8 +34,12 @@ class CutAt(MemoryRecorder):
 
 @pytest.fixture(autouse=True)
 def save_at_every_step(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+
+
+@pytest.fixture
+def tiny(tiny):
+    return replace(tiny, train=replace(tiny.train, checkpoint_seconds=0.0))
 
 
 def run(config, file=None):
@@ -52,7 +61,7 @@ def test_a_trial_that_was_cut_off_ends_bitwise_like_one_that_was_not(tiny, tmp_p
     )
     file = tmp_path / "folder" / "key.pt"
     cut(config, file, step)
-    assert torch.load(file, weights_only=True)["step"] == step
+    assert torch.load(file, weights_only=False)["step"] == step
     resumed = run(config, file)
     assert resumed.rows == run(config).rows
     assert resumed.result.steps == 5
@@ -100,7 +109,16 @@ def test_a_checkpoint_of_another_trial_is_refused_with_what_differs(tiny, tmp_pa
     assert file.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut short", "other bytes", "empty", "a bit", "a folder"])
+def _saved(what):
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut short", "other bytes", "empty", "a bit", "its head", "a list", "half of it", "a folder"],
+)
 def test_a_damaged_checkpoint_is_named_and_left_alone(tiny, tmp_path, damage):
     file = tmp_path / "key.pt"
     cut(tiny, file, 3)
@@ -115,6 +133,9 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tiny, tmp_path, damage):
                 "other bytes": b"not a checkpoint",
                 "empty": b"",
                 "a bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+                "its head": whole[:40] + b"\x00\xff\x13\x99" + whole[44:],
+                "a list": _saved([1]),
+                "half of it": _saved({**torch.load(file, weights_only=False), "optimizer": 3}),
             }[damage]
         )
     with pytest.raises(InputError, match=r"key\.pt is damaged .*: delete it to begin from step 0"):
@@ -140,18 +161,54 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tiny, tmp_path):
 
 
 def test_saving_takes_its_small_share_of_the_time(tiny, tmp_path, monkeypatch):
+    """A clock that a saving moves on by a second, and a step by ten."""
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 0.01)
-    saved = []
-    save = Checkpoint.save
-    monkeypatch.setattr(Checkpoint, "save", lambda self, *state: saved.append(save(self, *state)))
-    run(tiny, tmp_path / "key.pt")
-    assert len(saved) == 1  # of 6 steps, each shorter than a hundred savings
+    now, saved_at = [0.0], []
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    write = checkpoint.write_atomically
+
+    def write_in_a_second(*arguments):
+        saved_at.append(now[0])
+        write(*arguments)
+        now[0] += 1
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write_in_a_second)
+    found = Checkpoint(tmp_path / "key.pt", {}, pause=10.0)
+    model = GPT(tiny.model)
+    optimizer = torch.optim.SGD(model.parameters())
+    while now[0] < 500:
+        if found.due():
+            found.save(Progress(0, [], 0.0), model, optimizer)
+        now[0] += 10
+    assert saved_at == [10, 111, 212, 313, 414]
 
 
-def test_rows_come_back_as_they_were(tiny):
-    for rows in run(tiny).rows.values():
-        assert unpacked(packed(rows)) == rows
+def test_the_time_before_the_cut_counts(tiny, tmp_path):
+    file = tmp_path / "key.pt"
+    cut(tiny, file, 3)
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "seconds": 1000.0}, file)
+    assert run(tiny, file).result.seconds > 1000
 
 
-def test_each_trial_has_a_file_of_its_own_in_the_runs_folder(tmp_path):
-    assert checkpoint_file(tmp_path, "abc") == tmp_path / "checkpoints" / "abc.pt"
+def test_rows_of_another_schema_are_refused(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "key.pt"
+    cut(tiny, file, 3)
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 99)
+    with pytest.raises(InputError, match=r"schema_version is \d+ there and 99 here"):
+        run(tiny, file)
+
+
+def test_two_processes_that_save_one_trial_do_not_meet(tiny, tmp_path):
+    """As `--debug` beside a sweep may: each file is whole, whoever was last."""
+    model = GPT(tiny.model)
+    optimizer = torch.optim.SGD(model.parameters())
+    ones = [Checkpoint(tmp_path / "key.pt", {}, pause=0.0) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        for _ in range(10):
+            for saving in [
+                pool.submit(one.save, Progress(7, [], 0.0), model, optimizer) for one in ones
+            ]:
+                saving.result()
+    assert ones[0].load(model, optimizer).step == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["key.pt"]

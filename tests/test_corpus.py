@@ -18,7 +18,7 @@ from gptcore.tokenizer import gpt2_encoding
 
 
 def load(name, subset="all", context=8):
-    return load_corpus(CorpusConfig(name=name, subset=subset), context, sequences=2)
+    return load_corpus(CorpusConfig(name=name, subset=subset, windows=2), context)
 
 
 def decode(found):
@@ -121,7 +121,7 @@ def test_a_batch_is_a_function_of_step_and_seed_alone():
 
 def test_no_batch_meets_the_held_out_text_and_every_other_window_can_be_drawn(tmp_path):
     """A text whose tokens name their place, so that a batch shows where it was cut."""
-    found = replace(load("pydocs"), tokens=np.arange(200, dtype=np.uint16), sequences=3)
+    found = replace(load("pydocs"), tokens=np.arange(200, dtype=np.uint16), windows=3)
     held_out = set(found.fixed_texts()["held_out"].flatten().tolist())
     assert len(held_out) == 3 * 9
     ids, targets = found.batch(0, batch_size=20_000, seed=0)
@@ -157,7 +157,7 @@ def test_the_shortest_text_with_room_for_its_fixed_texts_is_enough(tmp_path):
     assert ids.shape == targets.shape == (2, 8)
     with pytest.raises(
         InputError,
-        match=r"has 36 tokens: a context of 9 with 2 probes\.sequences needs at least 40",
+        match=r"has 36 tokens: a context of 9 with 2 corpus\.windows needs at least 40",
     ):
         load(str(file), context=9)
 

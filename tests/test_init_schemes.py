@@ -1,5 +1,6 @@
 """Formulas are written out here anew, so that a slip in a scheme shows."""
 
+import itertools
 from math import sqrt
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from gptcore.config import InitConfig, InputError, ModelConfig
 from gptcore.init_schemes import INIT_SCHEMES, Draw, check_init, initialise
 from gptcore.model import GPT
+from gptcore.probes import watched
 
 L, V, T = 4, 50257, 64
 EMBEDDINGS, BRANCH_ENDS = ("wte", "wpe"), ("proj", "mlp_proj")
+BRANCHES = ("attn", "mlp")
 EXCESS_KURTOSIS = {"uniform": -1.2, "student_t": 6.0, "laplace": 3.0, "rademacher": -2.0}
 
 
@@ -115,8 +118,10 @@ def test_an_untied_head_and_its_embedding_have_rules_of_their_own(scheme):
         assert weight.std().item() == pytest.approx(expected, rel=0.12), kind
 
 
-@pytest.mark.parametrize("d_model", [64, 256])
-@pytest.mark.parametrize("scheme", INIT_SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "d_model"),
+    [*itertools.product(INIT_SCHEMES, (64, 256)), ("model5", 768)],
+)
 def test_measured_std_is_the_formulas(scheme, d_model, capsys):
     model, rows = built(scheme, model_config=shape(d_model))
     said = {row.tensor: row.std for row in rows}
@@ -254,17 +259,10 @@ def test_activations_keep_their_size_over_widths_under_mup_and_grow_under_normal
     for scheme in ("mup", "normal"):
         for d_model in (64, 128, 256):
             model, _ = built(scheme, model_config=shape(d_model, tied=False))
-            branches = [branch for block in model.blocks for branch in (block.attn, block.mlp)]
-            seen = []
-            for branch in branches:
-                branch.register_forward_hook(
-                    lambda module, inputs, output, seen=seen: seen.append(
-                        output.square().mean().sqrt().item()
-                    )
-                )
-            with torch.no_grad():
+            with torch.no_grad(), watched(model) as streams:
                 model(ids)
-            rms[scheme, d_model] = torch.tensor(seen)
+            branches = [streams[f"blocks.{i}.{branch}"] for i in range(L) for branch in BRANCHES]
+            rms[scheme, d_model] = torch.stack([x.square().mean().sqrt() for x in branches])
     with capsys.disabled():
         print("\nRMS of what the branches add, median over the blocks")
         for (scheme, d_model), values in rms.items():

@@ -46,7 +46,7 @@ BAD = [
     (["--probes.layers", "1,9"], "there is no layer 9, the model has 0 to 5"),
     (
         ["--model.context", "200000"],
-        "a context of 200000 with 4 probes.sequences needs at least 1600008",
+        "a context of 200000 with 4 corpus.windows needs at least 1600008",
     ),
     (["--name", "../up"], "--name takes up to 100 letters"),
     (["--train.device", "cuda:7"], "train.device takes auto, cpu, cuda, not 'cuda:7'"),
@@ -71,7 +71,7 @@ def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(
 def test_bad_texts_are_refused(runs_dir, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short")
     assert run("--runs-dir", str(runs_dir), "--corpus.name", str(tmp_path / "short.txt")) == 2
-    assert "a context of 64 with 4 probes.sequences needs at least 520" in capsys.readouterr().err
+    assert "a context of 64 with 4 corpus.windows needs at least 520" in capsys.readouterr().err
 
 
 def test_a_runs_folder_that_cannot_be_written_is_refused(tiny, capsys):

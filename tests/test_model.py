@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from gptcore.config import InitConfig, ModelConfig
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, loss_of, parts_of
+from gptcore.model import GPT, loss_of, parts_of, softmax_sums
 from gptcore.probes import model_parts
 
 SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
@@ -119,3 +119,15 @@ def test_the_head_gradients_are_those_of_finite_differences():
 def test_a_loss_that_is_not_finite_comes_out_as_such():
     hidden = torch.full((1, 2, 4), float("nan"))
     assert loss_of(hidden, torch.ones(10, 4), torch.zeros(1, 2, dtype=torch.long)).loss.isnan()
+
+
+@pytest.mark.parametrize("scale", [1.0, 200.0])  # logits that need no shift, and logits that do
+def test_sums_of_probability_are_those_of_softmax(scale):
+    generator = torch.Generator().manual_seed(2)
+    weight = 0.1 * torch.randn(50257, 16, generator=generator)
+    hidden = scale * torch.randn(9, 16, generator=generator)
+    members = (torch.rand(3, 50257, generator=generator) < 0.3).float()
+    prob, log_z = softmax_sums(hidden, weight, members)
+    logits = (hidden @ weight.T).double()
+    assert torch.allclose(prob.double(), logits.softmax(1) @ members.double().T, atol=1e-5)
+    assert torch.allclose(log_z.double(), logits.logsumexp(1), atol=1e-5, rtol=1e-6)

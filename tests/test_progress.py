@@ -44,11 +44,27 @@ def test_it_counts_and_foretells_at_the_pace_so_far(shown, clock):
     assert shown.line() == "1 of 3 finished, 1 running, 0 failed, 0:10 left"
 
 
+def test_what_a_trial_had_done_before_is_not_counted_as_pace(shown, clock):
+    result(shown, "a", 90)
+    clock.seconds += 10
+    result(shown, "a", 95)
+    # 5 steps in 10 s, 205 to go
+    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, 6:50 left"
+
+
+def test_a_trial_that_is_heard_of_only_at_its_end_counts_whole(shown, clock):
+    result(shown, "a", 1)
+    clock.seconds += 10
+    result(shown, "a", 51)
+    result(shown, "b", 100, status="finished")
+    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, 0:09 left"
+
+
 def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
     result(shown, "a", 0)
     clock.seconds += 10
     result(shown, "a", 20, status="diverged")
-    result(shown, "b", 100)
+    result(shown, "b", 100, status="finished")
     assert shown.line().endswith("0:05 left")
 
 

@@ -164,13 +164,16 @@ def test_a_killed_worker_fails_its_trial_alone_and_the_same_command_goes_on(tmp_
 
 
 def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path):
-    arguments = ["--debug", *flags(TrialConfig.from_flat({**TINY, "train.steps": 1000}))]
+    knobs = {**TINY, "train.steps": 300, "train.checkpoint_seconds": 0}
+    arguments = ["--debug", *flags(TrialConfig.from_flat(knobs))]
     killed, whole = tmp_path / "killed" / "runs", tmp_path / "whole" / "runs"
     for runs_dir in (killed, whole):
         runs_dir.mkdir(parents=True)
     undisturbed = start(whole, *arguments)
     process = start(killed, *arguments)
     checkpoint = wait_for(lambda: list(killed.glob("checkpoints/*.pt")))[0]
+    first = checkpoint.stat().st_mtime_ns
+    wait_for(lambda: checkpoint.stat().st_mtime_ns > first)  # that of step 0 would prove little
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     code, output = run(killed, *arguments)

@@ -9,7 +9,7 @@ from gptcore.tokenizer import VOCAB_SIZE, is_word_piece
 
 @pytest.fixture(scope="module")
 def corpus():
-    return load_corpus(CorpusConfig(name="pydocs"), context=8, sequences=2)
+    return load_corpus(CorpusConfig(name="pydocs"), context=8)
 
 
 @pytest.mark.parametrize("group", TOKEN_GROUPS)
@@ -68,4 +68,5 @@ def test_the_unigram_is_a_distribution_that_keeps_the_counts_order(corpus):
 
 def test_the_unigram_is_defined_without_singletons_and_without_unused_tokens():
     assert np.exp(log_unigram(np.array([2, 2, 0]))) == pytest.approx([3 / 8, 3 / 8, 1 / 4])
+    assert np.exp(log_unigram(np.array([1, 1, 0]))) == pytest.approx([1 / 4, 1 / 4, 1 / 2])
     assert np.exp(log_unigram(np.array([3, 1]))) == pytest.approx([3 / 4, 1 / 4])

@@ -67,6 +67,33 @@ def test_every_control_makes_a_trial_that_finishes(tiny, name, norm, tied):
     assert {row.kind for row in recorder.rows["init"]} == kinds - {"qkv"}
 
 
+def test_probes_keep_to_the_layers_and_the_windows_that_are_asked_for(tiny):
+    rows = run(with_knobs(tiny, probes__layers="1", corpus__windows=2)).rows
+    for table in ("weights", "updates", "spectra", "histograms", "activations", "attention"):
+        assert {row.layer for row in rows[table]} <= {None, 1}, table
+        assert 1 in {row.layer for row in rows[table]}, table
+    assert [len(row.starts) for row in rows["fixed_texts"]] == [2, 2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_start_where_they_are_and_move_by_what_the_head_moves(tiny, tied):
+    first, last = run(with_knobs(tiny, model__tied=tied, model__vocab_size=50304)).rows["tokens"]
+    assert set(first.displacement) == {0.0}
+    assert min(last.displacement) > 0
+    assert len(last.norm) == len(last.log_prob) == 50257  # the rows beyond are no tokens
+
+
+def test_the_gradients_norm_is_that_of_its_tensors(tiny):
+    rows = run(with_knobs(tiny, model__d_model=64, probes__every=1)).rows
+    for row in rows["training"]:
+        squares = [
+            tensor.size * tensor.grad_rms**2
+            for tensor in rows["weights"]
+            if tensor.step == row.step and tensor.kind not in ("q", "k", "v")
+        ]
+        assert row.grad_norm == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
+
+
 def test_the_schedule_and_the_clip_are_those_of_the_rows(tiny):
     rows = run(with_knobs(tiny, optim__schedule="linear", optim__warmup=1)).rows["training"]
     lr = tiny.optim.lr

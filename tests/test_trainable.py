@@ -1,7 +1,17 @@
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
 import pytest
 
 from analysis.runs import connect, trial_runs
+from gptcore import checkpoint
 from gptcore.config import InputError
+from gptcore.corpus import Corpus
+from gptcore.experiment import check_trial, run_trial
+from gptcore.records import TABLES, MemoryRecorder
+from sweeps import trainable
+from sweeps.parquet import write_tables
 from sweeps.tracking import open_experiment
 from sweeps.trainable import run_batch
 
@@ -17,3 +27,52 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny,
     assert run.info.status == "FAILED"
     assert "is not the driver's" in run.data.tags["reason"]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["failure.txt"]
+
+
+def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
+    tiny, tmp_path, monkeypatch
+):
+    """Outside Tune, with a report that cuts the trial off where one stopped by Tune would end."""
+    config = replace(tiny, train=replace(tiny.train, checkpoint_seconds=0.0))
+    key = config.key(check_trial(config).digest)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    job = {"key": key, "params": config.to_flat(), "tags": {}}
+    monkeypatch.setattr(trainable, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    trained, batch = [], Corpus.batch
+    monkeypatch.setattr(
+        Corpus,
+        "batch",
+        lambda self, step, **knobs: trained.append(step) or batch(self, step, **knobs),
+    )
+
+    def report_until(last):
+        def report(result):
+            if result["step"] == last:
+                raise SystemExit
+
+        monkeypatch.setattr(trainable.tune, "report", report)
+
+    report_until(3)
+    with pytest.raises(SystemExit):
+        run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
+    report_until(None)
+    run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
+    assert trained == [0, 1, 2, 3, 3, 4, 5]
+    run = trial_runs(client, "sweep")[key]
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "loss/train")
+    assert [point.step for point in points] == [0, 1, 2, 3, 4, 5]
+
+    whole = MemoryRecorder()
+    run_trial(config, whole)
+    write_tables(whole.rows, tmp_path / "whole")
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    for table in TABLES:
+        resumed, expected = (
+            pl.read_parquet(folder / f"{table}.parquet")
+            for folder in (artifacts, tmp_path / "whole")
+        )
+        assert resumed.equals(expected), table
