@@ -131,7 +131,10 @@ class TrainConfig:
     steps: int = knob(200, "optimiser updates", low=1)
     batch_size: int = knob(8, "sequences a step", low=1)
     checkpoint_seconds: float = knob(
-        10.0, "least seconds between checkpoints, a hundredth of the time", low=0.0, in_key=False
+        10.0,
+        "least seconds between checkpoints, which take 1 in 100 at most",
+        low=0.0,
+        in_key=False,
     )
     device: str = knob(
         "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), in_key=False

@@ -72,21 +72,21 @@ def token_group_rows(
     position_T = torch.arange(T, device=present_U.device)
     first_BU = torch.full((B, len(present_U)), T, device=present_U.device)
     first_BU.scatter_reduce_(1, which_BT, position_T.expand(B, T), "amin")
-    is_present_BU, from_first_BTU = first_BU < T, position_T[:, None] >= first_BU[:, None, :]
+    is_present_BU = first_BU < T
+    from_first_BTU = (position_T[:, None] >= first_BU[:, None, :]).to(weight_VD.dtype)
 
     # What is summed: of each token that can be left out, and over all tokens of a group.
     log_z_BT1, ones_BT1 = reading.log_z_BT[..., None], torch.ones_like(reading.log_z_BT)[..., None]
     logit_BTU = reading.hidden_BTD @ weight_VD[present_U].T
     size_G = members_GV.sum(1)
-    unigram_V = torch.zeros(len(weight_VD), dtype=torch.float64)
-    unigram_V[: len(groups.log_unigram)] = torch.from_numpy(groups.log_unigram)
-    unigram_V = unigram_V.to(weight_VD.device)
+    unigram_G = torch.tensor([groups.log_unigram[ids].sum() for ids in groups.ids.values()])
+    unigram_U = torch.from_numpy(groups.log_unigram[present_U.cpu().numpy()])
     of_tokens = {"tokens": ones_BT1, "log_z": log_z_BT1, "logit": logit_BTU}
     of_groups = {
         "tokens": ones_BT1 * size_G,
         "log_z": log_z_BT1 * size_G,
         "logit": reading.hidden_BTD @ (members_GV @ weight_VD).T,
-        "unigram": ones_BT1 * (members_GV.double() @ unigram_V),
+        "unigram": ones_BT1 * unigram_G.to(ones_BT1.device),
     }
     if reading.prob_BTG is not None:
         of_tokens["prob"] = (logit_BTU - log_z_BT1).exp()
@@ -99,12 +99,13 @@ def token_group_rows(
         "none": {name: torch.zeros_like(first_BU).expand(2, -1, -1) for name in of_tokens},
     }
     members_UG = members_GV[:, present_U].T.double()
-    whole_PG = {name: _by_position(values).sum(1) for name, values in of_groups.items()}
+    # In float64: a count of pairs soon passes what float32 holds exactly.
+    whole_PG = {name: _by_position(values.double()).sum(1) for name, values in of_groups.items()}
     n_positions = {"first": B, "rest": B * (T - 1)}
     rows = []
     for mask, out_PBU in left_out_PBU.items():
-        out_PU = {name: sums.sum(1).double() for name, sums in out_PBU.items()}
-        out_PU["unigram"] = out_PU["tokens"] * unigram_V[present_U]
+        out_PU = {name: sums.sum(1, dtype=torch.float64) for name, sums in out_PBU.items()}
+        out_PU["unigram"] = out_PU["tokens"] * unigram_U.to(ones_BT1.device)
         left_PG = {name: whole - out_PU[name] @ members_UG for name, whole in whole_PG.items()}
         if "prob" in left_PG:
             drowned = left_PG["prob"] < LEAST_SHARE * whole_PG["prob"]
@@ -132,7 +133,7 @@ def token_group_rows(
 
 def _by_position(values_BTX: Tensor) -> Tensor:
     """Sums over position 0 and over all others, [2, B, X]."""
-    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1, dtype=torch.float64)])
+    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1)])
 
 
 def _values(means: dict[str, float] | None) -> dict[str, float | None]:
