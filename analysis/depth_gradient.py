@@ -12,9 +12,9 @@ import polars as pl
 from scipy import stats
 
 
-def layer_growth(weights: pl.LazyFrame) -> pl.DataFrame:
+def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
     """Per run, layer and step: trial_key, layer, step, std, growth (log ratio to step 0)."""
-    qkv = weights.filter(pl.col("kind") == "qkv")
+    qkv = weights.filter(pl.col("kind") == kind)
     start = qkv.filter(pl.col("step") == 0).select("trial_key", "layer", start="std")
     return (
         qkv.join(start, on=["trial_key", "layer"])
@@ -38,13 +38,11 @@ def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
     """
     rows = []
     for (key,), run in last_steps(growth).group_by("trial_key", maintain_order=True):
-        # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
-        tau = math.nan if run.height < 2 else stats.kendalltau(run["layer"], run["growth"])[0]
         rows.append(
             {
                 "trial_key": key,
                 "step": run["step"][0],
-                "tau": None if math.isnan(tau) else -float(tau),
+                "tau": gradient_tau(run["layer"], run["growth"]),
                 "widest_layer": run.sort("growth", descending=True, nulls_last=True)["layer"][0],
                 "median_growth": run["growth"].median(),
             }
@@ -57,3 +55,10 @@ def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
         "median_growth": pl.Float64,
     }
     return pl.DataFrame(rows, schema=schema)
+
+
+def gradient_tau(layers: pl.Series, growth: pl.Series) -> float | None:
+    """-Kendall(layer, growth); null where undefined: fewer than two layers, or all growth alike."""
+    # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
+    tau = math.nan if len(layers) < 2 else float(stats.kendalltau(layers, growth)[0])
+    return None if math.isnan(tau) else -tau

@@ -1,0 +1,369 @@
+"""The claims: what each says, how a run is measured for it, and what decides it.
+
+A claim has parts. A part gives every run a number; the centre of that number over independent units
+(mean, median or share) has an interval and a p-value, and the claim says where the interval has to
+lie. Claims and margins are data, fixed before the runs: `digest` names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import polars as pl
+
+from analysis.depth_gradient import gradient_tau, last_steps, layer_growth
+from analysis.rare_tokens import ORDERS, group_changes, orders_hold
+from analysis.runs import RunTables
+from gptcore.records import PRIMARY
+
+Values = pl.DataFrame
+"""Columns trial_key, part, value: the numbers of finished runs. A run that has none has no row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One number of a run, and what its centre over units has to be for the claim to be supported.
+
+    Supported where the whole interval lies above `low` or below `high` (or between the two);
+    contradicted where all of it lies beyond `against`, which is that bound itself if not given.
+    The p-value tests against `null`, which is the bound itself if not given.
+    """
+
+    centre: str  # mean, median or share
+    low: float | None = None
+    high: float | None = None
+    against: float | None = None
+    null: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    says: str
+    source: str  # the experiment it comes from
+    unit: str  # of the number
+    parts: Mapping[str, Part]  # all of them decide; `*` stands for parts that the runs name
+    measure: Callable[[RunTables], Values]
+    version: int = 1  # raised when `measure` gives other numbers
+
+
+def init_table(sweep: RunTables) -> Values:
+    """Largest error of a kind's std at step 0, relative to what it was drawn from.
+
+    A kind drawn from zeros counts as wrong beyond any bound where it is not all zeros.
+    """
+    start = sweep.tables["weights"].filter(step=0).select("trial_key", "tensor", "std", "mean")
+    by_kind = (
+        sweep.tables["init"]
+        .join(start, on=["trial_key", "tensor"], suffix="_found")
+        .filter(pl.col("draw") != "constant")
+        .group_by("trial_key", "kind")
+        .agg(
+            said=(pl.col("std") ** 2).mean().sqrt(),
+            found=(pl.col("std_found") ** 2).mean().sqrt(),
+        )
+        .with_columns(error=(pl.col("found") / pl.col("said") - 1).abs())
+    )
+    zeros = (
+        sweep.tables["init"]
+        .filter(pl.col("draw") == "constant", pl.col("kind") != "ln_weight")
+        .join(
+            sweep.tables["weights"].filter(step=0).select("trial_key", "tensor", "max_abs"),
+            on=["trial_key", "tensor"],
+        )
+        .group_by("trial_key")
+        .agg(largest=pl.col("max_abs").max())
+    )
+    worst = by_kind.group_by("trial_key").agg(value=pl.col("error").max())
+    return (
+        worst.join(zeros, on="trial_key", how="left")
+        .with_columns(
+            value=pl.when(pl.col("largest").fill_null(0.0) > 0).then(1.0).otherwise("value")
+        )
+        .select("trial_key", part=pl.lit("largest error of a kind"), value="value")
+    )
+
+
+def untrained_level(sweep: RunTables) -> Values:
+    """log p at step 0 of the source's three groups minus -(ln V + d std^2 / 2), and their gaps."""
+    groups = ("common_100", "rare_100", "never_100")
+    start = (
+        sweep.tables["token_groups"]
+        .filter(pl.col("step") == 0, **PRIMARY)
+        .pivot("group", index="trial_key", values="mean_logprob")
+        .join(_closed_form(sweep), on="trial_key")
+    )
+    numbers = {f"{group} - level": pl.col(group) - pl.col("level") for group in groups}
+    for i, group in enumerate(groups):
+        for other in groups[:i]:
+            numbers[f"{group} - {other}"] = pl.col(group) - pl.col(other)
+    return _long(start, numbers)
+
+
+def _closed_form(sweep: RunTables) -> pl.DataFrame:
+    """trial_key, level: -(ln V + d std^2 / 2), std being that of the head's rows."""
+    knobs = sweep.trials.select("trial_key", "model.vocab_size", "model.d_model", "model.tied")
+    stds = sweep.tables["init"].filter(pl.col("kind").is_in(["wte", "head"]))
+    head = stds.join(knobs, on="trial_key").filter(
+        pl.col("kind") == pl.when("model.tied").then(pl.lit("wte")).otherwise(pl.lit("head"))
+    )
+    return head.select(
+        "trial_key",
+        level=-(
+            pl.col("model.vocab_size").log() + pl.col("model.d_model") * pl.col("std") ** 2 / 2
+        ),
+    )
+
+
+def widening(sweep: RunTables) -> Values:
+    """d(log std) of Q, K and V, median over the layers, at the last step."""
+    frames = []
+    for kind in "qkv":
+        growth = last_steps(layer_growth(sweep.tables["weights"].lazy(), kind))
+        frames.append(
+            growth.group_by("trial_key", maintain_order=True).agg(value=pl.col("growth").median())
+            .select("trial_key", part=pl.lit(kind), value="value")
+        )  # fmt: skip
+    return _known(pl.concat(frames))
+
+
+def depth_gradient(sweep: RunTables) -> Values:
+    """tau of growth over depth at the last step."""
+    return _tau(last_steps(layer_growth(sweep.tables["weights"].lazy())), "growth", "tau")
+
+
+def depth_gradient_lasts(sweep: RunTables) -> Values:
+    """tau at steps 50, 100, 250 and 500, where they are recorded, and at the last step."""
+    growth = layer_growth(sweep.tables["weights"].lazy())
+    last = growth["step"].max()
+    frames = [
+        _tau(growth.filter(step=step), "growth", f"tau at step {step}")
+        for step in (50, 100, 250, 500)
+        if isinstance(last, int) and step < last
+    ]
+    return pl.concat([*frames, _tau(last_steps(growth), "growth", "tau at the last step")])
+
+
+def _tau(growth: pl.DataFrame, column: str, part: str) -> Values:
+    rows = [
+        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run[column])}
+        for (key,), run in growth.group_by("trial_key", maintain_order=True)
+    ]
+    return _known(_values(rows))
+
+
+def first_layer_widest(sweep: RunTables) -> Values:
+    """1 where the QKV of layer 0 grows more than that of every other layer, else 0."""
+    growth = last_steps(layer_growth(sweep.tables["weights"].lazy()))
+    return _known(
+        growth.group_by("trial_key", maintain_order=True)
+        .agg(
+            value=pl.col("growth").filter(pl.col("layer") == 0).first()
+            > pl.col("growth").filter(pl.col("layer") > 0).max()
+        )
+        .select("trial_key", part=pl.lit("layer 0 widest"), value=pl.col("value").cast(pl.Float64))
+    )
+
+
+def heavier_tails(sweep: RunTables) -> Values:
+    """d(excess kurtosis) of QKV, median over the layers."""
+    qkv = sweep.tables["weights"].filter(kind="qkv").sort("step", maintain_order=True)
+    by_layer = qkv.group_by("trial_key", "layer", maintain_order=True).agg(
+        change=pl.col("excess_kurtosis").last() - pl.col("excess_kurtosis").first()
+    )
+    return _known(
+        by_layer.group_by("trial_key", maintain_order=True)
+        .agg(value=pl.col("change").median())
+        .select("trial_key", part=pl.lit("change of excess kurtosis"), value="value")
+    )
+
+
+def order(sweep: RunTables) -> Values:
+    """1 where the last log-probs stand in the order said, by the source's groups and by bins."""
+    held = orders_hold(group_changes(sweep.tables["token_groups"].lazy()))
+    return _long(held, {name: pl.col(name).cast(pl.Float64) for name in ORDERS})
+
+
+def rare_falls(sweep: RunTables) -> Values:
+    return _change(sweep, {"rare": pl.col("rare_100")})
+
+
+def rare_flips(sweep: RunTables) -> Values:
+    """1 where the sign of rare's change is the one that calibration predicts, else 0.
+
+    A calibrated singleton stands at ln(1 / N) for a text of N tokens: below its start on a long
+    text, above it on a short one.
+    """
+    members = sweep.tables["tokens"].filter(step=0)
+    sizes = members.select("trial_key", n_tokens=pl.col("count").list.sum())
+    start = _closed_form(sweep).join(sizes, on="trial_key")
+    predicted = start.select("trial_key", falls=-pl.col("n_tokens").log() < pl.col("level"))
+    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
+    both = changes.join(predicted, on="trial_key", maintain_order="left")
+    if both["falls"].n_unique() < 2:
+        return _values([])  # no sweep over sizes on both sides
+    return _known(
+        both.select(
+            "trial_key",
+            part=pl.when("falls").then(pl.lit("falls on a long text"))
+            .otherwise(pl.lit("rises on a short text")),
+            value=((pl.col("change") < 0) == pl.col("falls")).cast(pl.Float64),
+        )
+    )  # fmt: skip
+
+
+def never_suppressed(sweep: RunTables) -> Values:
+    return _change(
+        sweep,
+        {"never": pl.col("never_100"), "never - rare": pl.col("never_100") - pl.col("rare_100")},
+    )
+
+
+def common_at_random_or_above(sweep: RunTables) -> Values:
+    return _change(sweep, {"common": pl.col("common_100")})
+
+
+def _change(sweep: RunTables, numbers: Mapping[str, pl.Expr]) -> Values:
+    """Changes of mean log-prob from step 0 to the last step, by group."""
+    changes = group_changes(sweep.tables["token_groups"].lazy())
+    return _long(changes.pivot("group", index="trial_key", values="change"), numbers)
+
+
+def mask_matters(sweep: RunTables) -> Values:
+    """log p of the common group at the last step, without the mask minus with it."""
+    rows = sweep.tables["token_groups"].filter(
+        pl.col("mask").is_in(["none", "sequence"]),
+        pl.col("step") == pl.col("step").max().over("trial_key"),
+        group="common_100", text=PRIMARY["text"], positions=PRIMARY["positions"],
+    )  # fmt: skip
+    by_mask = rows.pivot("mask", index="trial_key", values="mean_logprob")
+    return _long(by_mask, {"common, unmasked - masked": pl.col("none") - pl.col("sequence")})
+
+
+def unused_rows_move(sweep: RunTables) -> Values:
+    """RMS displacement of the rows of never-used tokens, relative to their RMS at step 0.
+
+    Where weight decay would move them too there is no number.
+    """
+    free = sweep.trials.filter(pl.col("optim.weight_decay") == 0)["trial_key"].to_list()
+    rows = []
+    tokens = sweep.tables["tokens"].filter(pl.col("trial_key").is_in(free)).sort("step")
+    for (key,), run in tokens.group_by("trial_key", maintain_order=True):
+        # One run's lists at a time: of all runs they would be a hundred million numbers.
+        unused = run["count"][0].to_numpy() == 0
+        start, moved = (
+            np.sqrt(np.mean(run[column][step].to_numpy()[unused] ** 2))
+            for column, step in (("norm", 0), ("displacement", -1))
+        )
+        rows.append({"trial_key": key, "part": "displacement", "value": float(moved / start)})
+    return _known(_values(rows))
+
+
+def _values(rows: Sequence[Mapping[str, object]]) -> Values:
+    schema = {"trial_key": pl.String, "part": pl.String, "value": pl.Float64}
+    return pl.DataFrame(rows, schema=schema)
+
+
+def _long(wide: pl.DataFrame, numbers: Mapping[str, pl.Expr]) -> Values:
+    """One row a run and number, from one row a run."""
+    table = wide.select("trial_key", **numbers)
+    return _known(table.unpivot(index="trial_key", variable_name="part", value_name="value"))
+
+
+def _known(values: Values) -> Values:
+    return values.filter(pl.col("value").is_not_null() & pl.col("value").is_finite())
+
+
+A, B = "weight initialisation and the spread of attention weights", "unused tokens"
+
+CLAIMS: dict[str, Claim] = {
+    "init_table": Claim(
+        says="Weights start as the init scheme says, and biases at 0.",
+        source=A, unit="relative error of std", measure=init_table,
+        parts={"largest error of a kind": Part(centre="mean", high=0.03)},
+    ),
+    "untrained_level": Claim(
+        says="Untrained, all token groups stand at -(ln V + d std^2 / 2), equally.",
+        source=B, unit="nats", measure=untrained_level,
+        parts={"*": Part(centre="mean", low=-0.05, high=0.05)},
+    ),
+    "widening": Claim(
+        says="Q, K and V widen in training.",
+        source=A, unit="d(log std)", measure=widening,
+        parts={"*": Part(centre="median", low=0.0)},
+    ),
+    "depth_gradient": Claim(
+        says="The attention weights of earlier layers widen more.",
+        source=A, unit="tau", measure=depth_gradient,
+        parts={"tau": Part(centre="median", low=0.3, against=0.0, null=0.0)},
+    ),
+    "depth_gradient_lasts": Claim(
+        says="The gradient over depth is there from step 50 to the last step.",
+        source=A, unit="tau", measure=depth_gradient_lasts,
+        parts={"*": Part(centre="median", low=0.0)},
+    ),
+    "first_layer_widest": Claim(
+        says="The block next to the embedding widens most.",
+        source=A, unit="share of runs", measure=first_layer_widest,
+        parts={"layer 0 widest": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+    ),
+    "heavier_tails": Claim(
+        says="The tails of attention weights get longer in training.",
+        source=A, unit="d(excess kurtosis)", measure=heavier_tails,
+        parts={"change of excess kurtosis": Part(centre="median", low=0.0)},
+    ),
+    "order": Claim(
+        says="After training common tokens are more probable than rare, those than unused.",
+        source=B, unit="share of runs", measure=order,
+        parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+    ),
+    "rare_falls": Claim(
+        says="Rare tokens fall below their start.",
+        source=B, unit="nats", measure=rare_falls,
+        parts={"rare": Part(centre="mean", high=0.0)},
+    ),
+    "rare_flips": Claim(
+        says="Rare tokens rise on a text so short that calibration alone predicts it, else fall.",
+        source=B, unit="share of runs", measure=rare_flips,
+        parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+    ),
+    "never_suppressed": Claim(
+        says="Tokens that never occur fall by more than a nat, and by more than rare ones.",
+        source=B, unit="nats", measure=never_suppressed,
+        parts={
+            "never": Part(centre="mean", high=-1.0, against=0.0),
+            "never - rare": Part(centre="mean", high=0.0),
+        },
+    ),
+    "common_at_random_or_above": Claim(
+        says="Common tokens do not fall below their start.",
+        source=B, unit="nats", measure=common_at_random_or_above,
+        parts={"common": Part(centre="mean", low=-0.1)},
+    ),
+    "mask_matters": Claim(
+        says="Without the mask common tokens look more probable than they are.",
+        source=B, unit="nats", measure=mask_matters,
+        parts={"common, unmasked - masked": Part(centre="mean", low=0.0)},
+    ),
+    "unused_rows_move": Claim(
+        says="Embedding rows of tokens that never occur change without being read.",
+        source=B, unit="RMS displacement / RMS at step 0", measure=unused_rows_move,
+        parts={"displacement": Part(centre="mean", low=0.01, against=0.01)},
+    ),
+}  # fmt: skip
+
+
+def digest() -> str:
+    """12 hex digits that change with any statement, margin, rule or measure of CLAIMS."""
+    data = {
+        name: {
+            "says": claim.says,
+            "version": claim.version,
+            "parts": {part: asdict(rule) for part, rule in claim.parts.items()},
+        }
+        for name, claim in CLAIMS.items()
+    }
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]

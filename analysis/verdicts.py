@@ -1,0 +1,210 @@
+"""From the numbers of runs to a verdict on each claim.
+
+Independent units are seeds: runs of one seed start from the same weights and are averaged first.
+That says what holds for the configurations that were run. Where a sweep has several, what holds in
+general also needs configurations as units, each averaged over its seeds; a claim has to pass both.
+That stands in for a bootstrap of seeds within configurations, whose intervals are far too narrow
+with as few configurations as sweeps have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import polars as pl
+from scipy import stats
+
+from analysis.claims import Claim, Part, Values
+from analysis.stats import (
+    LEVEL,
+    Estimate,
+    holm,
+    mean_interval,
+    median_interval,
+    share_interval,
+    sign_flip_p,
+    t_quantile,
+)
+
+INTERVALS = {"mean": mean_interval, "median": median_interval, "share": share_interval}
+ALPHA = 1 - LEVEL
+MOST_UNITS = 1000
+"""More seeds or configurations than this are not recommended to anyone."""
+
+SUPPORTED, CONTRADICTED = "supported", "contradicted"
+NOT_SUPPORTED, UNDERPOWERED, UNTESTED = "not supported", "underpowered", "not tested"
+
+
+def judge(
+    claims: Mapping[str, Claim], values: Mapping[str, Values], trials: pl.DataFrame
+) -> dict[str, dict[str, Any]]:
+    """A finding for each claim on these trials, corrected for the number of claims (Holm).
+
+    `values`: what each claim's measure gave. `trials`: columns trial_key, status, config, seed; the
+    numbers of other trials are left out. A diverged trial has no number: the verdict is also given
+    with it counted against the claim.
+    """
+    judged = {name: _judge_one(claims[name], values[name], trials) for name in claims}
+    tested = {name: finding["p"] for name, finding in judged.items() if finding["p"] is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    for name, finding in judged.items():
+        finding["p_holm"] = adjusted.get(name)
+        for verdict in ("verdict", "verdict_with_diverged"):
+            if finding[verdict] == SUPPORTED and adjusted[name] >= ALPHA:
+                finding[verdict] = UNDERPOWERED
+        for unit in ("seed", "config"):
+            finding[f"{unit}s_needed"] = (
+                _units_needed(claims[name], finding["parts"], unit, len(tested))
+                if finding["verdict"] == UNDERPOWERED
+                else None
+            )
+    return judged
+
+
+def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, Any]:
+    """The finding on one claim, before the correction for their number."""
+    # Sorted, so that sums are added up in the same order whatever the order of runs.
+    placed = values.join(trials, on="trial_key").sort("part", "trial_key")
+    diverged = trials.filter(status="diverged").select("seed", "config").rows()
+    parts, with_diverged = {}, []
+    for (part,), rows in placed.group_by("part", maintain_order=True):
+        rule = claim.parts.get(part) or claim.parts["*"]
+        runs = rows.select("seed", "config", "value").rows()
+        parts[part] = _part(rule, runs)
+        adverse = _adverse(rule, [value for *_, value in runs])
+        worst = [(seed, config, adverse) for seed, config in diverged]
+        with_diverged.append(_part(rule, runs + worst)["verdict"])
+    return {
+        "verdict": combined([part["verdict"] for part in parts.values()]),
+        "verdict_with_diverged": combined(with_diverged),
+        "p": max((part["p"] for part in parts.values()), default=None),
+        "runs": placed["trial_key"].n_unique(),
+        "diverged": len(diverged),
+        "seeds": placed["seed"].n_unique(),
+        "configurations": placed["config"].n_unique(),
+        "parts": parts,
+    }
+
+
+def _part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
+    """Estimate, p and verdict of one part from (seed, config, value) of its runs.
+
+    Over seeds and, where there are several, over configurations.
+    """
+    found: dict[str, Any] = {"over_configs": None}
+    verdicts, p_values = [], []
+    for unit, index in (("seed", 0), ("config", 1)):
+        by_unit: defaultdict[Any, list[float]] = defaultdict(list)
+        for run in runs:
+            by_unit[run[index]].append(run[2])
+        if unit == "config" and len(by_unit) < 2:
+            continue
+        units = [fmean(by_unit[name]) for name in sorted(by_unit)]
+        estimate = INTERVALS[rule.centre](units)
+        found[f"over_{unit}s"] = {**estimate, "sd": stdev(units) if len(units) > 1 else None}
+        verdicts.append(decide(rule, estimate))
+        p_values.append(p_value(rule, units))
+    return {**found, "p": max(p_values), "verdict": agreed(verdicts)}
+
+
+def decide(rule: Part, estimate: Estimate) -> str:
+    """Where the interval lies, seen from the rule's bounds."""
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return UNDERPOWERED
+    above = rule.low is None or low > rule.low
+    below = rule.high is None or high < rule.high
+    if above and below:
+        return SUPPORTED
+    if rule.low is not None and rule.high is not None:
+        return CONTRADICTED if high < rule.low or low > rule.high else UNDERPOWERED
+    bound, sign = (rule.low, 1) if rule.low is not None else (rule.high, -1)
+    assert bound is not None
+    nearest = max(sign * low, sign * high)  # the end of the interval on the claim's side
+    if nearest < sign * (bound if rule.against is None else rule.against):
+        return CONTRADICTED
+    return NOT_SUPPORTED if nearest < sign * bound else UNDERPOWERED
+
+
+def agreed(verdicts: Sequence[str]) -> str:
+    """Of verdicts on one number over several kinds of unit: the one they share."""
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return UNDERPOWERED if UNDERPOWERED in verdicts else NOT_SUPPORTED
+
+
+def combined(verdicts: Sequence[str]) -> str:
+    """Of verdicts on the parts of a claim, which all have to hold: the worst."""
+    for verdict in (CONTRADICTED, NOT_SUPPORTED, UNDERPOWERED, SUPPORTED):
+        if verdict in verdicts:
+            return verdict
+    return UNTESTED
+
+
+def p_value(rule: Part, units: Sequence[float]) -> float:
+    """One-sided p against the rule's null; for a region with two bounds the larger of both (TOST).
+
+    Exact binomial for shares; for means and medians by flipping signs, exact up to 14 units.
+    """
+    p_values = []
+    for bound, sign in ((rule.low, 1), (rule.high, -1)):
+        if bound is None:
+            continue
+        null = bound if rule.null is None else rule.null
+        if rule.centre == "share":
+            whole = math.floor(sum(units) + 1e-9)
+            p_values.append(
+                float(stats.binomtest(whole, len(units), null, alternative="greater").pvalue)
+            )
+        else:
+            p_values.append(sign_flip_p([sign * (value - null) for value in units]))
+    return max(p_values)
+
+
+def _adverse(rule: Part, values: Sequence[float]) -> float:
+    """What a diverged run counts as: as far against the claim as any run is for it, or further."""
+    if rule.centre == "share":
+        return 0.0
+    if rule.low is not None and rule.high is not None:
+        return 2 * rule.high - rule.low
+    bound, sign = (rule.low, 1) if rule.low is not None else (rule.high, -1)
+    assert bound is not None
+    seen = [sign * (value - bound) for value in values]
+    return bound + sign * min(-abs(max(seen)), min(seen))
+
+
+def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: int) -> int | None:
+    """How many units would decide the claim if their values go on as they are.
+
+    None where there is no such kind of unit, or no number up to MOST_UNITS would.
+    """
+    # Fewer cannot pass Holm even where all of them agree: the smallest exact p is 2^-n.
+    needed = math.ceil(math.log2(n_claims / ALPHA))
+    for part, found in parts.items():
+        estimate = found[f"over_{unit}s"]
+        if estimate is None or estimate["sd"] is None:
+            return None
+        rule = claim.parts.get(part) or claim.parts["*"]
+        deciding = (
+            n
+            for n in range(2, MOST_UNITS + 1)
+            if decide(rule, _expected(rule, estimate, n)) != UNDERPOWERED
+        )
+        enough = next(deciding, None)
+        if enough is None:
+            return None
+        needed = max(needed, enough)
+    return needed
+
+
+def _expected(rule: Part, estimate: Mapping[str, Any], n: int) -> Estimate:
+    """The interval that n units would give if their centre and spread were those seen."""
+    value, sd = estimate["value"], estimate["sd"]
+    if rule.centre == "share":
+        return share_interval([value] * n)
+    half = t_quantile(n) * sd / math.sqrt(n)
+    return Estimate(seeds=n, value=value, low=value - half, high=value + half)

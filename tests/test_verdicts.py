@@ -1,0 +1,242 @@
+"""Planted truth: what is not there is seldom found, what is there is found."""
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+
+from analysis.claims import CLAIMS, Claim, Part
+from analysis.stats import Estimate, holm, sign_flip_p
+from analysis.verdicts import (
+    CONTRADICTED,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDERPOWERED,
+    UNTESTED,
+    decide,
+    judge,
+    p_value,
+)
+
+ABOVE = Part(centre="mean", low=1.0, against=0.0)
+BELOW = Part(centre="mean", high=-1.0, against=0.0)
+WITHIN = Part(centre="mean", low=-0.1, high=0.1)
+
+
+def claim(**parts):
+    return Claim(
+        says="It is so.", source="a test", unit="nats", parts=parts, measure=lambda _: None
+    )
+
+
+def trials(n_seeds, configs=("only",), diverged=()):
+    return pl.DataFrame(
+        [
+            {
+                "trial_key": f"{config} {seed}",
+                "status": "diverged" if (config, seed) in diverged else "finished",
+                "config": config,
+                "seed": seed,
+            }
+            for config in configs
+            for seed in range(n_seeds)
+        ]
+    )
+
+
+def values(runs, numbers, part="x"):
+    finished = runs.filter(status="finished")["trial_key"]
+    return pl.DataFrame({"trial_key": finished, "part": part, "value": list(map(float, numbers))})
+
+
+def verdict_of(rule, numbers, **more):
+    runs = trials(len(numbers), **more)
+    return judge({"it": claim(x=rule)}, {"it": values(runs, numbers)}, runs)["it"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high", "verdict"),
+    [
+        (ABOVE, 1.1, 3.0, SUPPORTED),
+        (ABOVE, 0.9, 3.0, UNDERPOWERED),
+        (ABOVE, 0.1, 0.9, NOT_SUPPORTED),
+        (ABOVE, -0.5, 0.9, NOT_SUPPORTED),
+        (ABOVE, -0.5, -0.1, CONTRADICTED),
+        (BELOW, -3.0, -1.1, SUPPORTED),
+        (BELOW, -3.0, -0.9, UNDERPOWERED),
+        (BELOW, -0.9, 0.5, NOT_SUPPORTED),
+        (BELOW, 0.1, 0.5, CONTRADICTED),
+        (WITHIN, -0.09, 0.05, SUPPORTED),
+        (WITHIN, -0.2, 0.05, UNDERPOWERED),
+        (WITHIN, 0.2, 0.3, CONTRADICTED),
+        (Part(centre="mean", low=0.0), -0.2, -0.1, CONTRADICTED),
+        (Part(centre="mean", low=0.0), -0.2, 0.1, UNDERPOWERED),
+    ],
+)
+def test_a_verdict_says_where_the_interval_lies(rule, low, high, verdict):
+    assert decide(rule, Estimate(seeds=9, value=(low + high) / 2, low=low, high=high)) == verdict
+
+
+def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
+    noise = np.random.default_rng(0).normal(0, 0.1, 8)
+    assert verdict_of(ABOVE, 2 + noise)["verdict"] == SUPPORTED
+    assert verdict_of(ABOVE, 0.5 + noise)["verdict"] == NOT_SUPPORTED
+    assert verdict_of(ABOVE, -2 + noise)["verdict"] == CONTRADICTED
+    assert verdict_of(WITHIN, 0.1 * noise)["verdict"] == SUPPORTED
+    assert verdict_of(Part(centre="share", low=0.8, null=0.5), np.ones(30))["verdict"] == SUPPORTED
+
+
+def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
+    found = verdict_of(ABOVE, [2.0, 2.1, 1.9])
+    assert found["verdict"] == UNDERPOWERED  # three seeds that agree have p = 1 / 8
+    assert found["p"] == 1 / 8
+    assert found["seeds_needed"] == 5  # 2^-5 < 0.05
+    wide = verdict_of(ABOVE, [3.0, 0.5, 1.2, 2.6, -0.4, 1.9])
+    assert wide["verdict"] == UNDERPOWERED
+    mean, sd = (
+        np.mean([3.0, 0.5, 1.2, 2.6, -0.4, 1.9]),
+        np.std([3, 0.5, 1.2, 2.6, -0.4, 1.9], ddof=1),
+    )
+    assert wide["seeds_needed"] == pytest.approx((2.04 * sd / (mean - 1)) ** 2, rel=0.05)
+
+
+def test_many_claims_need_more_seeds_than_one():
+    runs = trials(6)
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 6)
+    alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)
+    names = [f"claim {i}" for i in range(10)]
+    among = judge(
+        dict.fromkeys(names, claim(x=ABOVE)),
+        {name: values(runs, numbers) for name in names},
+        runs,
+    )
+    assert alone["it"]["verdict"] == SUPPORTED
+    assert {found["verdict"] for found in among.values()} == {UNDERPOWERED}
+    assert {found["seeds_needed"] for found in among.values()} == {8}  # 10 * 2^-8 < 0.05
+
+
+def test_what_holds_for_one_configuration_of_two_does_not_hold_in_general():
+    runs = trials(10, configs=("a", "b"))
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([rng.normal(6, 0.1, 10), rng.normal(0, 0.1, 10)])
+    found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
+    assert found["parts"]["x"]["over_seeds"]["low"] > 1  # for these two, on average, it does
+    assert found["verdict"] == UNDERPOWERED
+    assert found["configurations"] == 2
+
+
+def test_every_part_of_a_claim_has_to_hold():
+    runs = trials(8)
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
+    both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
+    found = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": both}, runs)["it"]
+    assert [found["parts"][part]["verdict"] for part in "xy"] == [SUPPORTED, CONTRADICTED]
+    assert found["verdict"] == CONTRADICTED
+
+
+def test_a_diverged_run_counts_against_the_claim_in_the_worst_case():
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 9)
+    found = verdict_of(ABOVE, numbers[:8])
+    assert (found["verdict"], found["verdict_with_diverged"]) == (SUPPORTED, SUPPORTED)
+    runs = trials(11, diverged=[("only", seed) for seed in (3, 8, 10)])
+    found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers[:8])}, runs)["it"]
+    assert (found["verdict"], found["diverged"]) == (SUPPORTED, 3)
+    assert found["verdict_with_diverged"] == UNDERPOWERED
+
+
+def test_a_claim_without_numbers_is_not_tested_and_costs_the_others_nothing():
+    runs = trials(6)
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 6)
+    found = judge(
+        {"it": claim(x=ABOVE), "other": claim(x=ABOVE)},
+        {"it": values(runs, numbers), "other": values(runs, numbers).head(0)},
+        runs,
+    )
+    assert found["other"]["verdict"] == UNTESTED
+    assert found["it"]["p_holm"] == found["it"]["p"]
+    assert found["it"]["verdict"] == SUPPORTED
+
+
+def test_the_order_of_runs_does_not_matter():
+    runs = trials(7, configs=("a", "b"))
+    numbers = values(runs, np.random.default_rng(1).normal(1, 1, 14))
+    found = judge({"it": claim(x=ABOVE)}, {"it": numbers}, runs)
+    again = judge({"it": claim(x=ABOVE)}, {"it": numbers.reverse()}, runs.reverse())
+    assert found == again
+
+
+def null_numbers(part, rng, n_configs, n_seeds):
+    """Numbers of runs for which a part's null holds, with an effect that seeds share."""
+    null = next(bound for bound in (part.null, part.low, part.high) if bound is not None)
+    if part.centre == "share":
+        return (rng.random((n_configs, n_seeds)) < null).astype(float).ravel()
+    shared = rng.normal(0, 0.7, (1, n_seeds)) + rng.normal(0, 0.7, (n_configs, 1))
+    return (null + shared + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_configs", "n_seeds"), [(1, 12), (12, 12)])
+def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seeds, capsys):
+    """All claims at once, 1,000 sweeps: at most 5% have any claim supported that is not true."""
+    runs = trials(n_seeds, configs=[f"config {i}" for i in range(n_configs)])
+    rng = np.random.default_rng(0)
+    sweeps, wrong = 1000, 0
+    for _ in range(sweeps):
+        numbers = {
+            name: pl.concat(
+                [
+                    values(runs, null_numbers(part, rng, n_configs, n_seeds), label)
+                    for label, part in one.parts.items()
+                ]
+            )
+            for name, one in CLAIMS.items()
+        }
+        found = judge(CLAIMS, numbers, runs)
+        wrong += any(one["verdict"] == SUPPORTED for one in found.values())
+    with capsys.disabled():
+        print(f"\n{n_configs} configurations x {n_seeds} seeds: {wrong} of {sweeps} null sweeps")
+    assert wrong <= 0.05 * sweeps
+
+
+@pytest.mark.slow
+def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
+    """The least power of a t-test at these sizes, which the sign-flip test has to come close to."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    runs, rule, sweeps = trials(8), Part(centre="mean", low=0.0), 400
+    lines = []
+    for effect in (0.0, 1.0, 2.0):
+        found = sum(
+            judge({"it": claim(x=rule)}, {"it": values(runs, rng.normal(effect, 1, 8))}, runs)[
+                "it"
+            ]["verdict"]
+            == SUPPORTED
+            for _ in range(sweeps)
+        )
+        t = stats.t.ppf(0.975, 7)
+        power = 1 - stats.nct.cdf(t, 7, effect * math.sqrt(8)) if effect else 0.025
+        lines.append(f"effect {effect} sd: power {found / sweeps:.2f}, of a t-test {power:.2f}")
+        assert found / sweeps == pytest.approx(power, abs=0.08)
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+def test_sign_flips_are_exact_and_one_sided():
+    assert sign_flip_p([1.0] * 8) == 2**-8
+    assert sign_flip_p([-1.0] * 8) == 1.0
+    assert sign_flip_p([3.0, -1.0]) == 0.5  # 4, 2, -2, -4: two of four are at least 2
+    assert sign_flip_p([1.0] * 30) == pytest.approx(1 / 20_001)
+    assert sign_flip_p([0.1, 0.2, -0.3]) == pytest.approx(5 / 8)  # sums that are equal but rounded
+
+
+def test_holm_is_holms():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_p_of_a_region_with_two_bounds_is_the_larger_of_both():
+    assert p_value(WITHIN, [0.0] * 8) == 2**-8
+    assert p_value(WITHIN, [0.09] * 7 + [0.3]) > 0.3
