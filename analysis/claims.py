@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import polars as pl
 
 from analysis.depth_gradient import gradient_tau, last_steps, layer_growth
@@ -197,8 +196,9 @@ def rare_flips(sweep: RunTables) -> Values:
     A calibrated singleton stands at ln(1 / N) for a text of N tokens: below its start on a long
     text, above it on a short one.
     """
-    members = sweep.tables["tokens"].filter(step=0)
-    sizes = members.select("trial_key", n_tokens=pl.col("count").list.sum())
+    # The bins hold every token once; the source's groups overlap them.
+    bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
+    sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("counts").list.sum().sum())
     start = _closed_form(sweep).join(sizes, on="trial_key")
     predicted = start.select("trial_key", falls=-pl.col("n_tokens").log() < pl.col("level"))
     changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
@@ -248,18 +248,11 @@ def unused_rows_move(sweep: RunTables) -> Values:
 
     Where weight decay would move them too there is no number.
     """
-    free = sweep.trials.filter(pl.col("optim.weight_decay") == 0)["trial_key"].to_list()
-    rows = []
-    tokens = sweep.tables["tokens"].filter(pl.col("trial_key").is_in(free)).sort("step")
-    for (key,), run in tokens.group_by("trial_key", maintain_order=True):
-        # One run's lists at a time: of all runs they would be a hundred million numbers.
-        unused = run["count"][0].to_numpy() == 0
-        start, moved = (
-            np.sqrt(np.mean(run[column][step].to_numpy()[unused] ** 2))
-            for column, step in (("norm", 0), ("displacement", -1))
-        )
-        rows.append({"trial_key": key, "part": "displacement", "value": float(moved / start)})
-    return _known(_values(rows))
+    free = sweep.trials.filter(pl.col("optim.weight_decay") == 0).select("trial_key")
+    unused = sweep.tables["group_weights"].filter(group="never_used").join(free, on="trial_key")
+    by_run = unused.sort("step", maintain_order=True).group_by("trial_key", maintain_order=True)
+    moved = by_run.agg(value=pl.col("rms_displacement").last() / pl.col("rms").first())
+    return _long(moved, {"displacement": pl.col("value")})
 
 
 def _values(rows: Sequence[Mapping[str, object]]) -> Values:

@@ -3,7 +3,7 @@
     python analysis/report.py                       # the newest sweep of ./runs
     python analysis/report.py --name quick --out somewhere
 
-Writes report.html (opens without a network), findings.json and the tables as Parquet.
+Writes report.html (opens without a network), findings.json, summary.md and the tables as Parquet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +28,12 @@ import polars as pl
 import vl_convert
 
 from analysis import figures
+from analysis.claims import CLAIMS, digest
 from analysis.depth_gradient import depth_gradient, last_steps, layer_growth
 from analysis.rare_tokens import ORDERS, group_changes, orders_hold, primary
 from analysis.runs import RunTables, read_sweep, tracking_uri
 from analysis.stats import mean_interval, median_interval, share_interval
+from analysis.verdicts import UNTESTED, judge
 from gptcore.config import KNOBS, InputError, spelling
 from gptcore.records import PRIMARY
 
@@ -46,7 +48,7 @@ def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     folder = out or runs_dir / "reports" / sweep.sweep
     by_run = statistics_of_runs(sweep)
-    findings = find(sweep, by_run)
+    findings = {**find(sweep, by_run), "claims": claim_findings(sweep)}
     page = render(sweep, by_run, findings)
     frames = {**sweep.tables, **by_run, "trials": sweep.trials}
     try:
@@ -55,6 +57,7 @@ def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -
             new = Path(scratch)
             (new / "report.html").write_text(page, encoding="utf-8")
             (new / "findings.json").write_text(json.dumps(findings, indent=2, allow_nan=False))
+            (new / "summary.md").write_text(summary(sweep, findings), encoding="utf-8")
             for table, frame in frames.items():
                 frame.write_parquet(new / f"{table}.parquet")
             for file in list(new.iterdir()):
@@ -114,6 +117,90 @@ def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
         "depth_gradient": {scheme: _depth_findings(by_run, scheme) for scheme in schemes},
         "rare_tokens": {scheme: _token_findings(by_run, scheme) for scheme in schemes},
     }
+
+
+def claim_findings(sweep: RunTables) -> dict[str, Any]:
+    """Every claim's verdict over all trials, and by scheme, subset and optimiser where they vary.
+
+    In a part of the sweep a claim is tested only if it has all the numbers it has in the whole.
+    """
+    values = {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
+    trials = sweep.trials.select(
+        "trial_key", "status", "scheme", "corpus.subset", "optim.name",
+        config=pl.concat_str("scheme", "corpus.subset", separator=", "),
+        seed="init.seed",
+    )  # fmt: skip
+    by: dict[str, dict[str, Any]] = {}
+    for knob in ("scheme", "corpus.subset", "optim.name"):
+        labels = trials[knob].unique(maintain_order=True).to_list()
+        for label in labels if len(labels) > 1 else ():
+            some = trials.filter(pl.col(knob) == label)
+            whole = {
+                name: numbers
+                if _parts_of(numbers.join(some, on="trial_key")) == _parts_of(numbers)
+                else numbers.head(0)
+                for name, numbers in values.items()
+            }
+            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some)
+    fixed = sweep.claims_digest
+    return {
+        "digest": digest(),
+        "standing": "confirmatory" if fixed == digest() else "exploratory",
+        "overall": judge(CLAIMS, values, trials),
+        "by": by,
+    }
+
+
+def _parts_of(values: pl.DataFrame) -> set[str]:
+    return set(values["part"])
+
+
+def sentence(name: str, finding: Mapping[str, Any]) -> str:
+    """What a paper would print of one finding."""
+    claim = CLAIMS[name]
+    if finding["verdict"] == UNTESTED:
+        return f"{claim.says} Not tested: no run of this sweep has the numbers for it."
+    numbers = "; ".join(
+        f"{part} {format_estimate(found['estimate'])}" for part, found in finding["parts"].items()
+    )
+    units = f"{finding['seeds']} seeds"
+    if finding["configurations"] > 1:
+        units += f" x {finding['configurations']} configurations"
+    text = f"{claim.says} {finding['verdict'].capitalize()}: {numbers} ({claim.unit}; {units}, "
+    text += f"Holm-adjusted p = {finding['p_holm']:.2g})."
+    needed = [
+        f"{finding[f'{unit}s_needed']} {noun}"
+        for unit, noun in (("seed", "seeds"), ("config", "configurations"))
+        if finding[f"{unit}s_needed"]
+    ]
+    if needed:
+        text += f" By these numbers {' and '.join(needed)} would decide it."
+    if finding["verdict_with_diverged"] != finding["verdict"]:
+        text += f" With {finding['diverged']} diverged runs counted against it: "
+        text += f"{finding['verdict_with_diverged']}."
+    return text
+
+
+def summary(sweep: RunTables, findings: Mapping[str, Any]) -> str:
+    """The page to paste, in Markdown."""
+    claims = findings["claims"]
+    lines = [
+        f"# Sweep {sweep.sweep}",
+        "",
+        ", ".join(f"{count} {status}" for status, count in findings["trials"].items() if count)
+        + f" trials; {claims['standing']} (claims {claims['digest']}).",
+        *(f"\nNote: {note}" for note in findings["notes"]),
+        "",
+        "| claim | verdict |",
+        "|---|---|",
+        *(
+            f"| {CLAIMS[name].says} | {found['verdict']} |"
+            for name, found in claims["overall"].items()
+        ),
+        "",
+        *(f"- {sentence(name, found)}" for name, found in claims["overall"].items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _depth_findings(by_run: dict[str, pl.DataFrame], scheme: str) -> dict[str, Any]:
@@ -205,6 +292,8 @@ def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str
         trials=trials.to_dicts(),
         groups=by_run["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
+        claims=CLAIMS,
+        sentence=sentence,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

@@ -43,6 +43,7 @@ class RunTables:
 
     sweep: str
     plan: Mapping[str, Any]
+    claims_digest: str | None  # of the claims as they stood before the sweep's first trial
     trials: pl.DataFrame
     """One row a trial of the plan: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
@@ -181,7 +182,9 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
             key: artifact_folder(client, runs[key], Path(folder)) for key in finished["trial_key"]
         }
         tables = {table: read_table(table, folders) for table in TABLES}
-    return RunTables(sweep.data.tags["sweep"], plan, trials, tables)
+    return RunTables(
+        sweep.data.tags["sweep"], plan, sweep.data.tags.get("claims_digest"), trials, tables
+    )
 
 
 def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:

@@ -1,10 +1,10 @@
 """From the numbers of runs to a verdict on each claim.
 
-Independent units are seeds: runs of one seed start from the same weights and are averaged first.
-That says what holds for the configurations that were run. Where a sweep has several, what holds in
-general also needs configurations as units, each averaged over its seeds; a claim has to pass both.
-That stands in for a bootstrap of seeds within configurations, whose intervals are far too narrow
-with as few configurations as sweeps have.
+Units are seeds: runs of one seed start from the same weights and are averaged first. That says what
+holds for the configurations that were run. Where there are several, whether a claim holds in
+general depends on which were run as well: configurations are a second kind of unit, each averaged
+over its seeds, and the variances of both are added. Seeds and configurations are crossed: either
+alone makes intervals too narrow, and so does a bootstrap of the few configurations of a sweep.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, 
 def _part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
     """Estimate, p and verdict of one part from (seed, config, value) of its runs.
 
-    Over seeds and, where there are several, over configurations.
+    Over seeds and, where there are several, over configurations too.
     """
     found: dict[str, Any] = {"over_configs": None}
-    verdicts, p_values = [], []
+    estimates, p_values = [], []
     for unit, index in (("seed", 0), ("config", 1)):
         by_unit: defaultdict[Any, list[float]] = defaultdict(list)
         for run in runs:
@@ -106,9 +106,34 @@ def _part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
         units = [fmean(by_unit[name]) for name in sorted(by_unit)]
         estimate = INTERVALS[rule.centre](units)
         found[f"over_{unit}s"] = {**estimate, "sd": stdev(units) if len(units) > 1 else None}
-        verdicts.append(decide(rule, estimate))
+        estimates.append(estimate)
         p_values.append(p_value(rule, units))
-    return {**found, "p": max(p_values), "verdict": agreed(verdicts)}
+    found["estimate"] = added(estimates)
+    return {**found, "p": p_added(p_values), "verdict": decide(rule, found["estimate"])}
+
+
+def added(estimates: Sequence[Estimate]) -> Estimate:
+    """One interval from intervals over several kinds of crossed unit.
+
+    The squares of their half-widths add, each side for itself, as variances do (Zou & Donner 2008,
+    *Construction of confidence limits about effect measures*).
+    """
+    first = estimates[0]
+    value, ends = first["value"], {"low": -1.0, "high": 1.0}
+    if value is None or any(estimate["low"] is None for estimate in estimates):
+        return Estimate(seeds=first["seeds"], value=value, low=None, high=None)
+    for end, sign in ends.items():
+        squares = sum((estimate[end] - estimate["value"]) ** 2 for estimate in estimates)  # type: ignore[literal-required]
+        ends[end] = value + sign * math.sqrt(squares)
+    return Estimate(seeds=first["seeds"], value=value, low=ends["low"], high=ends["high"])
+
+
+def p_added(p_values: Sequence[float]) -> float:
+    """One-sided p of a number whose variance is the sum of those that the p-values stand on."""
+    scores = [float(stats.norm.isf(p)) for p in p_values]
+    if len(scores) == 1 or min(scores) <= 0:
+        return max(p_values)
+    return float(stats.norm.sf(1 / math.sqrt(sum(score**-2 for score in scores))))
 
 
 def decide(rule: Part, estimate: Estimate) -> str:
@@ -128,13 +153,6 @@ def decide(rule: Part, estimate: Estimate) -> str:
     if nearest < sign * (bound if rule.against is None else rule.against):
         return CONTRADICTED
     return NOT_SUPPORTED if nearest < sign * bound else UNDERPOWERED
-
-
-def agreed(verdicts: Sequence[str]) -> str:
-    """Of verdicts on one number over several kinds of unit: the one they share."""
-    if len(set(verdicts)) == 1:
-        return verdicts[0]
-    return UNDERPOWERED if UNDERPOWERED in verdicts else NOT_SUPPORTED
 
 
 def combined(verdicts: Sequence[str]) -> str:
@@ -183,7 +201,8 @@ def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: i
     None where there is no such kind of unit, or no number up to MOST_UNITS would.
     """
     # Fewer cannot pass Holm even where all of them agree: the smallest exact p is 2^-n.
-    needed = math.ceil(math.log2(n_claims / ALPHA))
+    kinds = 1 + any(found["over_configs"] for found in parts.values())
+    needed = next(n for n in range(1, MOST_UNITS) if p_added([2.0**-n] * kinds) * n_claims < ALPHA)
     for part, found in parts.items():
         estimate = found[f"over_{unit}s"]
         if estimate is None or estimate["sd"] is None:

@@ -21,6 +21,7 @@ from gptcore.model import GPT, CausalSelfAttention, Part, parts_of
 from gptcore.records import (
     ActivationRow,
     AttentionRow,
+    GroupWeightRow,
     HistogramRow,
     Row,
     SpectrumRow,
@@ -31,7 +32,7 @@ from gptcore.records import (
     WeightRow,
 )
 from gptcore.token_groups import TokenGroups
-from gptcore.token_probs import Reading, read, token_group_rows, tokens_row
+from gptcore.token_probs import Reading, group_weight_rows, read, token_group_rows, tokens_row
 
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Shared by all runs: 0.001 wide around 0, a tenth of the value far out, ending at +-4.06."""
@@ -52,6 +53,10 @@ class Moment:
     groups: TokenGroups
     fixed_texts: Mapping[str, Tensor]  # windows of each, [B, T + 1]
     batch: Reading
+
+    @property
+    def initial_head_VD(self) -> Tensor:
+        return self.initial["wte" if self.model.tied else "head"]
 
     @functools.cached_property
     def readings(self) -> dict[str, Reading]:
@@ -343,11 +348,16 @@ def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
     return rows
 
 
+def group_weights(moment: Moment) -> list[GroupWeightRow]:
+    """The head's rows of each token group."""
+    weight_VD = moment.model.head.weight
+    return group_weight_rows(moment.step, weight_VD, moment.initial_head_VD, moment.groups)
+
+
 def tokens_rows(moment: Moment) -> list[TokensRow]:
     """Every token on the probe text, and its row of the head's weight."""
-    initial_VD = moment.initial["wte" if moment.model.tied else "head"]
     reading, weight_VD = moment.readings["probe"], moment.model.head.weight
-    return [tokens_row(moment.step, reading, weight_VD, initial_VD, moment.groups)]
+    return [tokens_row(moment.step, reading, weight_VD, moment.initial_head_VD, moment.groups)]
 
 
 PROBES: dict[str, Probe] = {
@@ -357,5 +367,6 @@ PROBES: dict[str, Probe] = {
     "activations": Probe(activation_rows, cadence="every"),
     "batch_groups": Probe(batch_group_rows, cadence="every"),
     "fixed_texts": Probe(fixed_text_rows, cadence="text_every"),
+    "group_weights": Probe(group_weights, cadence="text_every"),
     "tokens": Probe(tokens_rows, cadence=None),
 }

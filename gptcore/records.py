@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raise it when a row type changes. Readers refuse tables of another version by name."""
 
 
@@ -159,6 +159,16 @@ class TokenGroupRow:
     excess: float | None  # mean_logprob above the mean log-prob of the smoothed unigram model
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupWeightRow:
+    """The head's rows of one group of tokens: those of the token embedding where it is tied."""
+
+    step: int
+    group: str
+    rms: float  # root mean square over the elements of the group's rows
+    rms_displacement: float  # of (now - at step 0)
+
+
 PRIMARY = {"text": "probe", "mask": "sequence", "positions": "rest"}
 """The rows of token_groups that findings rest on; the others say how much the choice matters."""
 
@@ -215,6 +225,7 @@ Row = (
     | AttentionRow
     | TextLossRow
     | TokenGroupRow
+    | GroupWeightRow
     | TokensRow
     | GroupMembersRow
     | FixedTextRow
@@ -231,6 +242,7 @@ TABLES: dict[str, type[Row]] = {
     "attention": AttentionRow,
     "text_losses": TextLossRow,
     "token_groups": TokenGroupRow,
+    "group_weights": GroupWeightRow,
     "tokens": TokensRow,
     "group_members": GroupMembersRow,
     "fixed_texts": FixedTextRow,

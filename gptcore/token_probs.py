@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptcore.model import GPT, softmax_sums
-from gptcore.records import TokenGroupRow, TokensRow
+from gptcore.records import GroupWeightRow, TokenGroupRow, TokensRow
 from gptcore.token_groups import TokenGroups
 
 MIN_TOKENS = 20
@@ -148,6 +148,23 @@ def _values(means: dict[str, float] | None) -> dict[str, float | None]:
         "log_z": means["log_z"],
         "excess": log_prob - means["unigram"],
     }
+
+
+def group_weight_rows(
+    step: int, weight_VD: Tensor, initial_VD: Tensor, groups: TokenGroups
+) -> list[GroupWeightRow]:
+    """How large each group's rows of the head's weight are, and how far from step 0."""
+    members_GV = members_of(groups, weight_VD)
+    squares_V2 = torch.stack(
+        [weight_VD.norm(dim=1).square(), (weight_VD - initial_VD).norm(dim=1).square()], dim=1
+    )
+    elements_G1 = members_GV.sum(1, keepdim=True) * weight_VD.shape[1]
+    rms_G2 = (members_GV @ squares_V2 / elements_G1).sqrt()
+    return [
+        GroupWeightRow(step=step, group=group, rms=rms, rms_displacement=displacement)
+        for group, (rms, displacement) in zip(groups.ids, rms_G2.tolist(), strict=True)
+        if len(groups.ids[group])
+    ]
 
 
 def tokens_row(

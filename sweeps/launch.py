@@ -240,6 +240,7 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
         console.print(trial_table(plan, status))
         return 0
 
+    from analysis.claims import digest
     from sweeps import tracking
 
     # A new store takes as long to make as Ray to start.
@@ -251,7 +252,8 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             start_ray({plan.trials[key].train.device for key in missing}, console)
         client = opening.result()
     experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
-    sweep = tracking.SweepRun(client, experiment_id, plan.as_dict(), launched=time.time())
+    said = {**plan.as_dict(), "claims_digest": digest()}
+    sweep = tracking.SweepRun(client, experiment_id, said, launched=time.time())
     ended, stopped = "FAILED", False
     artifacts: list[Path] = []
     try:

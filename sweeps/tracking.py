@@ -77,9 +77,14 @@ class SweepRun:
         """
         name = plan["sweep"]
         self.client = client
-        run = find_run(client, experiment_id, "sweep") or client.create_run(
-            experiment_id, run_name=f"sweep {name}"
-        )
+        run = find_run(client, experiment_id, "sweep")
+        if run is None:
+            # What is claimed counts as said beforehand if it was said before the first trial.
+            run = client.create_run(
+                experiment_id,
+                run_name=f"sweep {name}",
+                tags={"claims_digest": plan["claims_digest"]},
+            )
         self.run_id = run.info.run_id
         client.log_dict(self.run_id, dict(plan), "plan.json")
         # A reader sees a sweep by its kind: it has a plan by then.

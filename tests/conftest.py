@@ -82,6 +82,7 @@ def flags(config: TrialConfig) -> list[str]:
 @pytest.fixture(scope="session")
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
+    from analysis.claims import digest
     from analysis.runs import connect, tracking_uri
     from gptcore.experiment import check_trial, run_trial
     from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
@@ -106,6 +107,7 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = {
         "sweep": "small",
         "tags": {},
+        "claims_digest": digest(),
         "notes": ["made by a test <b>&</b>"],
         "command": "python sweeps/init_sweep.py",
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},

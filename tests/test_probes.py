@@ -89,10 +89,11 @@ def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
         return {TABLE_OF[type(row)] for row in observe(at, config, last=last)}
 
     often = {"weights", "activations", "attention", "token_groups"}
-    assert due(0) == due(3, last=True) == often | {"histograms", "spectra", "text_losses", "tokens"}
+    texts = {"text_losses", "group_weights"}
+    assert due(0) == due(3, last=True) == often | texts | {"histograms", "spectra", "tokens"}
     assert due(5) == often
     assert due(30) == often | {"histograms", "spectra"}
-    assert due(20) == often | {"histograms", "text_losses"}
+    assert due(20) == often | texts | {"histograms"}
     assert due(3) == set()
 
 
@@ -290,6 +291,17 @@ def test_every_token_can_be_followed(moment):
         assert row.count[token] == token
         assert row.log_unigram[token] == -token / 1000
     assert {len(values) for values in (row.count, row.log_prob, row.norm)} == {50257}
+
+
+def test_a_groups_rows_are_measured_together(moment):
+    weight = moment.model.head.weight.detach()
+    moved = weight - moment.initial["wte"]
+    for row in rows_of("group_weights", moment):
+        members = GROUPS[row.group]
+        assert row.rms == pytest.approx(weight[members].square().mean().sqrt().item(), rel=1e-5)
+        assert row.rms_displacement == pytest.approx(
+            moved[members].square().mean().sqrt().item(), rel=1e-5
+        )
 
 
 def test_a_token_of_every_sequence_has_no_masked_log_prob(moment):

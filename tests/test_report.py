@@ -6,8 +6,10 @@ import subprocess
 import polars as pl
 import pytest
 
+from analysis.claims import CLAIMS
 from analysis.report import find, main, of_seeds, statistics_of_runs, with_scheme
 from analysis.runs import RunTables, connect, tracking_uri
+from analysis.verdicts import NOT_SUPPORTED, UNDERPOWERED, UNTESTED
 from gptcore.records import PRIMARY, TABLES
 
 CHROMIUM = (
@@ -71,6 +73,36 @@ def test_the_page_is_self_contained_and_escapes_what_people_wrote(report):
     assert page.count('<tr><th scope="row"><code>') == 6
 
 
+def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
+    findings = json.loads((report / "findings.json").read_text())["claims"]
+    page, summary = (report / "report.html").read_text(), (report / "summary.md").read_text()
+    assert findings["standing"] == "confirmatory"
+    assert set(findings["overall"]) == set(CLAIMS)
+    for name, claim in CLAIMS.items():
+        assert f'href="#claim-{name}"' in page
+        assert f'id="claim-{name}"' in page
+        (line,) = (line for line in summary.splitlines() if line.startswith(f"- {claim.says} "))
+        assert findings["overall"][name]["verdict"] in line.lower()
+    # Two seeds and two schemes decide nothing, and the report says how many would.
+    assert {found["verdict"] for found in findings["overall"].values()} <= {
+        UNDERPOWERED,
+        UNTESTED,
+        NOT_SUPPORTED,
+    }
+    assert "seeds and" in summary
+    assert list(findings["by"]) == ["scheme"]
+
+
+def test_claims_that_changed_after_the_first_trial_are_exploratory(
+    finished_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("analysis.report.digest", lambda: "another")
+    assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path)]) == 0
+    findings = json.loads((tmp_path / "findings.json").read_text())["claims"]
+    assert findings["standing"] == "exploratory"
+    assert "Exploratory: the claims" in (tmp_path / "report.html").read_text()
+
+
 def test_a_second_report_takes_the_place_of_the_first(finished_sweep, report):
     before = sorted(report.iterdir())
     assert main(["--runs-dir", str(finished_sweep), "--name", "small", "--out", str(report)]) == 0
@@ -114,6 +146,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
         "sweep": "empty",
         "notes": [],
         "tags": {},
+        "claims_digest": "d",
         "trials": {"k": {"params": {"init.seed": 0}}},
     }
     SweepRun(client, open_experiment(client, "empty", tmp_path), plan, launched=1)
@@ -205,7 +238,9 @@ def test_a_scheme_without_finished_trials_is_still_in_the_findings():
         ]
     )
     trials = with_scheme(trials)
-    sweep = RunTables("s", {"notes": []}, trials, {"weights": weights, "token_groups": groups})
+    sweep = RunTables(
+        "s", {"notes": []}, None, trials, {"weights": weights, "token_groups": groups}
+    )
     findings = find(sweep, statistics_of_runs(sweep))
     assert findings["depth_gradient"]["model5"]["runs"] == 0
     assert findings["depth_gradient"]["model5"]["tau"]["value"] is None

@@ -34,7 +34,13 @@ def job(key, tiny):
 
 
 def plan_of(trials):
-    return {"sweep": "sweep", "notes": [], "tags": {"notes": ""}, "trials": trials}
+    return {
+        "sweep": "sweep",
+        "notes": [],
+        "claims_digest": "d",
+        "tags": {"notes": ""},
+        "trials": trials,
+    }
 
 
 def recorder(store, key, tiny):

@@ -167,11 +167,13 @@ def test_the_order_of_runs_does_not_matter():
 
 
 def null_numbers(part, rng, n_configs, n_seeds):
-    """Numbers of runs for which a part's null holds, with an effect that seeds share."""
+    """Numbers of runs for which a part's null holds, with effects that seeds and configs share."""
     null = next(bound for bound in (part.null, part.low, part.high) if bound is not None)
     if part.centre == "share":
         return (rng.random((n_configs, n_seeds)) < null).astype(float).ravel()
-    shared = rng.normal(0, 0.7, (1, n_seeds)) + rng.normal(0, 0.7, (n_configs, 1))
+    shared = rng.normal(0, 0.7, (1, n_seeds))
+    if n_configs > 1:  # of one configuration alone an effect of its own would be no null
+        shared = shared + rng.normal(0, 0.7, (n_configs, 1))
     return (null + shared + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
 
 

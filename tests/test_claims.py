@@ -1,0 +1,176 @@
+"""Every claim measured on real runs, and numbers planted or computed another way."""
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+
+from analysis import claims
+from analysis.claims import CLAIMS, Part, digest
+from analysis.runs import read_sweep, tracking_uri
+from gptcore.records import PRIMARY
+
+
+@pytest.fixture(scope="module")
+def sweep(finished_sweep):
+    return read_sweep(tracking_uri(finished_sweep), "small")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_gives_finished_runs_numbers_for_its_parts(name, sweep):
+    claim = CLAIMS[name]
+    values = claim.measure(sweep)
+    finished = set(sweep.trials.filter(status="finished")["trial_key"])
+    assert values.columns == ["trial_key", "part", "value"]
+    assert set(values["trial_key"]) <= finished
+    assert values["value"].is_finite().all()
+    assert not values.select("trial_key", "part").is_duplicated().any()
+    if "*" not in claim.parts:
+        assert set(values["part"]) <= set(claim.parts)
+    # On one text alone nothing can flip; all else is measured on every run.
+    assert set(values["trial_key"]) == (set() if name == "rare_flips" else finished)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_has_a_rule_that_can_be_met_and_missed(name):
+    for rule in CLAIMS[name].parts.values():
+        assert rule.centre in ("mean", "median", "share")
+        assert rule.low is not None or rule.high is not None
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_order_of_rows_does_not_matter(name, sweep):
+    shuffled = {
+        table: frame.sample(fraction=1.0, shuffle=True, seed=1)
+        for table, frame in sweep.tables.items()
+    }
+    by_key = ["part", "trial_key"]
+    found = CLAIMS[name].measure(sweep).sort(by_key)
+    assert CLAIMS[name].measure(replace(sweep, tables=shuffled)).sort(by_key).equals(found)
+
+
+def values_of(name, sweep, **tables):
+    found = CLAIMS[name].measure(replace(sweep, tables={**sweep.tables, **tables}))
+    return {part: found.filter(part=part)["value"].to_list() for part in set(found["part"])}
+
+
+def test_the_untrained_model_stands_at_the_closed_form(sweep):
+    for part, numbers in values_of("untrained_level", sweep).items():
+        assert np.abs(numbers).max() < 0.05, part
+
+
+def test_an_init_that_is_not_what_it_says_is_found(sweep):
+    (sound,) = values_of("init_table", sweep).values()
+    assert max(sound) < 0.15  # wpe has 256 elements here
+    wide = sweep.tables["weights"].with_columns(
+        std=pl.when(pl.col("kind") == "fc").then(pl.col("std") * 1.5).otherwise("std")
+    )
+    (found,) = values_of("init_table", sweep, weights=wide).values()
+    assert found == pytest.approx([0.5] * 4, abs=0.05)
+    biased = sweep.tables["weights"].with_columns(
+        max_abs=pl.when(pl.col("kind") == "bias").then(0.1).otherwise("max_abs")
+    )
+    (found,) = values_of("init_table", sweep, weights=biased).values()
+    assert found == [1.0] * 4
+
+
+def test_planted_growth_over_depth_is_found(sweep):
+    steps = pl.col("step") > 0
+    weights = sweep.tables["weights"].filter(pl.col("kind").is_in(["q", "k", "v", "qkv"]))
+    for sign in (1, -1):
+        planted = weights.with_columns(
+            std=0.02 * pl.when(steps).then(1.5 - sign * 0.1 * pl.col("layer")).otherwise(1.0),
+            excess_kurtosis=pl.when(steps).then(0.25 * sign).otherwise(0.0),
+        )
+        (tau,) = values_of("depth_gradient", sweep, weights=planted).values()
+        assert tau == [sign] * 4
+        (first,) = values_of("first_layer_widest", sweep, weights=planted).values()
+        assert first == [float(sign > 0)] * 4
+        (tails,) = values_of("heavier_tails", sweep, weights=planted).values()
+        assert tails == [0.25 * sign] * 4
+        growth = np.median(np.log([1.5, 1.5 - sign * 0.1]))
+        for numbers in values_of("widening", sweep, weights=planted).values():
+            assert numbers == pytest.approx([growth] * 4)
+
+
+def planted_groups(sweep, ends):
+    """Every trial's groups go from -10.8 to their planted end; unmasked ones end a nat higher."""
+    rows = [
+        {"trial_key": key, "group": group, "step": step, **PRIMARY, "mask": mask}
+        | {"mean_logprob": value, "mean_logit": 0.0, "log_z": -value, "excess": 0.0}
+        for key in sweep.trials.filter(status="finished")["trial_key"]
+        for group, end in ends.items()
+        for step, at in ((0, -10.8), (5, end))
+        for mask, value in (("sequence", at), ("none", at + step / 5))
+    ]
+    return pl.DataFrame(rows)
+
+
+def test_planted_changes_of_groups_are_found(sweep):
+    groups = planted_groups(
+        sweep,
+        {"common_100": -6.0, "rare_100": -12.0, "never_100": -14.0, "singletons": -15.0,
+         "never_used": -14.0},
+    )  # fmt: skip
+    found = {
+        name: values_of(name, sweep, token_groups=groups)
+        for name in ("rare_falls", "never_suppressed", "common_at_random_or_above", "mask_matters")
+    }
+    assert found["rare_falls"]["rare"] == pytest.approx([-1.2] * 4)
+    assert found["never_suppressed"]["never"] == pytest.approx([-3.2] * 4)
+    assert found["never_suppressed"]["never - rare"] == pytest.approx([-2.0] * 4)
+    assert found["common_at_random_or_above"]["common"] == pytest.approx([4.8] * 4)
+    assert found["mask_matters"]["common, unmasked - masked"] == pytest.approx([1.0] * 4)
+    replicate, whole = values_of("order", sweep, token_groups=groups).items()
+    assert {replicate[0]: set(replicate[1]), whole[0]: set(whole[1])} == {
+        "never_below_rare_below_common": {1.0},
+        "never_below_singletons_below_common": {0.0},
+    }
+
+
+def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
+    keys = sweep.trials.filter(status="finished")["trial_key"].to_list()
+    # -ln 100,000 is below the start, -ln 10,000 above it.
+    members = pl.DataFrame(
+        [
+            {"trial_key": key, "group": "singletons", "tokens": [0], "counts": [n]}
+            for key, n in zip(keys, [100_000, 100_000, 10_000, 10_000], strict=True)
+        ]
+    )
+    groups = planted_groups(sweep, {"rare_100": -12.0})
+    assert values_of("rare_flips", sweep, token_groups=groups, group_members=members) == {
+        "falls on a long text": [1.0, 1.0],
+        "rises on a short text": [0.0, 0.0],
+    }
+
+
+def test_unused_rows_are_those_of_the_tokens_table(sweep):
+    (found,) = values_of("unused_rows_move", sweep).values()
+    for key, moved in zip(
+        CLAIMS["unused_rows_move"].measure(sweep)["trial_key"], found, strict=True
+    ):
+        first, last = sweep.tables["tokens"].filter(trial_key=key).sort("step").to_dicts()
+        unused = np.array(first["count"]) == 0
+        rms = [np.sqrt(np.mean(np.array(row)[unused] ** 2)) for row in
+               (last["displacement"], first["norm"])]  # fmt: skip
+        assert moved == pytest.approx(rms[0] / rms[1], rel=1e-4)
+
+
+def test_weight_decay_takes_its_runs_out_of_the_claim_on_unused_rows(sweep):
+    decayed = sweep.trials.with_columns(pl.lit(0.1).alias("optim.weight_decay"))
+    assert CLAIMS["unused_rows_move"].measure(replace(sweep, trials=decayed)).is_empty()
+
+
+def test_the_digest_follows_every_margin_and_statement(monkeypatch):
+    before = digest()
+    claim = CLAIMS["depth_gradient"]
+    for other in (
+        replace(claim, parts={"tau": Part(centre="median", low=0.2, against=0.0, null=0.0)}),
+        replace(claim, says="Something else."),
+        replace(claim, version=2),
+    ):
+        monkeypatch.setattr(claims, "CLAIMS", {**CLAIMS, "depth_gradient": other})
+        assert digest() != before
+    monkeypatch.setattr(claims, "CLAIMS", dict(reversed(CLAIMS.items())))
+    assert digest() == before
