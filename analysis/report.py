@@ -120,9 +120,11 @@ def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
 
 
 def claim_findings(sweep: RunTables) -> dict[str, Any]:
-    """Every claim's verdict over all trials, and by scheme, subset and optimiser where they vary.
+    """Every claim's verdict for the configurations of this sweep, in general, and in parts of it.
 
-    In a part of the sweep a claim is tested only if it has all the numbers it has in the whole.
+    `here` and `by` (scheme, subset, optimiser, where they vary) take seeds as units; `in_general`
+    takes configurations as well. In a part of the sweep a claim is tested only if it has all the
+    numbers that it has in the whole.
     """
     values = {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
     trials = sweep.trials.select(
@@ -130,6 +132,10 @@ def claim_findings(sweep: RunTables) -> dict[str, Any]:
         config=pl.concat_str("scheme", "corpus.subset", separator=", "),
         seed="init.seed",
     )  # fmt: skip
+
+    def as_one(some: pl.DataFrame) -> pl.DataFrame:
+        return some.with_columns(config=pl.lit("these"))
+
     by: dict[str, dict[str, Any]] = {}
     for knob in ("scheme", "corpus.subset", "optim.name"):
         labels = trials[knob].unique(maintain_order=True).to_list()
@@ -141,12 +147,13 @@ def claim_findings(sweep: RunTables) -> dict[str, Any]:
                 else numbers.head(0)
                 for name, numbers in values.items()
             }
-            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some)
+            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, as_one(some))
     fixed = sweep.claims_digest
     return {
         "digest": digest(),
         "standing": "confirmatory" if fixed == digest() else "exploratory",
-        "overall": judge(CLAIMS, values, trials),
+        "here": judge(CLAIMS, values, as_one(trials)),
+        "in_general": judge(CLAIMS, values, trials) if trials["config"].n_unique() > 1 else None,
         "by": by,
     }
 
@@ -155,29 +162,25 @@ def _parts_of(values: pl.DataFrame) -> set[str]:
     return set(values["part"])
 
 
-def sentence(name: str, finding: Mapping[str, Any]) -> str:
-    """What a paper would print of one finding."""
-    claim = CLAIMS[name]
+def sentence(name: str, claims: Mapping[str, Any]) -> str:
+    """What a paper would print of a claim: its verdict here, with the numbers, and in general."""
+    claim, finding = CLAIMS[name], claims["here"][name]
     if finding["verdict"] == UNTESTED:
         return f"{claim.says} Not tested: no run of this sweep has the numbers for it."
     numbers = "; ".join(
         f"{part} {format_estimate(found['estimate'])}" for part, found in finding["parts"].items()
     )
-    units = f"{finding['seeds']} seeds"
-    if finding["configurations"] > 1:
-        units += f" x {finding['configurations']} configurations"
-    text = f"{claim.says} {finding['verdict'].capitalize()}: {numbers} ({claim.unit}; {units}, "
-    text += f"Holm-adjusted p = {finding['p_holm']:.2g})."
-    needed = [
-        f"{finding[f'{unit}s_needed']} {noun}"
-        for unit, noun in (("seed", "seeds"), ("config", "configurations"))
-        if finding[f"{unit}s_needed"]
-    ]
-    if needed:
-        text += f" By these numbers {' and '.join(needed)} would decide it."
+    text = f"{claim.says} {finding['verdict'].capitalize()}: {numbers} ({claim.unit}; "
+    text += f"{finding['seeds']} seeds, Holm-adjusted p = {finding['p_holm']:.2g})."
+    if finding["seeds_needed"]:
+        text += f" By these numbers {finding['seeds_needed']} seeds would decide it."
     if finding["verdict_with_diverged"] != finding["verdict"]:
         text += f" With {finding['diverged']} diverged runs counted against it: "
         text += f"{finding['verdict_with_diverged']}."
+    if claims["in_general"]:
+        general = claims["in_general"][name]
+        text += f" In general, from {general['configurations']} configurations: "
+        text += f"{general['verdict']}."
     return text
 
 
@@ -191,14 +194,15 @@ def summary(sweep: RunTables, findings: Mapping[str, Any]) -> str:
         + f" trials; {claims['standing']} (claims {claims['digest']}).",
         *(f"\nNote: {note}" for note in findings["notes"]),
         "",
-        "| claim | verdict |",
-        "|---|---|",
+        "| claim | verdict | in general |",
+        "|---|---|---|",
         *(
-            f"| {CLAIMS[name].says} | {found['verdict']} |"
-            for name, found in claims["overall"].items()
+            f"| {claim.says} | {claims['here'][name]['verdict']} "
+            f"| {claims['in_general'][name]['verdict'] if claims['in_general'] else '–'} |"
+            for name, claim in CLAIMS.items()
         ),
         "",
-        *(f"- {sentence(name, found)}" for name, found in claims["overall"].items()),
+        *(f"- {sentence(name, claims)}" for name in CLAIMS),
     ]
     return "\n".join(lines) + "\n"
 
