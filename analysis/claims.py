@@ -198,7 +198,7 @@ def rare_flips(sweep: RunTables) -> Values:
     """
     # The bins hold every token once; the source's groups overlap them.
     bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
-    sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("counts").list.sum().sum())
+    sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("n_occurrences").sum())
     start = _closed_form(sweep).join(sizes, on="trial_key")
     predicted = start.select("trial_key", falls=-pl.col("n_tokens").log() < pl.col("level"))
     changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import polars as pl
-from scipy import stats
 
 
 def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
@@ -58,7 +58,10 @@ def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
 
 
 def gradient_tau(layers: pl.Series, growth: pl.Series) -> float | None:
-    """-Kendall(layer, growth); null where undefined: fewer than two layers, or all growth alike."""
-    # scipy's answer for constant growth is NaN; it warns about fewer than two layers.
-    tau = math.nan if len(layers) < 2 else float(stats.kendalltau(layers, growth)[0])
+    """-Kendall's tau-b of layer and growth; null where undefined: growth unknown, or all alike.
+
+    As scipy.stats.kendalltau has it, without its half a millisecond a call.
+    """
+    x, y = (np.sign(values[:, None] - values) for values in (layers.to_numpy(), growth.to_numpy()))
+    tau = float((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum() or np.nan))
     return None if math.isnan(tau) else -tau

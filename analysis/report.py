@@ -2,6 +2,7 @@
 
     python analysis/report.py                       # the newest sweep of ./runs
     python analysis/report.py --name quick --out somewhere
+    python analysis/report.py --where "init.scheme = 'gpt2' AND init.seed < 4"
 
 Writes report.html (opens without a network), findings.json, summary.md and the tables as Parquet.
 """
@@ -38,13 +39,17 @@ from gptcore.config import KNOBS, InputError, spelling
 from gptcore.records import PRIMARY
 
 
-def build_report(uri: str, name: str | None, out: Path | None, runs_dir: Path) -> Path:
+def build_report(
+    uri: str, name: str | None, out: Path | None, runs_dir: Path, where: str | None = None
+) -> Path:
     """Write the report of a sweep (the newest where `name` is None); -> its folder.
+
+    `where` narrows it to some trials, as read_sweep says.
 
     `out` is by default RUNS_DIR/reports/NAME. Raises InputError where there is nothing to report
     or the folder cannot be written; what was there before is then left as it was.
     """
-    sweep = read_sweep(uri, name)
+    sweep = read_sweep(uri, name, where)
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     folder = out or runs_dir / "reports" / sweep.sweep
     by_run = statistics_of_runs(sweep)
@@ -108,11 +113,15 @@ def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
 def find(sweep: RunTables, by_run: dict[str, pl.DataFrame]) -> dict[str, Any]:
     """What the runs say, by scheme, as findings.json holds it."""
     counts = Counter(sweep.trials["status"])
-    ended = {status: counts[status] for status in ("finished", "diverged", "failed")}
+    ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
     schemes = sweep.trials["scheme"].unique(maintain_order=True)
+    unreadable = sweep.trials.filter(status="unreadable").select("trial_key", "reason")
     return {
         "sweep": sweep.sweep,
-        "notes": sweep.plan["notes"],
+        "notes": [
+            *sweep.plan["notes"],
+            *(f"Trial {key} is left out: {why}." for key, why in unreadable.rows()),
+        ],
         "trials": {**ended, "unfinished": len(sweep.trials) - sum(ended.values())},
         "depth_gradient": {scheme: _depth_findings(by_run, scheme) for scheme in schemes},
         "rare_tokens": {scheme: _token_findings(by_run, scheme) for scheme in schemes},
@@ -327,11 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), help="where runs are (./runs)"
     )
+    parser.add_argument(
+        "--where", help="only these trials: a condition such as \"init.scheme = 'gpt2'\""
+    )
     parser.add_argument("--out", type=Path, help="folder for the report (RUNS_DIR/reports/NAME)")
     try:
         args = parser.parse_args(argv)
         uri = tracking_uri(args.runs_dir)
-        folder = build_report(uri, args.name, args.out, args.runs_dir)
+        folder = build_report(uri, args.name, args.out, args.runs_dir, args.where)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from gptcore.config import InputError
-from gptcore.records import SCHEMA_VERSION, TABLES
+from gptcore.config import KNOBS, InputError
+from gptcore.records import PRIMARY, SCHEMA_VERSION
 
 SERVER_SECONDS = 5.0
 
@@ -137,8 +137,38 @@ def trial_status(run: Run | None) -> str:
     return "missing" if run is None else run.data.tags["trial_status"]
 
 
-def read_sweep(uri: str, name: str | None) -> RunTables:
-    """The named sweep, or the one launched last. Raises InputError where there is none to read."""
+def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
+    return rows
+
+
+READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
+    "init": _all,
+    "training": _all,
+    "weights": lambda rows: rows.filter(
+        pl.col("kind").is_in(["q", "k", "v", "qkv"]) | (pl.col("step") == 0)
+    ).drop("size", "frobenius", "rms_displacement", "cosine", "grad_rms"),
+    "text_losses": _all,
+    "token_groups": lambda rows: rows.filter(
+        pl.col("mask").is_in(["none", PRIMARY["mask"]]),
+        text=PRIMARY["text"], positions=PRIMARY["positions"],
+    ).drop("n_tokens", "log_mean_prob"),
+    "group_weights": _all,
+    # In place of fifty thousand ids a trial.
+    "group_members": lambda rows: rows.select(
+        "file", "group", n_tokens=pl.col("counts").list.len(),
+        n_occurrences=pl.col("counts").list.sum(),
+    ),
+}  # fmt: skip
+"""The tables that a report rests on, and what of them; all else stays where it is."""
+
+
+def read_sweep(uri: str, name: str | None, where: str | None = None) -> RunTables:
+    """The named sweep, or the one launched last; of it the trials for which `where` is true.
+
+    `where` is an SQL expression over the knobs. Finished trials whose tables cannot be read have
+    the status unreadable. Raises InputError where there is nothing to read, and for tables of
+    another schema.
+    """
     if not has_started(uri):
         raise InputError(f"there is no sweep yet: {uri.removeprefix('sqlite:///')} does not exist")
     client = connect(uri)
@@ -175,13 +205,24 @@ def read_sweep(uri: str, name: str | None) -> RunTables:
             ],
             infer_schema_length=None,
         )
+        if where is not None:
+            trials = selected(trials, where)
         finished = trials.filter(pl.col("status") == "finished")
         if finished.is_empty():
-            raise InputError(f"sweep {sweep.data.tags['sweep']} has no finished trials yet")
+            raise InputError(
+                f"sweep {sweep.data.tags['sweep']} has no finished trials yet"
+                + (f" for which {where}" if where else "")
+            )
         folders = {
             key: artifact_folder(client, runs[key], Path(folder)) for key in finished["trial_key"]
         }
-        tables = {table: read_table(table, folders) for table in TABLES}
+        tables, unreadable = read_tables(folders)
+        trials = trials.with_columns(
+            status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
+            .then(pl.lit("unreadable"))
+            .otherwise("status"),
+            reason=pl.col("trial_key").replace_strict(unreadable, default=pl.col("reason")),
+        )
     return RunTables(
         sweep.data.tags["sweep"], plan, sweep.data.tags.get("claims_digest"), trials, tables
     )
@@ -194,25 +235,68 @@ def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:
         return Path(urllib.parse.unquote(parts.path))
     folder = scratch / run.info.run_id
     folder.mkdir()
-    for table in TABLES:
+    for table in READ:
         client.download_artifacts(run.info.run_id, f"{table}.parquet", str(folder))
     return folder
 
 
+def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
+    """The trials for which an SQL expression over the knobs is true.
+
+    A knob's dot is no table's: init.scheme is read as "init.scheme". Raises InputError for an
+    expression that is none, and where no trial is left.
+    """
+    knobs = "|".join(re.escape(knob) for knob in KNOBS)
+    quoted = re.sub(rf"(?<![\w.\"'`])({knobs})(?![\w.\"'`])", r'"\1"', where)
+    try:
+        chosen = trials.filter(pl.sql_expr(quoted))
+    except pl.exceptions.PolarsError as error:
+        why = str(error).splitlines()[0]
+        raise InputError(
+            f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\", not {where!r}: "
+            f"{why}"
+        ) from error
+    if chosen.is_empty():
+        raise InputError(f"--where {where!r} is true of none of the {trials.height} trials")
+    return chosen
+
+
+def read_tables(
+    folders: Mapping[str, Path],
+) -> tuple[dict[str, pl.DataFrame], dict[str, str]]:
+    """The tables of READ of many trials, `folders` by trial key; -> also why which cannot be read.
+
+    A trial is left out whole. Raises InputError for another schema, and where no trial can be read.
+    """
+    try:
+        return {table: read_table(table, folders) for table in READ}, {}
+    except (OSError, pl.exceptions.PolarsError):
+        unreadable = {}
+        for key, folder in folders.items():
+            try:
+                for table in READ:
+                    read_table(table, {key: folder})
+            except (OSError, pl.exceptions.PolarsError) as error:
+                unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
+    whole = {key: folder for key, folder in folders.items() if key not in unreadable}
+    if not whole:
+        key, why = next(iter(unreadable.items()))
+        raise InputError(f"no trial can be read: of {key} the {why}")
+    return {table: read_table(table, whole) for table in READ}, unreadable
+
+
 def read_table(table: str, folders: Mapping[str, Path]) -> pl.DataFrame:
     """One table of many trials, `folders` by trial key. Raises InputError for another schema."""
-    frames = []
-    for key, folder in folders.items():
-        file = folder / f"{table}.parquet"
-        try:
-            found = pl.read_parquet_metadata(file).get("schema_version")
-            frame = pl.read_parquet(file)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise InputError(f"the {table} of trial {key} cannot be read: {error}") from error
+    keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}
+    for file, key in keys.items():
+        found = pl.read_parquet_metadata(file).get("schema_version")
         if found != str(SCHEMA_VERSION):
             raise InputError(
                 f"{file} of trial {key} has schema version {found}: this report reads "
                 f"{SCHEMA_VERSION}"
             )
-        frames.append(frame.select(pl.lit(key).alias("trial_key"), pl.all()))
-    return pl.concat(frames)
+    # One scan over all files: a read for each would take longer than all else together.
+    rows = READ[table](pl.scan_parquet(list(keys), include_file_paths="file")).collect()
+    return rows.select(
+        pl.col("file").replace_strict(keys).alias("trial_key"), pl.all().exclude("file")
+    )

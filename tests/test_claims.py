@@ -8,7 +8,7 @@ import pytest
 
 from analysis import claims
 from analysis.claims import CLAIMS, Part, digest
-from analysis.runs import read_sweep, tracking_uri
+from analysis.runs import connect, read_sweep, tracking_uri, trial_runs
 from gptcore.records import PRIMARY
 
 
@@ -134,7 +134,7 @@ def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
     # -ln 100,000 is below the start, -ln 10,000 above it.
     members = pl.DataFrame(
         [
-            {"trial_key": key, "group": "singletons", "tokens": [0], "counts": [n]}
+            {"trial_key": key, "group": "singletons", "n_tokens": 9, "n_occurrences": n}
             for key, n in zip(keys, [100_000, 100_000, 10_000, 10_000], strict=True)
         ]
     )
@@ -145,12 +145,15 @@ def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
     }
 
 
-def test_unused_rows_are_those_of_the_tokens_table(sweep):
+def test_unused_rows_are_those_of_the_tokens_table(sweep, finished_sweep):
     (found,) = values_of("unused_rows_move", sweep).values()
+    client = connect(tracking_uri(finished_sweep))
+    runs = trial_runs(client, "small")
     for key, moved in zip(
         CLAIMS["unused_rows_move"].measure(sweep)["trial_key"], found, strict=True
     ):
-        first, last = sweep.tables["tokens"].filter(trial_key=key).sort("step").to_dicts()
+        file = runs[key].info.artifact_uri.removeprefix("file://") + "/tokens.parquet"
+        first, last = pl.read_parquet(file).sort("step").to_dicts()
         unused = np.array(first["count"]) == 0
         rms = [np.sqrt(np.mean(np.array(row)[unused] ** 2)) for row in
                (last["displacement"], first["norm"])]  # fmt: skip

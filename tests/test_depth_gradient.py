@@ -3,8 +3,9 @@ import math
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 
-from analysis.depth_gradient import depth_gradient, layer_growth
+from analysis.depth_gradient import depth_gradient, gradient_tau, layer_growth
 
 
 def weights(growth_of_runs, start=0.02):
@@ -61,3 +62,15 @@ def test_an_undefined_gradient_is_null():
         layer_growth(weights({"one_layer": [0.5], "all_alike": [0.0, 0.0, 0.0]}))
     )
     assert found["tau"].to_list() == [None, None]
+
+
+def test_tau_is_scipys():
+    rng = np.random.default_rng(0)
+    layers = pl.Series(range(8))
+    for _ in range(50):
+        growth = pl.Series(rng.integers(0, 5, 8) / 10)  # with ties
+        expected = stats.kendalltau(layers, growth).statistic
+        assert gradient_tau(layers, growth) == pytest.approx(-expected)
+    assert gradient_tau(layers, pl.Series([0.1] * 8)) is None
+    assert gradient_tau(layers[:1], pl.Series([0.1])) is None
+    assert gradient_tau(layers, pl.Series([None, *range(7)], dtype=pl.Float64)) is None

@@ -1,16 +1,18 @@
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
+from pathlib import Path
 
 import polars as pl
 import pytest
 
 from analysis.claims import CLAIMS
 from analysis.report import find, main, of_seeds, statistics_of_runs, with_scheme
-from analysis.runs import RunTables, connect, tracking_uri
+from analysis.runs import READ, RunTables, connect, tracking_uri, trial_runs
 from analysis.verdicts import NOT_SUPPORTED, UNDERPOWERED, UNTESTED
-from gptcore.records import PRIMARY, TABLES
+from gptcore.records import PRIMARY
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,7 +29,13 @@ def report(finished_sweep, tmp_path):
 def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     findings = json.loads((report / "findings.json").read_text())
     assert findings["sweep"] == "small"
-    assert findings["trials"] == {"finished": 4, "diverged": 1, "failed": 0, "unfinished": 1}
+    assert findings["trials"] == {
+        "finished": 4,
+        "diverged": 1,
+        "failed": 0,
+        "unreadable": 0,
+        "unfinished": 1,
+    }
     assert set(findings["depth_gradient"]) == set(findings["rare_tokens"])
     assert set(findings["rare_tokens"]) == {
         "model5, optim.lr 0.001",
@@ -59,9 +67,9 @@ def test_the_findings_are_those_of_the_rows(report):
     assert group["change"]["value"] == pytest.approx(end - start)
 
 
-def test_every_table_of_the_trials_is_written_as_parquet(report):
+def test_every_table_that_it_rests_on_is_written_as_parquet(report):
     names = {file.stem for file in report.glob("*.parquet")}
-    assert names >= set(TABLES) | {"trials", "depth_gradient", "layer_growth"}
+    assert names >= set(READ) | {"trials", "depth_gradient", "layer_growth"}
     assert pl.read_parquet(report / "training.parquet")["trial_key"].n_unique() == 4
 
 
@@ -103,6 +111,42 @@ def test_claims_that_changed_after_the_first_trial_are_exploratory(
     assert "Exploratory: the claims" in (tmp_path / "report.html").read_text()
 
 
+def test_a_report_can_be_of_some_trials(finished_sweep, tmp_path):
+    where = "init.scheme = 'gpt2' AND init.seed < 1"
+    assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path), "--where", where]) == 0
+    trials = pl.read_parquet(tmp_path / "trials.parquet")
+    assert trials.select("init.scheme", "init.seed").rows() == [("gpt2", 0)]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "not Parquet"])
+def test_a_damaged_table_leaves_its_trial_out_and_the_report_says_so(
+    finished_sweep, tmp_path, damage
+):
+    runs_dir = tmp_path / "runs"
+    shutil.copytree(finished_sweep, runs_dir)
+    # Artifacts are where the store says: of the copy they are made those of the copy.
+    with sqlite3.connect(runs_dir / "mlflow.db") as store:
+        store.execute(
+            "update runs set artifact_uri = replace(artifact_uri, ?, ?)",
+            (str(finished_sweep), str(runs_dir)),
+        )
+    runs = trial_runs(connect(tracking_uri(runs_dir)), "small").values()
+    run = next(run for run in runs if run.data.tags["trial_status"] == "finished")
+    file = Path(run.info.artifact_uri.removeprefix("file://"), "token_groups.parquet")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100] if damage == "cut short" else b"x" * 99)
+    out = tmp_path / "report"
+    assert main(["--runs-dir", str(runs_dir), "--out", str(out)]) == 0
+    findings = json.loads((out / "findings.json").read_text())
+    assert findings["trials"]["unreadable"] == 1
+    assert findings["trials"]["finished"] == 3
+    (note,) = (note for note in findings["notes"] if "left out" in note)
+    assert re.match(r"Trial [0-9a-f]{12} is left out: token_groups cannot be read: ", note)
+    assert "is left out: token_groups" in (out / "report.html").read_text()
+
+
 def test_a_second_report_takes_the_place_of_the_first(finished_sweep, report):
     before = sorted(report.iterdir())
     assert main(["--runs-dir", str(finished_sweep), "--name", "small", "--out", str(report)]) == 0
@@ -118,6 +162,11 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
     ("arguments", "says"),
     [
         (["--name", "none"], "there is no sweep none: the sweeps of this store are small"),
+        (["--where", "init.scheme = 'none'"], "is true of none of the 6 trials"),
+        (["--where", "init.shceme = 'gpt2'"], "takes a condition on knobs such as"),
+        (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
+        (["--where", "drop ("], "takes a condition on knobs such as"),
+        (["--where", "init.seed > 2"], "has no finished trials yet for which init.seed > 2"),
         (["--nmae", "x"], "unrecognized arguments: --nmae x"),
         (["--out", "/proc/report"], "the report folder /proc/report cannot be written"),
     ],
@@ -215,6 +264,7 @@ def test_a_scheme_without_finished_trials_is_still_in_the_findings():
         {
             "trial_key": ["a", "b"],
             "status": ["finished", "diverged"],
+            "reason": ["", ""],
             "init.scheme": ["gpt2", "model5"],
             "corpus.subset": ["all", "all"],
             "init.seed": [0, 0],
