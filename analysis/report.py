@@ -51,6 +51,9 @@ def build_report(
     """
     sweep = read_sweep(uri, name, where)
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
+    if where:
+        notes = [*sweep.plan["notes"], f"Only the trials for which {where}."]
+        sweep = replace(sweep, plan={**sweep.plan, "notes": notes})
     folder = out or runs_dir / "reports" / sweep.sweep
     by_run = statistics_of_runs(sweep)
     findings = {**find(sweep, by_run), "claims": claim_findings(sweep)}

@@ -274,7 +274,7 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             from analysis.report import build_report
 
             folder = build_report(uri, plan.name, None, runs_dir)
-            artifacts = [folder / "report.html", folder / "findings.json"]
+            artifacts = [folder / name for name in ("report.html", "findings.json", "summary.md")]
             console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
         console.print(f"  then: {chart_page(uri, experiment_id)}", soft_wrap=True)
