@@ -196,13 +196,7 @@ def rare_flips(sweep: RunTables) -> Values:
     A calibrated singleton stands at ln(1 / N) for a text of N tokens: below its start on a long
     text, above it on a short one.
     """
-    # The bins hold every token once; the source's groups overlap them.
-    bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
-    sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("n_occurrences").sum())
-    start = _closed_form(sweep).join(sizes, on="trial_key")
-    predicted = start.select("trial_key", falls=-pl.col("n_tokens").log() < pl.col("level"))
-    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
-    both = changes.join(predicted, on="trial_key", maintain_order="left")
+    both = rare_by_size(sweep).with_columns(falls=pl.col("predicted") < 0)
     if both["falls"].n_unique() < 2:
         return _values([])  # no sweep over sizes on both sides
     return _known(
@@ -213,6 +207,22 @@ def rare_flips(sweep: RunTables) -> Values:
             value=((pl.col("change") < 0) == pl.col("falls")).cast(pl.Float64),
         )
     )  # fmt: skip
+
+
+def rare_by_size(sweep: RunTables) -> pl.DataFrame:
+    """Per run: trial_key, n_tokens that it trains on, change of rare's mean log-prob, and
+    predicted: what the change would be if it ended calibrated, at ln(1 / N)."""
+    # The bins hold every token once; the source's groups overlap them.
+    bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
+    sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("n_occurrences").sum())
+    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
+    return (
+        changes.join(sizes, on="trial_key", maintain_order="left")
+        .join(_closed_form(sweep), on="trial_key", maintain_order="left")
+        .select(
+            "trial_key", "n_tokens", "change", predicted=-pl.col("n_tokens").log() - pl.col("level")
+        )
+    )
 
 
 def never_suppressed(sweep: RunTables) -> Values:

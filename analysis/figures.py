@@ -89,6 +89,26 @@ def fig_growth_by_layer(growth: pl.DataFrame) -> alt.LayerChart:
     )
 
 
+def fig_rare_by_size(changes: pl.DataFrame) -> Any:
+    """Change of rare tokens against the number of tokens trained on, with the one that calibration
+    predicts. `changes`: as analysis.claims.rare_by_size, with scheme."""
+    base = alt.Chart(changes).encode(
+        x=alt.X("n_tokens:Q", title="tokens trained on (log scale)", scale=LOG)
+    )
+    colour = alt.Color("scheme:N", title="scheme", scale=alt.Scale(range=COLOURS))
+    runs = base.mark_circle(opacity=0.5).encode(
+        y=alt.Y("change:Q", title="change of rare's mean log-prob (nats)"),
+        color=colour,
+        tooltip=["scheme:N", "n_tokens:Q", alt.Tooltip("change:Q", format=".3f")],
+    )
+    means = base.mark_line().encode(y="mean(change):Q", color=colour)
+    predicted = base.mark_line(color="black", strokeDash=[6, 4]).encode(y="mean(predicted):Q")
+    zero = alt.Chart().mark_rule(color="#767676").encode(y=alt.datum(0))
+    return alt.layer(zero, predicted, means, runs).properties(
+        width=460, height=260, description="Change of rare tokens against the size of the text"
+    )
+
+
 def fig_group_log_prob(token_groups: pl.DataFrame) -> alt.FacetChart:
     """Mean log-prob of each token group over steps. `token_groups`: of one mask, with scheme."""
     groups = token_groups["group"].unique(maintain_order=True).to_list()

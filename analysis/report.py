@@ -29,7 +29,7 @@ import polars as pl
 import vl_convert
 
 from analysis import figures
-from analysis.claims import CLAIMS, digest
+from analysis.claims import CLAIMS, digest, rare_by_size
 from analysis.depth_gradient import depth_gradient, last_steps, layer_growth
 from analysis.rare_tokens import ORDERS, group_changes, orders_hold, primary
 from analysis.runs import RunTables, read_sweep, tracking_uri
@@ -271,13 +271,16 @@ def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
 
 def render(sweep: RunTables, by_run: dict[str, pl.DataFrame], findings: dict[str, Any]) -> str:
     """The page: one HTML file with everything in it."""
-    charts = {
+    charts: dict[str, Any] = {
         "qkv_std": figures.fig_qkv_std(by_run["layer_growth"]),
         "growth_by_layer": figures.fig_growth_by_layer(by_run["layer_growth"]),
         "group_log_prob": figures.fig_group_log_prob(
             with_trial(primary(sweep.tables["token_groups"].lazy()).collect(), sweep)
         ),
     }
+    rare = with_trial(rare_by_size(sweep), sweep)
+    if rare["n_tokens"].n_unique() > 1:
+        charts["rare_by_size"] = figures.fig_rare_by_size(rare)
     # A plan made before a knob was added does not have it.
     knobs = [knob for knob in KNOBS if knob in sweep.trials.columns]
     varied = [knob for knob in knobs if sweep.trials[knob].n_unique() > 1]

@@ -3,14 +3,23 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from analysis.claims import CLAIMS
-from analysis.report import find, main, of_seeds, statistics_of_runs, with_scheme
-from analysis.runs import READ, RunTables, connect, tracking_uri, trial_runs
+from analysis.report import (
+    claim_findings,
+    find,
+    main,
+    of_seeds,
+    render,
+    statistics_of_runs,
+    with_scheme,
+)
+from analysis.runs import READ, RunTables, connect, read_sweep, tracking_uri, trial_runs
 from analysis.verdicts import NOT_SUPPORTED, UNDERPOWERED, UNTESTED
 from gptcore.records import PRIMARY
 
@@ -204,9 +213,8 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
     assert "sweep empty has no finished trials yet" in capsys.readouterr().err
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
+def drawn(page, tmp_path):
+    """The figures that a browser without a network draws of a page; it must not complain."""
     done = subprocess.run(
         [
             CHROMIUM,
@@ -222,16 +230,45 @@ def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
             "--virtual-time-budget=10000",
             "--enable-logging=stderr",
             "--dump-dom",
-            (report / "report.html").as_uri(),
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
     )
     figures = re.findall(r'<div id="(\w+)"[^>]*class="vega-embed[^"]*"', done.stdout)
-    assert figures == ["qkv_std", "growth_by_layer", "group_log_prob"]
-    assert len(re.findall(r"<svg[^>]*class=\"marks\"", done.stdout)) == 3
+    assert len(re.findall(r"<svg[^>]*class=\"marks\"", done.stdout)) == len(figures)
     assert "CONSOLE" not in done.stderr, done.stderr
+    return figures
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+
+
+@pytest.mark.browser
+@needs_browser
+def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
+    found = drawn(report / "report.html", tmp_path)
+    assert found == ["qkv_std", "growth_by_layer", "group_log_prob"]
+
+
+@pytest.mark.browser
+@needs_browser
+def test_runs_on_texts_of_several_sizes_are_drawn_against_them(finished_sweep, tmp_path):
+    sweep = read_sweep(tracking_uri(finished_sweep), "small")
+    sizes = sweep.tables["group_members"].with_columns(
+        n_occurrences=pl.col("n_occurrences") * pl.col("trial_key").rank("dense")
+    )
+    sweep = replace(
+        sweep,
+        trials=with_scheme(sweep.trials),
+        tables={**sweep.tables, "group_members": sizes},
+    )
+    by_run = statistics_of_runs(sweep)
+    findings = {**find(sweep, by_run), "claims": claim_findings(sweep)}
+    page = tmp_path / "page.html"
+    page.write_text(render(sweep, by_run, findings), encoding="utf-8")
+    assert drawn(page, tmp_path)[-1] == "rare_by_size"
 
 
 def test_runs_of_one_seed_count_once(finished_sweep):

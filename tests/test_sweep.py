@@ -96,7 +96,8 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
     for run in runs.values():
         assert {"corpus_digest", "git_commit", "versions", "host", "sweep"} <= set(run.data.tags)
     findings = json.loads((runs_dir / "reports" / "e2e" / "findings.json").read_text())
-    assert findings["trials"] == {"finished": 2, "diverged": 0, "failed": 0, "unfinished": 0}
+    assert {name for name, count in findings["trials"].items() if count} == {"finished"}
+    assert findings["trials"]["finished"] == 2
     assert (runs_dir / "reports" / "e2e" / "report.html").stat().st_size > 100_000
     assert "2 of 2 finished, 0 running, 0 failed\n" in output
     assert f"mlflow ui --backend-store-uri sqlite:///{runs_dir}/mlflow.db" in output
