@@ -131,7 +131,7 @@ def widening(sweep: RunTables) -> Values:
 
 def depth_gradient(sweep: RunTables) -> Values:
     """tau of growth over depth at the last step."""
-    return _tau(last_steps(layer_growth(sweep.tables["weights"].lazy())), "growth", "tau")
+    return _tau(last_steps(layer_growth(sweep.tables["weights"].lazy())), "tau")
 
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
@@ -139,16 +139,16 @@ def depth_gradient_lasts(sweep: RunTables) -> Values:
     growth = layer_growth(sweep.tables["weights"].lazy())
     last = growth["step"].max()
     frames = [
-        _tau(growth.filter(step=step), "growth", f"tau at step {step}")
+        _tau(growth.filter(step=step), f"tau at step {step}")
         for step in (50, 100, 250, 500)
         if isinstance(last, int) and step < last
     ]
-    return pl.concat([*frames, _tau(last_steps(growth), "growth", "tau at the last step")])
+    return pl.concat([*frames, _tau(last_steps(growth), "tau at the last step")])
 
 
-def _tau(growth: pl.DataFrame, column: str, part: str) -> Values:
+def _tau(growth: pl.DataFrame, part: str) -> Values:
     rows = [
-        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run[column])}
+        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run["growth"])}
         for (key,), run in growth.group_by("trial_key", maintain_order=True)
     ]
     return _known(_values(rows))

@@ -160,10 +160,9 @@ def claim_findings(sweep: RunTables) -> dict[str, Any]:
                 for name, numbers in values.items()
             }
             by.setdefault(knob, {})[label] = judge(CLAIMS, whole, as_one(some))
-    fixed = sweep.claims_digest
     return {
         "digest": digest(),
-        "standing": "confirmatory" if fixed == digest() else "exploratory",
+        "standing": "confirmatory" if sweep.claims_digest == digest() else "exploratory",
         "here": judge(CLAIMS, values, as_one(trials)),
         "in_general": judge(CLAIMS, values, trials) if trials["config"].n_unique() > 1 else None,
         "by": by,

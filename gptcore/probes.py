@@ -37,7 +37,6 @@ from gptcore.token_probs import Reading, group_weight_rows, read, token_group_ro
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Shared by all runs: 0.001 wide around 0, a tenth of the value far out, ending at +-4.06."""
 
-
 TILE = 1 << 16
 """Elements that are worked on at a time."""
 

@@ -52,7 +52,7 @@ def train(
         text: torch.from_numpy(windows).to(device) for text, windows in corpus.fixed_texts().items()
     }
     status: Literal["finished", "diverged"] = "finished"
-    reason = ""
+    reason, chance = "", math.log(config.model.vocab_size)
     begun = checkpoint.load(model, optimizer) if checkpoint else Progress(0, [], 0.0)
     logged = begun.rows
     for rows in logged:
@@ -72,7 +72,6 @@ def train(
         hidden_BTD = model(ids_BT)
         loss, log_z_BT = loss_of(hidden_BTD, model.head.weight, targets_BT)
         loss_value = loss.item()
-        chance = math.log(config.model.vocab_size)
         exploded = losses and loss_value > EXPLOSION * max(losses[0], chance)
         if exploded or not math.isfinite(loss_value):
             status, reason = "diverged", f"loss {loss_value:.4g} at step {step}"
