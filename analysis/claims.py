@@ -29,7 +29,8 @@ class Part:
 
     Supported where the whole interval lies above `low` or below `high` (or between the two);
     contradicted where all of it lies beyond `against`, which is that bound itself if not given.
-    The p-value tests against `null`, which is the bound itself if not given.
+    The p-value tests against `null`, which is the bound itself if not given. A part that does not
+    decide is reported beside those that do.
     """
 
     centre: str  # mean, median or share
@@ -37,6 +38,7 @@ class Part:
     high: float | None = None
     against: float | None = None
     null: float | None = None
+    decides: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Claim:
     parts: Mapping[str, Part]  # all of them decide; `*` stands for parts that the runs name
     measure: Callable[[RunTables], Values]
     version: int = 1  # raised when `measure` gives other numbers
+    course: bool = False  # its parts are one number at several steps, the last step's last
 
 
 def init_table(sweep: RunTables) -> Values:
@@ -130,25 +133,26 @@ def widening(sweep: RunTables) -> Values:
 
 
 def depth_gradient(sweep: RunTables) -> Values:
-    """tau of growth over depth at the last step."""
-    return _tau(last_steps(layer_growth(sweep.tables["weights"].lazy())), "tau")
+    """tau over depth at the last step, of growth and of RMS displacement."""
+    last = last_steps(layer_growth(sweep.tables["weights"].lazy()))
+    return pl.concat([_tau(last, "tau"), _tau(last, "tau of RMS displacement", "displacement")])
 
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
-    """tau at steps 50, 100, 250 and 500, where they are recorded, and at the last step."""
+    """tau at each of STEPS that is recorded, and at the last step."""
     growth = layer_growth(sweep.tables["weights"].lazy())
     last = growth["step"].max()
     frames = [
         _tau(growth.filter(step=step), f"tau at step {step}")
-        for step in (50, 100, 250, 500)
+        for step in STEPS
         if isinstance(last, int) and step < last
     ]
     return pl.concat([*frames, _tau(last_steps(growth), "tau at the last step")])
 
 
-def _tau(growth: pl.DataFrame, part: str) -> Values:
+def _tau(growth: pl.DataFrame, part: str, column: str = "growth") -> Values:
     rows = [
-        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run["growth"])}
+        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run[column])}
         for (key,), run in growth.group_by("trial_key", maintain_order=True)
     ]
     return _known(_values(rows))
@@ -187,7 +191,8 @@ def order(sweep: RunTables) -> Values:
 
 
 def rare_falls(sweep: RunTables) -> Values:
-    return _change(sweep, {"rare": pl.col("rare_100")})
+    """Change of rare's mean log-prob, and how far above the smoothed unigram model it ends."""
+    return _change(sweep, {"rare": ("change", "rare_100"), EXCESS: ("excess", "rare_100")})
 
 
 def rare_flips(sweep: RunTables) -> Values:
@@ -226,20 +231,25 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
 
 
 def never_suppressed(sweep: RunTables) -> Values:
-    return _change(
-        sweep,
-        {"never": pl.col("never_100"), "never - rare": pl.col("never_100") - pl.col("rare_100")},
-    )
+    """Change of never's mean log-prob, and by how much it exceeds rare's."""
+    found = _change(sweep, {"never": ("change", "never_100"), "rare": ("change", "rare_100")})
+    wide = found.pivot("part", index="trial_key", values="value")
+    return _long(wide, {"never": pl.col("never"), "never - rare": pl.col("never") - pl.col("rare")})
 
 
 def common_at_random_or_above(sweep: RunTables) -> Values:
-    return _change(sweep, {"common": pl.col("common_100")})
+    """Change of common's mean log-prob, held against a margin and against none."""
+    return _change(sweep, dict.fromkeys(("common", "common, margin 0"), ("change", "common_100")))
 
 
-def _change(sweep: RunTables, numbers: Mapping[str, pl.Expr]) -> Values:
-    """Changes of mean log-prob from step 0 to the last step, by group."""
+def _change(sweep: RunTables, parts: Mapping[str, tuple[str, str]]) -> Values:
+    """Per run, from step 0 to the last step: of each part the (column, group) of group_changes."""
     changes = group_changes(sweep.tables["token_groups"].lazy())
-    return _long(changes.pivot("group", index="trial_key", values="change"), numbers)
+    frames = [
+        changes.filter(group=group).select("trial_key", part=pl.lit(part), value=column)
+        for part, (column, group) in parts.items()
+    ]
+    return _known(pl.concat(frames))
 
 
 def mask_matters(sweep: RunTables) -> Values:
@@ -254,7 +264,8 @@ def mask_matters(sweep: RunTables) -> Values:
 
 
 def unused_rows_move(sweep: RunTables) -> Values:
-    """RMS displacement of the rows of never-used tokens, relative to their RMS at step 0.
+    """RMS displacement of the rows of never-used tokens, relative to their RMS at step 0; and what
+    it does to their log-prob: change = logit's part + log Z's part.
 
     Where weight decay would move them too there is no number.
     """
@@ -262,7 +273,14 @@ def unused_rows_move(sweep: RunTables) -> Values:
     unused = sweep.tables["group_weights"].filter(group="never_used").join(free, on="trial_key")
     by_run = unused.sort("step", maintain_order=True).group_by("trial_key", maintain_order=True)
     moved = by_run.agg(value=pl.col("rms_displacement").last() / pl.col("rms").first())
-    return _long(moved, {"displacement": pl.col("value")})
+    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="never_used")
+    split = changes.join(free, on="trial_key", maintain_order="left")
+    return pl.concat(
+        [
+            _long(moved, {"displacement": pl.col("value")}),
+            _long(split, {LOGIT: pl.col("logit_change"), LOG_Z: -pl.col("log_z_change")}),
+        ]
+    )
 
 
 def _values(rows: Sequence[Mapping[str, object]]) -> Values:
@@ -281,6 +299,10 @@ def _known(values: Values) -> Values:
 
 
 A, B = "weight initialisation and the spread of attention weights", "unused tokens"
+STEPS = (50, 100, 250, 500)
+"""At these, beside the last, the course of a number is looked at."""
+EXCESS = "rare, above the smoothed unigram at the end"
+LOGIT, LOG_Z = "never used, logit's part (nats)", "never used, log Z's part (nats)"
 
 CLAIMS: dict[str, Claim] = {
     "init_table": Claim(
@@ -301,11 +323,16 @@ CLAIMS: dict[str, Claim] = {
     "depth_gradient": Claim(
         says="The attention weights of earlier layers widen more.",
         source=A, unit="tau", measure=depth_gradient,
-        parts={"tau": Part(centre="median", low=0.3, against=0.0, null=0.0)},
+        parts={
+            "tau": Part(centre="median", low=0.3, against=0.0, null=0.0),
+            "tau of RMS displacement": Part(
+                centre="median", low=0.3, against=0.0, null=0.0, decides=False
+            ),
+        },
     ),
     "depth_gradient_lasts": Claim(
         says="The gradient over depth is there from step 50 to the last step.",
-        source=A, unit="tau", measure=depth_gradient_lasts,
+        source=A, unit="tau", measure=depth_gradient_lasts, course=True,
         parts={"*": Part(centre="median", low=0.0)},
     ),
     "first_layer_widest": Claim(
@@ -326,7 +353,10 @@ CLAIMS: dict[str, Claim] = {
     "rare_falls": Claim(
         says="Rare tokens fall below their start.",
         source=B, unit="nats", measure=rare_falls,
-        parts={"rare": Part(centre="mean", high=0.0)},
+        parts={
+            "rare": Part(centre="mean", high=0.0),
+            EXCESS: Part(centre="mean", high=0.0, decides=False),
+        },
     ),
     "rare_flips": Claim(
         says="Rare tokens rise on a text so short that calibration alone predicts it, else fall.",
@@ -344,7 +374,10 @@ CLAIMS: dict[str, Claim] = {
     "common_at_random_or_above": Claim(
         says="Common tokens do not fall below their start.",
         source=B, unit="nats", measure=common_at_random_or_above,
-        parts={"common": Part(centre="mean", low=-0.1)},
+        parts={
+            "common": Part(centre="mean", low=-0.1),
+            "common, margin 0": Part(centre="mean", low=0.0, decides=False),
+        },
     ),
     "mask_matters": Claim(
         says="Without the mask common tokens look more probable than they are.",
@@ -354,7 +387,11 @@ CLAIMS: dict[str, Claim] = {
     "unused_rows_move": Claim(
         says="Embedding rows of tokens that never occur change without being read.",
         source=B, unit="RMS displacement / RMS at step 0", measure=unused_rows_move,
-        parts={"displacement": Part(centre="mean", low=0.01, against=0.01)},
+        parts={
+            "displacement": Part(centre="mean", low=0.01, against=0.01),
+            LOGIT: Part(centre="mean", high=0.0, decides=False),
+            LOG_Z: Part(centre="mean", high=0.0, decides=False),
+        },
     ),
 }  # fmt: skip
 

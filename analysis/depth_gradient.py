@@ -13,13 +13,14 @@ import polars as pl
 
 
 def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
-    """Per run, layer and step: trial_key, layer, step, std, growth (log ratio to step 0)."""
+    """Per run, layer and step: trial_key, layer, step, std, growth (log ratio to step 0) and RMS
+    displacement, which is comparable over schemes whose stds start apart."""
     qkv = weights.filter(pl.col("kind") == kind)
     start = qkv.filter(pl.col("step") == 0).select("trial_key", "layer", start="std")
     return (
         qkv.join(start, on=["trial_key", "layer"])
         .with_columns(growth=(pl.col("std") / pl.col("start")).log())
-        .select("trial_key", "layer", "step", "std", "growth")
+        .select("trial_key", "layer", "step", "std", "growth", displacement="rms_displacement")
         .sort("trial_key", "layer", "step")
         .collect()
     )

@@ -146,7 +146,7 @@ READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
     "training": _all,
     "weights": lambda rows: rows.filter(
         pl.col("kind").is_in(["q", "k", "v", "qkv"]) | (pl.col("step") == 0)
-    ).drop("size", "frobenius", "rms_displacement", "cosine", "grad_rms"),
+    ).drop("size", "frobenius", "cosine", "grad_rms"),
     "text_losses": _all,
     "token_groups": lambda rows: rows.filter(
         pl.col("mask").is_in(["none", PRIMARY["mask"]]),

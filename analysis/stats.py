@@ -45,6 +45,16 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     return Estimate(seeds=len(values), value=value, low=low, high=high)
 
 
+def t_p(values: Sequence[float]) -> float:
+    """One-sided p of Student's test that the mean is above 0; 1 below 2 values."""
+    if len(values) < 2:
+        return 1.0
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    if error == 0:
+        return float(mean <= 0)
+    return float(stats.t.sf(mean / error, len(values) - 1))
+
+
 def median_interval(values: Sequence[float]) -> Estimate:
     """Median with the interval between two order statistics; no interval below 6 seeds.
 

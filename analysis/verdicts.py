@@ -9,6 +9,7 @@ alone makes intervals too narrow, and so does a bootstrap of the few configurati
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from analysis.stats import (
     median_interval,
     share_interval,
     sign_flip_p,
+    t_p,
     t_quantile,
 )
 
@@ -74,14 +76,18 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, 
     for (part,), rows in placed.group_by("part", maintain_order=True):
         rule = claim.parts.get(part) or claim.parts["*"]
         runs = rows.select("seed", "config", "value").rows()
-        parts[part] = _part(rule, runs)
+        parts[part] = {**_part(rule, runs), "decides": rule.decides}
+        if not rule.decides:
+            continue
         adverse = _adverse(rule, [value for *_, value in runs])
         worst = [(seed, config, adverse) for seed, config in diverged]
         with_diverged.append(_part(rule, runs + worst)["verdict"])
+    deciding = [part for part in parts.values() if part["decides"]]
     return {
-        "verdict": combined([part["verdict"] for part in parts.values()]),
+        "verdict": combined([part["verdict"] for part in deciding]),
         "verdict_with_diverged": combined(with_diverged),
-        "p": max((part["p"] for part in parts.values()), default=None),
+        "course": course(list(parts.values())) if claim.course else None,
+        "p": max((part["p"] for part in deciding), default=None),
         "runs": placed["trial_key"].n_unique(),
         "diverged": len(diverged),
         "seeds": placed["seed"].n_unique(),
@@ -133,7 +139,8 @@ def p_added(p_values: Sequence[float]) -> float:
     scores = [float(stats.norm.isf(p)) for p in p_values]
     if len(scores) == 1 or min(scores) <= 0:
         return max(p_values)
-    return float(stats.norm.sf(1 / math.sqrt(sum(score**-2 for score in scores))))
+    spread = math.sqrt(sum(score**-2 for score in scores))
+    return float(stats.norm.sf(1 / spread)) if spread else 0.0
 
 
 def decide(rule: Part, estimate: Estimate) -> str:
@@ -163,24 +170,44 @@ def combined(verdicts: Sequence[str]) -> str:
     return UNTESTED
 
 
+def course(parts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where a number that was there at some step is not there at the last: transient; where its
+    interval has the other sign by then: reversed."""
+    if not parts or parts[-1]["verdict"] == SUPPORTED:
+        return None
+    if parts[-1]["verdict"] == CONTRADICTED:
+        return "reversed"
+    return "transient" if SUPPORTED in [part["verdict"] for part in parts] else None
+
+
 def p_value(rule: Part, units: Sequence[float]) -> float:
     """One-sided p against the rule's null; for a region with two bounds the larger of both (TOST).
 
-    Exact binomial for shares; for means and medians by flipping signs, exact up to 14 units.
+    For means Student's, as their interval is; for medians by flipping signs, exact up to 14 units;
+    for shares exact binomial.
     """
     p_values = []
-    for bound, sign in ((rule.low, 1), (rule.high, -1)):
-        if bound is None:
-            continue
-        null = bound if rule.null is None else rule.null
+    for null, sign in _nulls(rule):
         if rule.centre == "share":
             whole = math.floor(sum(units) + 1e-9)
             p_values.append(
                 float(stats.binomtest(whole, len(units), null, alternative="greater").pvalue)
             )
+        elif rule.centre == "mean":
+            p_values.append(t_p([sign * (value - null) for value in units]))
         else:
             p_values.append(sign_flip_p([sign * (value - null) for value in units]))
     return max(p_values)
+
+
+def _nulls(rule: Part) -> list[tuple[float, int]]:
+    """What the rule's number is tested against, and 1 if it has to be larger, -1 if smaller."""
+    bounds = ((rule.low, 1), (rule.high, -1))
+    return [
+        (bound if rule.null is None else rule.null, sign)
+        for bound, sign in bounds
+        if bound is not None
+    ]
 
 
 def _adverse(rule: Part, values: Sequence[float]) -> float:
@@ -200,24 +227,39 @@ def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: i
 
     None where there is no such kind of unit, or no number up to MOST_UNITS would.
     """
-    # Fewer cannot pass Holm even where all of them agree: the smallest exact p is 2^-n.
     kinds = 1 + any(found["over_configs"] for found in parts.values())
-    needed = next(n for n in range(1, MOST_UNITS) if p_added([2.0**-n] * kinds) * n_claims < ALPHA)
+    needed = 0
     for part, found in parts.items():
+        if not found["decides"]:
+            continue
         estimate = found[f"over_{unit}s"]
         if estimate is None or estimate["sd"] is None:
             return None
         rule = claim.parts.get(part) or claim.parts["*"]
-        deciding = (
-            n
-            for n in range(2, MOST_UNITS + 1)
-            if decide(rule, _expected(rule, estimate, n)) != UNDERPOWERED
-        )
-        enough = next(deciding, None)
-        if enough is None:
+
+        def decided(n: int, rule: Part = rule, estimate: Any = estimate) -> bool:
+            verdict = decide(rule, _expected(rule, estimate, n))
+            if verdict != SUPPORTED:
+                return verdict != UNDERPOWERED
+            return p_added([_expected_p(rule, estimate, n)] * kinds) * n_claims < ALPHA
+
+        # Once decided, more units leave it so.
+        n = 2 + bisect.bisect_left(range(2, MOST_UNITS + 1), True, key=decided)
+        if n > MOST_UNITS:
             return None
-        needed = max(needed, enough)
+        needed = max(needed, n)
     return needed
+
+
+def _expected_p(rule: Part, estimate: Mapping[str, Any], n: int) -> float:
+    """The p-value of n units as those seen: with medians and shares the least that n can have."""
+    if rule.centre != "mean":
+        return float(2.0**-n)
+    error = (estimate["sd"] or 1e-300) / math.sqrt(n)
+    return max(
+        float(stats.t.sf(sign * (estimate["value"] - null) / error, n - 1))
+        for null, sign in _nulls(rule)
+    )
 
 
 def _expected(rule: Part, estimate: Mapping[str, Any], n: int) -> Estimate:

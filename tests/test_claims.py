@@ -82,9 +82,12 @@ def test_planted_growth_over_depth_is_found(sweep):
         planted = weights.with_columns(
             std=0.02 * pl.when(steps).then(1.5 - sign * 0.1 * pl.col("layer")).otherwise(1.0),
             excess_kurtosis=pl.when(steps).then(0.25 * sign).otherwise(0.0),
+            rms_displacement=pl.when(steps).then(0.5 + sign * 0.1 * pl.col("layer")).otherwise(0.0),
         )
-        (tau,) = values_of("depth_gradient", sweep, weights=planted).values()
-        assert tau == [sign] * 4
+        assert values_of("depth_gradient", sweep, weights=planted) == {
+            "tau": [sign] * 4,
+            "tau of RMS displacement": [-sign] * 4,
+        }
         (first,) = values_of("first_layer_widest", sweep, weights=planted).values()
         assert first == [float(sign > 0)] * 4
         (tails,) = values_of("heavier_tails", sweep, weights=planted).values()
@@ -146,11 +149,13 @@ def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
 
 
 def test_unused_rows_are_those_of_the_tokens_table(sweep, finished_sweep):
-    (found,) = values_of("unused_rows_move", sweep).values()
+    found = values_of("unused_rows_move", sweep)["displacement"]
     client = connect(tracking_uri(finished_sweep))
     runs = trial_runs(client, "small")
     for key, moved in zip(
-        CLAIMS["unused_rows_move"].measure(sweep)["trial_key"], found, strict=True
+        CLAIMS["unused_rows_move"].measure(sweep).filter(part="displacement")["trial_key"],
+        found,
+        strict=True,
     ):
         file = runs[key].info.artifact_uri.removeprefix("file://") + "/tokens.parquet"
         first, last = pl.read_parquet(file).sort("step").to_dicts()

@@ -17,6 +17,7 @@ def weights(growth_of_runs, start=0.02):
             "kind": kind,
             "layer": layer,
             "std": start * math.exp(amount * step / 100) * (1 if kind == "qkv" else 5),
+            "rms_displacement": abs(amount) * step,
         }
         for key, growth in growth_of_runs.items()
         for layer, amount in enumerate(growth)

@@ -1,13 +1,15 @@
 """Planted truth: what is not there is seldom found, what is there is found."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+from scipy.stats import ttest_1samp
 
 from analysis.claims import CLAIMS, Claim, Part
-from analysis.stats import Estimate, holm, sign_flip_p
+from analysis.stats import Estimate, holm, mean_interval, sign_flip_p
 from analysis.verdicts import (
     CONTRADICTED,
     NOT_SUPPORTED,
@@ -19,6 +21,7 @@ from analysis.verdicts import (
     p_value,
 )
 
+NUMBERS = [0.02, -0.01, 0.05, 0.03, 0.01, 0.04]
 ABOVE = Part(centre="mean", low=1.0, against=0.0)
 BELOW = Part(centre="mean", high=-1.0, against=0.0)
 WITHIN = Part(centre="mean", low=-0.1, high=0.1)
@@ -88,7 +91,7 @@ def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
 
 
 def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
-    found = verdict_of(ABOVE, [2.0, 2.1, 1.9])
+    found = verdict_of(replace(ABOVE, centre="median"), [2.0, 2.1, 1.9])
     assert found["verdict"] == UNDERPOWERED  # three seeds that agree have p = 1 / 8
     assert found["p"] == 1 / 8
     assert found["seeds_needed"] == 5  # 2^-5 < 0.05
@@ -104,10 +107,11 @@ def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
 def test_many_claims_need_more_seeds_than_one():
     runs = trials(6)
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 6)
-    alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)
+    rule = replace(ABOVE, centre="median")
+    alone = judge({"it": claim(x=rule)}, {"it": values(runs, numbers)}, runs)
     names = [f"claim {i}" for i in range(10)]
     among = judge(
-        dict.fromkeys(names, claim(x=ABOVE)),
+        dict.fromkeys(names, claim(x=rule)),
         {name: values(runs, numbers) for name in names},
         runs,
     )
@@ -240,5 +244,43 @@ def test_holm_is_holms():
 
 
 def test_p_of_a_region_with_two_bounds_is_the_larger_of_both():
-    assert p_value(WITHIN, [0.0] * 8) == 2**-8
+    low, high = (ttest_1samp(NUMBERS, bound, alternative=side).pvalue
+                 for bound, side in ((-0.1, "greater"), (0.1, "less")))  # fmt: skip
+    assert p_value(WITHIN, NUMBERS) == pytest.approx(max(low, high))
+    assert low != high
+    assert p_value(replace(WITHIN, centre="median"), [0.0] * 8) == 2**-8
     assert p_value(WITHIN, [0.09] * 7 + [0.3]) > 0.3
+
+
+def test_p_of_a_mean_is_students_and_agrees_with_its_interval():
+    rule = Part(centre="mean", low=0.0)
+    assert p_value(rule, NUMBERS) == pytest.approx(
+        ttest_1samp(NUMBERS, 0, alternative="greater").pvalue
+    )
+    assert (p_value(rule, NUMBERS) < 0.025) == (mean_interval(NUMBERS)["low"] > 0)
+    assert p_value(rule, [1.0]) == 1.0
+    assert p_value(rule, [1.0, 1.0]) == 0.0
+    assert p_value(rule, [0.0, 0.0]) == 1.0
+
+
+def test_a_part_that_does_not_decide_is_reported_and_decides_nothing():
+    runs = trials(8)
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
+    both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
+    rules = {"x": ABOVE, "y": replace(ABOVE, decides=False)}
+    found = judge({"it": claim(**rules)}, {"it": both}, runs)["it"]
+    assert found["parts"]["y"]["verdict"] == CONTRADICTED
+    alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
+    assert (found["verdict"], found["p_holm"]) == (SUPPORTED, alone["p_holm"])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "says"),
+    [(1, 1, None), (1, 0, "transient"), (1, -1, "reversed"), (0, 0, None), (0, -1, "reversed")],
+)
+def test_what_was_there_and_is_gone_is_transient_or_reversed(first, last, says):
+    runs, noise = trials(8), np.random.default_rng(0).normal(0, 0.1, 8)
+    numbers = pl.concat([values(runs, first + noise, "at 1"), values(runs, last + noise, "last")])
+    rule = Part(centre="median", low=0.0)
+    found = judge({"it": replace(claim(**{"*": rule}), course=True)}, {"it": numbers}, runs)
+    assert found["it"]["course"] == says
