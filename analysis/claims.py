@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import polars as pl
 
-from analysis.depth_gradient import gradient_tau, last_steps, layer_growth
+from analysis.depth_gradient import gradient_tau, last_steps, layer_growth, looked_at
 from analysis.rare_tokens import ORDERS, group_changes, orders_hold
 from analysis.runs import RunTables
 from gptcore.records import PRIMARY
@@ -48,8 +48,12 @@ class Claim:
     unit: str  # of the number
     parts: Mapping[str, Part]  # all of them decide; `*` stands for parts that the runs name
     measure: Callable[[RunTables], Values]
+    section: str  # of the report: a key of its SECTIONS
     version: int = 1  # raised when `measure` gives other numbers
     course: bool = False  # its parts are one number at several steps, the last step's last
+
+    def rule(self, part: str) -> Part:
+        return self.parts.get(part) or self.parts["*"]
 
 
 def init_table(sweep: RunTables) -> Values:
@@ -57,18 +61,6 @@ def init_table(sweep: RunTables) -> Values:
 
     A kind drawn from zeros counts as wrong beyond any bound where it is not all zeros.
     """
-    start = sweep.tables["weights"].filter(step=0).select("trial_key", "tensor", "std", "mean")
-    by_kind = (
-        sweep.tables["init"]
-        .join(start, on=["trial_key", "tensor"], suffix="_found")
-        .filter(pl.col("draw") != "constant")
-        .group_by("trial_key", "kind")
-        .agg(
-            said=(pl.col("std") ** 2).mean().sqrt(),
-            found=(pl.col("std_found") ** 2).mean().sqrt(),
-        )
-        .with_columns(error=(pl.col("found") / pl.col("said") - 1).abs())
-    )
     zeros = (
         sweep.tables["init"]
         .filter(pl.col("draw") == "constant", pl.col("kind") != "ln_weight")
@@ -79,13 +71,30 @@ def init_table(sweep: RunTables) -> Values:
         .group_by("trial_key")
         .agg(largest=pl.col("max_abs").max())
     )
-    worst = by_kind.group_by("trial_key").agg(value=pl.col("error").max())
+    worst = init_errors(sweep).group_by("trial_key").agg(value=pl.col("error").abs().max())
     return (
         worst.join(zeros, on="trial_key", how="left")
         .with_columns(
             value=pl.when(pl.col("largest").fill_null(0.0) > 0).then(1.0).otherwise("value")
         )
         .select("trial_key", part=pl.lit("largest error of a kind"), value="value")
+    )
+
+
+def init_errors(sweep: RunTables) -> pl.DataFrame:
+    """Per run and kind of weight that is drawn at random: trial_key, kind, the std it was drawn
+    from, the one found at step 0, and the error of this, relative."""
+    found = sweep.tables["weights"].filter(step=0).select("trial_key", "tensor", found="std")
+    return (
+        sweep.tables["init"]
+        .filter(pl.col("draw") != "constant")
+        .join(found, on=["trial_key", "tensor"])
+        .group_by("trial_key", "kind", maintain_order=True)
+        .agg(
+            expected=(pl.col("std") ** 2).mean().sqrt(),
+            found=(pl.col("found") ** 2).mean().sqrt(),
+        )
+        .with_columns(error=pl.col("found") / pl.col("expected") - 1)
     )
 
 
@@ -96,7 +105,7 @@ def untrained_level(sweep: RunTables) -> Values:
         sweep.tables["token_groups"]
         .filter(pl.col("step") == 0, **PRIMARY)
         .pivot("group", index="trial_key", values="mean_logprob")
-        .join(_closed_form(sweep), on="trial_key")
+        .join(closed_form(sweep), on="trial_key")
     )
     numbers = {f"{group} - level": pl.col(group) - pl.col("level") for group in groups}
     for i, group in enumerate(groups):
@@ -105,7 +114,7 @@ def untrained_level(sweep: RunTables) -> Values:
     return _long(start, numbers)
 
 
-def _closed_form(sweep: RunTables) -> pl.DataFrame:
+def closed_form(sweep: RunTables) -> pl.DataFrame:
     """trial_key, level: -(ln V + d std^2 / 2), std being that of the head's rows."""
     knobs = sweep.trials.select("trial_key", "model.vocab_size", "model.d_model", "model.tied")
     stds = sweep.tables["init"].filter(pl.col("kind").is_in(["wte", "head"]))
@@ -135,27 +144,21 @@ def widening(sweep: RunTables) -> Values:
 def depth_gradient(sweep: RunTables) -> Values:
     """tau over depth at the last step, of growth and of RMS displacement."""
     last = last_steps(layer_growth(sweep.tables["weights"].lazy()))
-    return pl.concat([_tau(last, "tau"), _tau(last, "tau of RMS displacement", "displacement")])
+    return pl.concat(
+        [
+            _long(gradient_tau(last, ["trial_key"], column), {part: pl.col("tau")})
+            for column, part in (("growth", "tau"), ("displacement", "tau of RMS displacement"))
+        ]
+    )
 
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
     """tau at each of STEPS that is recorded, and at the last step."""
-    growth = layer_growth(sweep.tables["weights"].lazy())
-    last = growth["step"].max()
-    frames = [
-        _tau(growth.filter(step=step), f"tau at step {step}")
-        for step in STEPS
-        if isinstance(last, int) and step < last
-    ]
-    return pl.concat([*frames, _tau(last_steps(growth), "tau at the last step")])
-
-
-def _tau(growth: pl.DataFrame, part: str, column: str = "growth") -> Values:
-    rows = [
-        {"trial_key": key, "part": part, "value": gradient_tau(run["layer"], run[column])}
-        for (key,), run in growth.group_by("trial_key", maintain_order=True)
-    ]
-    return _known(_values(rows))
+    growth = looked_at(layer_growth(sweep.tables["weights"].lazy()))
+    part = pl.concat_str(pl.lit("tau at "), "at")
+    return _known(
+        gradient_tau(growth, ["trial_key", "at"]).select("trial_key", part=part, value="tau")
+    )
 
 
 def first_layer_widest(sweep: RunTables) -> Values:
@@ -223,7 +226,7 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
     changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
     return (
         changes.join(sizes, on="trial_key", maintain_order="left")
-        .join(_closed_form(sweep), on="trial_key", maintain_order="left")
+        .join(closed_form(sweep), on="trial_key", maintain_order="left")
         .select(
             "trial_key", "n_tokens", "change", predicted=-pl.col("n_tokens").log() - pl.col("level")
         )
@@ -299,30 +302,28 @@ def _known(values: Values) -> Values:
 
 
 A, B = "weight initialisation and the spread of attention weights", "unused tokens"
-STEPS = (50, 100, 250, 500)
-"""At these, beside the last, the course of a number is looked at."""
 EXCESS = "rare, above the smoothed unigram at the end"
 LOGIT, LOG_Z = "never used, logit's part (nats)", "never used, log Z's part (nats)"
 
 CLAIMS: dict[str, Claim] = {
     "init_table": Claim(
         says="Weights start as the init scheme says, and biases at 0.",
-        source=A, unit="relative error of std", measure=init_table,
+        source=A, unit="relative error of std", measure=init_table, section="start",
         parts={"largest error of a kind": Part(centre="mean", high=0.03)},
     ),
     "untrained_level": Claim(
         says="Untrained, all token groups stand at -(ln V + d std^2 / 2), equally.",
-        source=B, unit="nats", measure=untrained_level,
+        source=B, unit="nats", measure=untrained_level, section="start",
         parts={"*": Part(centre="mean", low=-0.05, high=0.05)},
     ),
     "widening": Claim(
         says="Q, K and V widen in training.",
-        source=A, unit="d(log std)", measure=widening,
+        source=A, unit="d(log std)", measure=widening, section="widening",
         parts={"*": Part(centre="median", low=0.0)},
     ),
     "depth_gradient": Claim(
         says="The attention weights of earlier layers widen more.",
-        source=A, unit="tau", measure=depth_gradient,
+        source=A, unit="tau", measure=depth_gradient, section="depth",
         parts={
             "tau": Part(centre="median", low=0.3, against=0.0, null=0.0),
             "tau of RMS displacement": Part(
@@ -332,27 +333,27 @@ CLAIMS: dict[str, Claim] = {
     ),
     "depth_gradient_lasts": Claim(
         says="The gradient over depth is there from step 50 to the last step.",
-        source=A, unit="tau", measure=depth_gradient_lasts, course=True,
+        source=A, unit="tau", measure=depth_gradient_lasts, section="depth", course=True,
         parts={"*": Part(centre="median", low=0.0)},
     ),
     "first_layer_widest": Claim(
         says="The block next to the embedding widens most.",
-        source=A, unit="share of runs", measure=first_layer_widest,
+        source=A, unit="share of runs", measure=first_layer_widest, section="widening",
         parts={"layer 0 widest": Part(centre="share", low=0.8, against=0.5, null=0.5)},
     ),
     "heavier_tails": Claim(
         says="The tails of attention weights get longer in training.",
-        source=A, unit="d(excess kurtosis)", measure=heavier_tails,
+        source=A, unit="d(excess kurtosis)", measure=heavier_tails, section="tails",
         parts={"change of excess kurtosis": Part(centre="median", low=0.0)},
     ),
     "order": Claim(
         says="After training common tokens are more probable than rare, those than unused.",
-        source=B, unit="share of runs", measure=order,
+        source=B, unit="share of runs", measure=order, section="tokens",
         parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
     ),
     "rare_falls": Claim(
         says="Rare tokens fall below their start.",
-        source=B, unit="nats", measure=rare_falls,
+        source=B, unit="nats", measure=rare_falls, section="rare",
         parts={
             "rare": Part(centre="mean", high=0.0),
             EXCESS: Part(centre="mean", high=0.0, decides=False),
@@ -360,12 +361,12 @@ CLAIMS: dict[str, Claim] = {
     ),
     "rare_flips": Claim(
         says="Rare tokens rise on a text so short that calibration alone predicts it, else fall.",
-        source=B, unit="share of runs", measure=rare_flips,
+        source=B, unit="share of runs", measure=rare_flips, section="rare",
         parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
     ),
     "never_suppressed": Claim(
         says="Tokens that never occur fall by more than a nat, and by more than rare ones.",
-        source=B, unit="nats", measure=never_suppressed,
+        source=B, unit="nats", measure=never_suppressed, section="unused",
         parts={
             "never": Part(centre="mean", high=-1.0, against=0.0),
             "never - rare": Part(centre="mean", high=0.0),
@@ -373,7 +374,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     "common_at_random_or_above": Claim(
         says="Common tokens do not fall below their start.",
-        source=B, unit="nats", measure=common_at_random_or_above,
+        source=B, unit="nats", measure=common_at_random_or_above, section="tokens",
         parts={
             "common": Part(centre="mean", low=-0.1),
             "common, margin 0": Part(centre="mean", low=0.0, decides=False),
@@ -381,12 +382,13 @@ CLAIMS: dict[str, Claim] = {
     ),
     "mask_matters": Claim(
         says="Without the mask common tokens look more probable than they are.",
-        source=B, unit="nats", measure=mask_matters,
+        source=B, unit="nats", measure=mask_matters, section="tokens",
         parts={"common, unmasked - masked": Part(centre="mean", low=0.0)},
     ),
     "unused_rows_move": Claim(
         says="Embedding rows of tokens that never occur change without being read.",
         source=B, unit="RMS displacement / RMS at step 0", measure=unused_rows_move,
+        section="unused",
         parts={
             "displacement": Part(centre="mean", low=0.01, against=0.01),
             LOGIT: Part(centre="mean", high=0.0, decides=False),

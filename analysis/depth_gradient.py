@@ -1,15 +1,17 @@
 """Finding A: do the attention weights of early layers widen fastest?
 
-The growth of a layer is d(log std) of its merged QKV weight since step 0. The gradient of a run is
-tau = -Kendall(layer, growth): 1 where each layer grows less than the one before it, -1 where more.
+The growth of a layer is d(log std) of a weight since step 0, of the merged QKV where not said
+otherwise. The gradient of a run is tau = -Kendall(layer, growth): 1 where each layer grows less
+than the one before it, -1 where more.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import polars as pl
+
+STEPS = (50, 100, 250, 500)
+"""At these, beside the last, the course of a number is looked at."""
 
 
 def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
@@ -31,38 +33,52 @@ def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
 
 
+def looked_at(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of STEPS and of each run's last step, with `at`: `step 50`, .., `the last step`."""
+    last = pl.col("step") == pl.col("step").max().over("trial_key")
+    rows = frame.with_columns(last=last).filter(pl.col("last") | pl.col("step").is_in(STEPS))
+    step = pl.concat_str(pl.lit("step "), pl.col("step").cast(pl.String))
+    return rows.with_columns(at=pl.when("last").then(pl.lit("the last step")).otherwise(step)).drop(
+        "last"
+    )
+
+
 def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
     """Per run, at its last step: trial_key, step, tau, widest_layer, median_growth.
 
-    `growth` is what layer_growth gives.
-    tau is null where it is undefined: fewer than two layers, or all growth alike.
+    `growth` is what layer_growth gives. tau is null where it is undefined, as gradient_tau says.
     """
-    rows = []
-    for (key,), run in last_steps(growth).group_by("trial_key", maintain_order=True):
-        rows.append(
-            {
-                "trial_key": key,
-                "step": run["step"][0],
-                "tau": gradient_tau(run["layer"], run["growth"]),
-                "widest_layer": run.sort("growth", descending=True, nulls_last=True)["layer"][0],
-                "median_growth": run["growth"].median(),
-            }
+    last = last_steps(growth).sort("trial_key", "layer")
+    widest = last.group_by("trial_key", maintain_order=True).agg(
+        step=pl.col("step").first(),
+        widest_layer=pl.col("layer").sort_by("growth", descending=True, nulls_last=True).first(),
+        median_growth=pl.col("growth").median(),
+    )
+    tau = gradient_tau(last, ["trial_key"])
+    return widest.join(tau, on="trial_key", maintain_order="left").select(
+        "trial_key", "step", "tau", "widest_layer", "median_growth"
+    )
+
+
+def gradient_tau(growth: pl.DataFrame, by: list[str], column: str = "growth") -> pl.DataFrame:
+    """-Kendall's tau-b of layer and a column, for each combination of the columns `by`; -> by, tau.
+
+    As scipy.stats.kendalltau has it, without its half a millisecond a call. Null where undefined:
+    fewer than two layers, growth unknown, or all alike.
+    """
+    runs = growth.sort(*by, "layer").group_by(by, maintain_order=True).agg("layer", column)
+    sizes = runs["layer"].list.len().to_numpy()
+    tau = np.full(runs.height, np.nan)
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        of_layers, of_growth = (
+            np.sign(values[:, :, None] - values[:, None, :])
+            for values in (
+                runs[name].gather(rows).explode().to_numpy().astype(float).reshape(-1, size)
+                for name in ("layer", column)
+            )
         )
-    schema = {
-        "trial_key": pl.String,
-        "step": pl.Int64,
-        "tau": pl.Float64,
-        "widest_layer": pl.Int64,
-        "median_growth": pl.Float64,
-    }
-    return pl.DataFrame(rows, schema=schema)
-
-
-def gradient_tau(layers: pl.Series, growth: pl.Series) -> float | None:
-    """-Kendall's tau-b of layer and growth; null where undefined: growth unknown, or all alike.
-
-    As scipy.stats.kendalltau has it, without its half a millisecond a call.
-    """
-    x, y = (np.sign(values[:, None] - values) for values in (layers.to_numpy(), growth.to_numpy()))
-    tau = float((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum() or np.nan))
-    return None if math.isnan(tau) else -tau
+        pairs = np.sqrt((of_layers**2).sum((1, 2)) * (of_growth**2).sum((1, 2)))
+        agree = (of_layers * of_growth).sum((1, 2))
+        tau[rows] = -np.divide(agree, pairs, out=np.full(len(rows), np.nan), where=pairs != 0)
+    return runs.select(*by, tau=pl.Series(tau).fill_nan(None))

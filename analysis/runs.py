@@ -1,8 +1,9 @@
-"""The only reader of MLflow: from a sweep's name to its trials and their tables.
+"""The only reader of MLflow: from the names of sweeps to their trials and tables.
 
 A sweep is one experiment. Its own run (kind=sweep) holds plan.json, the keys of its trials; each
 trial is a run (kind=trial) whose Parquet artifacts are what the analysis reads. Of several runs of
-one key a finished one counts, else the newest.
+one key, in one sweep or in several, a finished one counts, else the newest. Only finished trials
+have rows; the others are in `trials` with their status.
 """
 
 from __future__ import annotations
@@ -11,43 +12,59 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import numpy as np
 import polars as pl
 import requests
+import sqlalchemy
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run, RunData, RunInfo, ViewType
 from mlflow.exceptions import MlflowException
+from rich.console import Console
+from rich.progress import Progress
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import KNOBS, InputError
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 
 SERVER_SECONDS = 5.0
+DOWNLOADS = 16
+"""Tables fetched at a time from a server."""
+VIEW = "sweep"
+"""Name of the view that a sweep's experiment opens with, in the address of its page."""
 
 for chatty in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunTables:
-    """A sweep as frames."""
+    """One sweep, or several as one, as frames."""
 
-    sweep: str
-    plan: Mapping[str, Any]
-    claims_digest: str | None  # of the claims as they stood before the sweep's first trial
+    name: str  # of several sweeps: joined by " + "
+    notes: tuple[str, ...]
+    commands: tuple[str, ...]  # by which the sweeps were made
+    pages: tuple[str, ...]  # addresses of MLflow's charts of them
+    claims_digest: str | None  # of the claims as they stood before the first trials, if one
     trials: pl.DataFrame
-    """One row a trial of the plan: trial_key, run_id, status, reason, then every knob."""
+    """One row a trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
     """The rows of finished trials by table, as gptcore.records says, behind a column trial_key."""
+    folders: Mapping[str, Path]
+    """By trial key where its tables lie, or are fetched to."""
+    uri: str  # of the store
+    is_local: bool  # the tables are read where the runs left them
 
 
 def tracking_uri(runs_dir: Path) -> str:
@@ -103,8 +120,28 @@ def _make_store(file: Path) -> None:
             new.replace(file)
 
 
+def mlflow_command(uri: str) -> str:
+    """What to type to see the store's pages; the address where a server shows them already."""
+    if uri.startswith("http"):
+        return uri
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+
+
+def chart_page(uri: str, experiment_id: str) -> str:
+    """The address of MLflow's chart page, in the view of sweeps.mlflow_view."""
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    query = f"compareRunsMode=CHART&viewStateShareKey={VIEW}"
+    return f"{server}/#/experiments/{experiment_id}/runs?{query}"
+
+
 def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> list[Run]:
-    """All runs of a kind (trial, sweep) in the experiments, newest first."""
+    """All runs of a kind (trial, sweep) in the experiments, newest first, without what is measured.
+
+    A store on this machine is asked directly: of 2,000 runs MLflow's own search makes a quarter of
+    a million objects, most of them metrics that nobody reads.
+    """
+    if client.tracking_uri.startswith("sqlite:"):
+        return _runs_in_file(client.tracking_uri, experiment_ids, kind)
     runs: list[Run] = []
     page = None
     while True:
@@ -121,13 +158,43 @@ def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> l
             return runs
 
 
+def _runs_in_file(uri: str, experiment_ids: list[str], kind: str) -> list[Run]:
+    """search_runs of a SQLite store."""
+    asked = sqlalchemy.text(
+        "select r.run_uuid, r.experiment_id, r.user_id, r.status, r.start_time, r.end_time, "
+        "r.artifact_uri, t.key, t.value from runs r join tags t on t.run_uuid = r.run_uuid "
+        "join tags k on k.run_uuid = r.run_uuid and k.key = 'kind' and k.value = :kind "
+        "where r.lifecycle_stage = 'active' order by r.start_time desc, r.run_uuid"
+    )
+    wanted = set(map(int, experiment_ids))
+    found: dict[str, Run] = {}
+    engine = sqlalchemy.create_engine(uri)
+    with engine.connect() as store:
+        for run_id, experiment_id, user, status, start, end, artifacts, key, value in store.execute(
+            asked, {"kind": kind}
+        ):
+            if experiment_id not in wanted:
+                continue
+            if run_id not in found:
+                info = RunInfo(
+                    run_id, str(experiment_id), user, status, start, end, "active", artifacts
+                )
+                found[run_id] = Run(info, RunData())
+            found[run_id].data.tags[key] = value
+    engine.dispose()
+    return list(found.values())
+
+
 def trial_runs(client: MlflowClient, sweep: str) -> dict[str, Run]:
     """The run that counts for every trial key of a sweep's experiment; none where there is none."""
     experiment = client.get_experiment_by_name(sweep)
-    runs = search_runs(client, [experiment.experiment_id], "trial") if experiment else []
-    runs.sort(key=lambda run: run.info.status != "FINISHED")
+    return counting(search_runs(client, [experiment.experiment_id], "trial") if experiment else [])
+
+
+def counting(runs: list[Run]) -> dict[str, Run]:
+    """By trial key the one run that counts, of runs that stand newest first."""
     by_key: dict[str, Run] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.info.status != "FINISHED"):
         by_key.setdefault(run.data.tags["trial_key"], run)
     return by_key
 
@@ -149,8 +216,7 @@ READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
     ).drop("size", "frobenius", "cosine", "grad_rms"),
     "text_losses": _all,
     "token_groups": lambda rows: rows.filter(
-        pl.col("mask").is_in(["none", PRIMARY["mask"]]),
-        text=PRIMARY["text"], positions=PRIMARY["positions"],
+        text=PRIMARY["text"], positions=PRIMARY["positions"]
     ).drop("n_tokens", "log_mean_prob"),
     "group_weights": _all,
     # In place of fifty thousand ids a trial.
@@ -162,27 +228,94 @@ READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
 """The tables that a report rests on, and what of them; all else stays where it is."""
 
 
-def read_sweep(uri: str, name: str | None, where: str | None = None) -> RunTables:
-    """The named sweep, or the one launched last; of it the trials for which `where` is true.
+def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) -> RunTables:
+    """The named sweeps as one, or the one launched last; of them the trials that `where` takes.
 
     `where` is an SQL expression over the knobs. Finished trials whose tables cannot be read have
-    the status unreadable. Raises InputError where there is nothing to read, and for tables of
-    another schema.
+    the status unreadable. `cache` keeps what is fetched from a server, by run. Raises InputError
+    where there is nothing to read, and for tables of another schema.
     """
     if not has_started(uri):
         raise InputError(f"there is no sweep yet: {uri.removeprefix('sqlite:///')} does not exist")
     client = connect(uri)
+    sweeps = _sweeps_named(client, names)
+    name = " + ".join(run.data.tags["sweep"] for run in sweeps)
+    plans = [_plan(client, run) for run in sweeps]
+    runs = counting(search_runs(client, [run.info.experiment_id for run in sweeps], "trial"))
+    params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
+    trials = pl.DataFrame(
+        [
+            {
+                "trial_key": key,
+                "run_id": runs[key].info.run_id if key in runs else None,
+                "status": trial_status(runs.get(key)),
+                "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
+                # A plan made before a knob was added does not have it.
+                **{knob: flat.get(knob) for knob in KNOBS},
+            }
+            for key, flat in params.items()
+        ],
+        infer_schema_length=None,
+    )
+    if where is not None:
+        trials = selected(trials, where)
+    finished = trials.filter(pl.col("status") == "finished")["trial_key"].to_list()
+    if not finished:
+        condition = f" for which {where}" if where else ""
+        raise InputError(f"sweep {name} has no finished trials yet{condition}")
+    folders = _folders(client, {key: runs[key] for key in finished}, cache)
+    is_local = all(folder.parent != cache for folder in folders.values())
+    if not is_local:
+        _fetch_all(
+            client,
+            [
+                (runs[key].info.run_id, table, folder)
+                for key, folder in folders.items()
+                for table in READ
+                if folder.parent == cache and not (folder / f"{table}.parquet").exists()
+            ],
+        )
+    tables, unreadable = read_tables(folders)
+    digests = {run.data.tags.get("claims_digest") for run in sweeps}
+    notes = dict.fromkeys(note for plan in plans for note in plan["notes"])
+    return RunTables(
+        name=name,
+        notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
+        commands=tuple(plan["command"] for plan in plans),
+        pages=tuple(chart_page(uri, run.info.experiment_id) for run in sweeps),
+        claims_digest=digests.pop() if len(digests) == 1 else None,
+        trials=trials.with_columns(
+            status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
+            .then(pl.lit("unreadable"))
+            .otherwise("status"),
+            reason=pl.col("trial_key").replace_strict(unreadable, default=pl.col("reason")),
+        ),
+        tables=tables,
+        folders={key: folder for key, folder in folders.items() if key not in unreadable},
+        uri=uri,
+        is_local=is_local,
+    )
+
+
+def _sweeps_named(client: MlflowClient, names: Sequence[str]) -> list[Run]:
+    """The sweeps' own runs, or that of the sweep launched last. Raises InputError."""
     experiments = client.search_experiments(view_type=ViewType.ACTIVE_ONLY)
-    sweeps = search_runs(client, [experiment.experiment_id for experiment in experiments], "sweep")
-    sweeps.sort(key=lambda run: float(run.data.tags["launched"]))
-    chosen = [run for run in sweeps if name in (None, run.data.tags["sweep"])]
+    found = search_runs(client, [experiment.experiment_id for experiment in experiments], "sweep")
+    sweeps = {
+        run.data.tags["sweep"]: run
+        for run in sorted(found, key=lambda run: float(run.data.tags["launched"]))
+    }
     if not sweeps:
-        raise InputError(f"there is no sweep yet in {shown(uri)}")
-    if not chosen:
-        known = ", ".join(run.data.tags["sweep"] for run in sweeps)
-        raise InputError(f"there is no sweep {name}: the sweeps of this store are {known}")
-    sweep = chosen[-1]
-    runs = trial_runs(client, sweep.data.tags["sweep"])
+        raise InputError(f"there is no sweep yet in {shown(client.tracking_uri)}")
+    for name in names:
+        if name not in sweeps:
+            raise InputError(
+                f"there is no sweep {name}: the sweeps of this store are {', '.join(sweeps)}"
+            )
+    return [sweeps[name] for name in dict.fromkeys(names or list(sweeps)[-1:])]
+
+
+def _plan(client: MlflowClient, sweep: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = client.download_artifacts(sweep.info.run_id, "plan.json", folder)
@@ -191,53 +324,52 @@ def read_sweep(uri: str, name: str | None, where: str | None = None) -> RunTable
                 f"the plan of sweep {sweep.data.tags['sweep']} is not at "
                 f"{sweep.info.artifact_uri}: was the runs folder moved?"
             ) from error
-        plan = json.loads(Path(file).read_text())
-        trials = pl.DataFrame(
-            [
-                {
-                    "trial_key": key,
-                    "run_id": runs[key].info.run_id if key in runs else None,
-                    "status": trial_status(runs.get(key)),
-                    "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
-                    **trial["params"],
-                }
-                for key, trial in plan["trials"].items()
-            ],
-            infer_schema_length=None,
-        )
-        if where is not None:
-            trials = selected(trials, where)
-        finished = trials.filter(pl.col("status") == "finished")
-        if finished.is_empty():
-            raise InputError(
-                f"sweep {sweep.data.tags['sweep']} has no finished trials yet"
-                + (f" for which {where}" if where else "")
-            )
-        folders = {
-            key: artifact_folder(client, runs[key], Path(folder)) for key in finished["trial_key"]
-        }
-        tables, unreadable = read_tables(folders)
-        trials = trials.with_columns(
-            status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
-            .then(pl.lit("unreadable"))
-            .otherwise("status"),
-            reason=pl.col("trial_key").replace_strict(unreadable, default=pl.col("reason")),
-        )
-    return RunTables(
-        sweep.data.tags["sweep"], plan, sweep.data.tags.get("claims_digest"), trials, tables
-    )
+        plan: dict[str, Any] = json.loads(Path(file).read_text())
+        return plan
 
 
-def artifact_folder(client: MlflowClient, run: Run, scratch: Path) -> Path:
-    """Where a run's artifacts lie: in place for a local store, else fetched into `scratch`."""
-    parts = urllib.parse.urlsplit(run.info.artifact_uri)
-    if parts.scheme == "file":
-        return Path(urllib.parse.unquote(parts.path))
-    folder = scratch / run.info.run_id
-    folder.mkdir()
-    for table in READ:
-        client.download_artifacts(run.info.run_id, f"{table}.parquet", str(folder))
-    return folder
+def _folders(client: MlflowClient, runs: Mapping[str, Run], cache: Path) -> dict[str, Path]:
+    """By trial key the folder of its tables: in place for a local store, else in `cache`."""
+    places = {key: urllib.parse.urlsplit(run.info.artifact_uri) for key, run in runs.items()}
+    return {
+        key: Path(urllib.parse.unquote(place.path))
+        if place.scheme == "file"
+        else cache / runs[key].info.run_id
+        for key, place in places.items()
+    }
+
+
+def _fetch_all(client: MlflowClient, missing: Sequence[tuple[str, str, Path]]) -> None:
+    """Fetch (run id, table, folder) from a server, several at a time.
+
+    Raises InputError where the server stops answering.
+    """
+    if not missing:
+        return
+    bar = Progress(console=Console(stderr=True), transient=True)
+    try:
+        with ThreadPoolExecutor(max_workers=DOWNLOADS) as pool, bar:
+            fetched = pool.map(lambda one: _fetch(client, *one), missing)
+            for _ in bar.track(fetched, total=len(missing), description="fetching tables"):
+                pass
+    except (requests.RequestException, MlflowException) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the runs cannot be read from {shown(client.tracking_uri)}: {shown(why)}"
+        ) from error
+
+
+def _fetch(client: MlflowClient, run_id: str, table: str, folder: Path) -> None:
+    """Put one table of a finished run, which never changes, into its folder: all of it or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
+            client.download_artifacts(run_id, f"{table}.parquet", scratch)
+        except requests.HTTPError as error:
+            if error.response is not None and error.response.status_code == 404:
+                return  # the run lacks it: whoever reads it says so
+            raise
+        Path(scratch, f"{table}.parquet").replace(folder / f"{table}.parquet")
 
 
 def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
@@ -285,8 +417,15 @@ def read_tables(
     return {table: read_table(table, whole) for table in READ}, unreadable
 
 
-def read_table(table: str, folders: Mapping[str, Path]) -> pl.DataFrame:
-    """One table of many trials, `folders` by trial key. Raises InputError for another schema."""
+def read_table(
+    table: str,
+    folders: Mapping[str, Path],
+    what: Callable[[pl.LazyFrame], pl.LazyFrame] | None = None,
+) -> pl.DataFrame:
+    """One table of many trials, `folders` by trial key; of it what READ says, or `what`.
+
+    Raises InputError for another schema.
+    """
     keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}
     for file, key in keys.items():
         found = pl.read_parquet_metadata(file).get("schema_version")
@@ -296,7 +435,55 @@ def read_table(table: str, folders: Mapping[str, Path]) -> pl.DataFrame:
                 f"{SCHEMA_VERSION}"
             )
     # One scan over all files: a read for each would take longer than all else together.
-    rows = READ[table](pl.scan_parquet(list(keys), include_file_paths="file")).collect()
+    rows = (what or READ[table])(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
     return rows.select(
         pl.col("file").replace_strict(keys).alias("trial_key"), pl.all().exclude("file")
     )
+
+
+def read_some(
+    table: str, sweep: RunTables, keys: Sequence[str], *columns: str
+) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Some columns of a table that is read of a few trials; -> also why which cannot be read."""
+    run_ids = dict(sweep.trials.select("trial_key", "run_id").rows())
+    if not sweep.is_local:
+        missing = [
+            (run_ids[key], table, sweep.folders[key])
+            for key in keys
+            if not (sweep.folders[key] / f"{table}.parquet").exists()
+        ]
+        _fetch_all(connect(sweep.uri), missing)
+    frames, unreadable = [], {}
+    for key in keys:
+        try:
+            frames.append(
+                read_table(
+                    table, {key: sweep.folders[key]}, lambda rows: rows.select(*columns, "file")
+                )
+            )
+        except (OSError, pl.exceptions.PolarsError) as error:
+            unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
+    return (pl.concat(frames) if frames else pl.DataFrame()), unreadable
+
+
+def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
+    """The sweep with the names of its token groups dealt anew within each run: a control, in which
+    what is said of rare tokens is said of others as often."""
+    rng = np.random.default_rng(seed)
+    names = sweep.tables["token_groups"]["group"].unique().sort()
+    dealt = pl.concat(
+        [
+            pl.DataFrame({"trial_key": key, "group": names, "dealt": names.gather(order)})
+            for key in sweep.trials["trial_key"]
+            for order in [rng.permutation(len(names))]
+        ]
+    )
+    tables = {
+        table: sweep.tables[table]
+        .join(dealt, on=["trial_key", "group"], maintain_order="left")
+        .with_columns(group="dealt")
+        .drop("dealt")
+        for table in ("token_groups", "group_weights")
+    }
+    note = f"A control: the names of token groups are shuffled within each run (seed {seed})."
+    return replace(sweep, notes=(*sweep.notes, note), tables={**sweep.tables, **tables})

@@ -74,14 +74,14 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, 
     diverged = trials.filter(status="diverged").select("seed", "config").rows()
     parts, with_diverged = {}, []
     for (part,), rows in placed.group_by("part", maintain_order=True):
-        rule = claim.parts.get(part) or claim.parts["*"]
+        rule = claim.rule(part)
         runs = rows.select("seed", "config", "value").rows()
-        parts[part] = {**_part(rule, runs), "decides": rule.decides}
+        parts[part] = {**judge_part(rule, runs), "decides": rule.decides}
         if not rule.decides:
             continue
         adverse = _adverse(rule, [value for *_, value in runs])
         worst = [(seed, config, adverse) for seed, config in diverged]
-        with_diverged.append(_part(rule, runs + worst)["verdict"])
+        with_diverged.append(judge_part(rule, runs + worst)["verdict"])
     deciding = [part for part in parts.values() if part["decides"]]
     return {
         "verdict": combined([part["verdict"] for part in deciding]),
@@ -96,8 +96,8 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, 
     }
 
 
-def _part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
-    """Estimate, p and verdict of one part from (seed, config, value) of its runs.
+def judge_part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
+    """Estimate, p and verdict of one part from (seed, config, value) of its runs, uncorrected.
 
     Over seeds and, where there are several, over configurations too.
     """
@@ -235,7 +235,7 @@ def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: i
         estimate = found[f"over_{unit}s"]
         if estimate is None or estimate["sd"] is None:
             return None
-        rule = claim.parts.get(part) or claim.parts["*"]
+        rule = claim.rule(part)
 
         def decided(n: int, rule: Part = rule, estimate: Any = estimate) -> bool:
             verdict = decide(rule, _expected(rule, estimate, n))
@@ -243,8 +243,9 @@ def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: i
                 return verdict != UNDERPOWERED
             return p_added([_expected_p(rule, estimate, n)] * kinds) * n_claims < ALPHA
 
-        # Once decided, more units leave it so.
-        n = 2 + bisect.bisect_left(range(2, MOST_UNITS + 1), True, key=decided)
+        # More than there are, which have not decided it. Once decided, more units leave it so.
+        counts = range(max(2, estimate["seeds"] + 1), MOST_UNITS + 1)
+        n = counts.start + bisect.bisect_left(counts, True, key=decided)
         if n > MOST_UNITS:
             return None
         needed = max(needed, n)
@@ -269,3 +270,31 @@ def _expected(rule: Part, estimate: Mapping[str, Any], n: int) -> Estimate:
         return share_interval([value] * n)
     half = t_quantile(n) * sd / math.sqrt(n)
     return Estimate(seeds=n, value=value, low=value - half, high=value + half)
+
+
+def compare(
+    values: Values, trials: pl.DataFrame, reference: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By part and scheme: how far its runs lie above those of `reference`, paired, mean over seeds.
+
+    `values` as a claim's measure gives them; `trials`: columns trial_key, scheme, corpus.subset,
+    seed. Runs of one seed and subset read the same batches in the same order. `p` is Student's,
+    two-sided, uncorrected.
+    """
+    pair = ["part", "seed", "corpus.subset"]
+    placed = values.join(trials, on="trial_key").select("scheme", *pair, "value")
+    base = placed.filter(scheme=reference).select(*pair, base="value")
+    seeds = (
+        placed.filter(pl.col("scheme") != reference)
+        .join(base, on=pair)
+        .group_by("part", "scheme", "seed")
+        .agg(difference=(pl.col("value") - pl.col("base")).mean())
+        .sort("part", "scheme", "seed")
+    )
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (part, scheme), rows in seeds.group_by(["part", "scheme"], maintain_order=True):
+        differences = rows["difference"].to_list()
+        p = 2 * min(t_p(differences), t_p([-difference for difference in differences]))
+        estimate = {**mean_interval(differences), "p": min(1.0, p)}
+        found.setdefault(str(part), {})[str(scheme)] = estimate
+    return found

@@ -48,7 +48,9 @@ def make_store(folder: Path, n_trials: int, n_history: int) -> str:
             "probes.text_every": 1,
         }
     )  # fmt: skip
-    first = MlflowRecorder(uri, experiment_id, "0" * 12, config.to_flat(), {"sweep": "scale"})
+    first = MlflowRecorder(
+        uri, experiment_id, "0" * 12, "first", config.to_flat(), {"sweep": "scale"}
+    )
     run_trial(config, first)
     params = {}
     with sqlite3.connect(folder / "mlflow.db") as store:
@@ -95,15 +97,14 @@ def make_store(folder: Path, n_trials: int, n_history: int) -> str:
 
 def time_phases(uri: str) -> dict[str, float]:
     """Seconds of reading and of the statistics, verdicts among them."""
-    from analysis.report import claim_findings, statistics_of_runs, with_scheme
-    from analysis.runs import read_sweep
+    from analysis.findings import find, frames_of_runs, with_scheme
+    from analysis.runs import read_sweeps
 
     start = time.perf_counter()
-    sweep = read_sweep(uri, "scale")
+    sweep = read_sweeps(uri, ["scale"], None, Path("unused"))
     read = time.perf_counter()
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
-    statistics_of_runs(sweep)
-    claim_findings(sweep)
+    find(sweep, frames_of_runs(sweep))
     return {"reading": read - start, "statistics": time.perf_counter() - read}
 
 
@@ -113,7 +114,7 @@ def time_report(uri: str) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        build_report(uri, "scale", Path(folder), Path(folder))
+        build_report(uri, ["scale"], Path(folder), Path(folder))
         whole = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return {"whole report": whole, "peak GB": peak}

@@ -63,6 +63,17 @@ class Plan:
             },
         }
 
+    def varied(self) -> list[str]:
+        """The knobs in which the trials differ."""
+        flats = [config.to_flat() for config in self.trials.values()]
+        return [knob for knob in KNOBS if len({flat[knob] for flat in flats}) > 1]
+
+    def compared(self) -> list[str]:
+        """The knobs by which runs are told apart: the scheme, and what else varies beside seeds and
+        subsets."""
+        repeated = ("init.seed", "corpus.data_seed", "corpus.subset", "init.scheme")
+        return ["init.scheme", *(knob for knob in self.varied() if knob not in repeated)]
+
     def tags(self) -> dict[str, str]:
         """What the driver knows and every run of the sweep should keep."""
         packages = ("torch", "ray", "mlflow", "polars", "numpy")
@@ -224,7 +235,7 @@ def check_writable(folder: Path) -> None:
 
 def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Console) -> int:
     """Run what is missing of the plan, then report; -> the exit code."""
-    from analysis.runs import connect, has_started, tracking_uri
+    from analysis.runs import chart_page, connect, has_started, mlflow_command, tracking_uri
 
     runs_dir = args.runs_dir.resolve()
     uri = tracking_uri(runs_dir)
@@ -242,6 +253,7 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
 
     from analysis.claims import digest
     from sweeps import tracking
+    from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
 
     # A new store takes as long to make as Ray to start.
     with ThreadPoolExecutor(max_workers=1) as beside:
@@ -251,7 +263,9 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
 
             start_ray({plan.trials[key].train.device for key in missing}, console)
         client = opening.result()
-    experiment_id = tracking.open_experiment(client, plan.name, runs_dir)
+    n_layer = max(config.model.n_layer for config in plan.trials.values())
+    view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
+    experiment_id = tracking.open_experiment(client, plan.name, runs_dir, view)
     said = {**plan.as_dict(), "claims_digest": digest()}
     sweep = tracking.SweepRun(client, experiment_id, said, launched=time.time())
     ended, stopped = "FAILED", False
@@ -273,7 +287,7 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
         elif not args.no_report:
             from analysis.report import build_report
 
-            folder = build_report(uri, plan.name, None, runs_dir)
+            folder = build_report(uri, [plan.name], None, runs_dir)
             artifacts = [folder / name for name in ("report.html", "findings.json", "summary.md")]
             console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
@@ -286,11 +300,15 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
 
 def job_of(plan: Plan, key: str) -> dict[str, Any]:
     """A trial as sweeps.trainable takes it."""
-    corpus = plan.corpora[key]
+    corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
+    scheme, *others = plan.compared()
+    name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
+    name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
     tags = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
     return {
         "key": key,
-        "params": plan.trials[key].to_flat(),
+        "name": ", ".join(map(str, name)),
+        "params": flat,
         "tags": {"sweep": plan.name, **plan.tags(), **tags},
     }
 
@@ -310,10 +328,10 @@ def unfinished(status: Mapping[str, str]) -> list[str]:
 
 def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
     """The trials of a plan, with the knobs in which they differ, and how each stands."""
-    flats = {key: config.to_flat() for key, config in plan.trials.items()}
-    varied = [knob for knob in KNOBS if len({flat[knob] for flat in flats.values()}) > 1]
+    varied = plan.varied()
     table = Table("trial", *varied, "status")
-    for key, flat in flats.items():
+    for key, config in plan.trials.items():
+        flat = config.to_flat()
         table.add_row(key, *(spelling(flat[knob]) for knob in varied), status[key])
     return table
 
@@ -330,17 +348,3 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit.stdout.strip() + ("+" if dirty.stdout else "")
-
-
-def mlflow_command(uri: str) -> str:
-    """What to type to see the store's pages; the address where a server shows them already."""
-    if uri.startswith("http"):
-        return uri
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-
-
-def chart_page(uri: str, experiment_id: str) -> str:
-    """The address of MLflow's chart page with the sweep's trials."""
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    query = "searchFilter=tags.kind%20%3D%20%27trial%27&compareRunsMode=CHART"
-    return f"{server}/#/experiments/{experiment_id}/runs?{query}"

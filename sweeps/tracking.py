@@ -37,19 +37,25 @@ FLUSH_AT = 1000
 """Metrics a call: MLflow's own limit for log_batch."""
 
 
-def open_experiment(client: MlflowClient, name: str, runs_dir: Path) -> str:
-    """The id of the sweep's experiment, made if it is new."""
+def open_experiment(
+    client: MlflowClient, name: str, runs_dir: Path, tags: Mapping[str, str] | None = None
+) -> str:
+    """The id of the sweep's experiment, made if it is new, with these tags beside its others."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server keeps artifacts where it was told to; the local file keeps them beside itself.
         local = client.tracking_uri.startswith("sqlite:")
         location = (runs_dir.resolve() / "artifacts").as_uri() if local else None
-        return client.create_experiment(name, artifact_location=location)
-    if experiment.lifecycle_stage != "active":
+        experiment_id = client.create_experiment(name, artifact_location=location)
+    elif experiment.lifecycle_stage != "active":
         raise InputError(
             f"sweep {name} was deleted in MLflow: restore it there or take another --name"
         )
-    return experiment.experiment_id
+    else:
+        experiment_id = experiment.experiment_id
+    for tag, value in (tags or {}).items():
+        client.set_experiment_tag(experiment_id, tag, value)
+    return experiment_id
 
 
 def find_run(client: MlflowClient, experiment_id: str, kind: str, **tags: str) -> Run | None:
@@ -106,6 +112,7 @@ class MlflowRecorder(MemoryRecorder):
         uri: str,
         experiment_id: str,
         key: str,
+        name: str,
         params: Mapping[str, Scalar],
         tags: Mapping[str, str],
     ) -> None:
@@ -113,7 +120,6 @@ class MlflowRecorder(MemoryRecorder):
         self.client = MlflowClient(uri)
         run = find_run(self.client, experiment_id, "trial", trial_key=key)
         if run is None:
-            name = f"{params['init.scheme']} {params['corpus.subset']} seed {params['init.seed']}"
             first = {"kind": "trial", "trial_key": key, "trial_status": "running"}
             run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=first)
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time

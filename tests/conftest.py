@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
-from gptcore.config import TrialConfig, spelling
+from gptcore.config import Scalar, TrialConfig, spelling
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -79,38 +88,145 @@ def flags(config: TrialConfig) -> list[str]:
     return [word for key, value in flat.items() for word in (f"--{key}", spelling(value))]
 
 
+def make_sweep(
+    uri: str, runs_dir: Path, name: str, knobs: Sequence[Mapping[str, Scalar]], missing: int = 0
+) -> None:
+    """Run tiny trials in this process and record them as a sweep, whose last ones are only planned.
+
+    A trial that another sweep has already run is planned here, and not run again.
+    """
+    from analysis.claims import digest
+    from analysis.runs import connect, search_runs
+    from gptcore.experiment import check_trial, run_trial
+    from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
+    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
+
+    client = connect(uri)
+    view = {VIEW_TAG: view_of_sweep(["init.scheme"], TINY["model.n_layer"])}
+    experiment_id = open_experiment(client, name, runs_dir, view)
+    trials = {}
+    for one in knobs:
+        config = TrialConfig.from_flat({**TINY, **one})
+        trials[config.key(check_trial(config).digest)] = config
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    done = {run.data.tags["trial_key"] for run in search_runs(client, everywhere, "trial")}
+    for key, config in list(trials.items())[: len(trials) - missing]:
+        if key not in done:
+            flat = config.to_flat()
+            label = f"{flat['init.scheme']}, {flat['corpus.subset']}, seed {flat['init.seed']}"
+            tags = {"sweep": name}
+            run_trial(config, MlflowRecorder(uri, experiment_id, key, label, flat, tags))
+    plan = {
+        "sweep": name,
+        "tags": {},
+        "claims_digest": digest(),
+        "notes": ["made by a test <b>&</b>"],
+        "command": f"python sweeps/init_sweep.py --name {name}",
+        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
+    }
+    SweepRun(client, experiment_id, plan, launched=time.time()).end("FINISHED")
+
+
 @pytest.fixture(scope="session")
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
-    from analysis.claims import digest
-    from analysis.runs import connect, tracking_uri
-    from gptcore.experiment import check_trial, run_trial
-    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
+    from analysis.runs import tracking_uri
 
     runs_dir = tmp_path_factory.mktemp("runs")
-    uri = tracking_uri(runs_dir)
-    client = connect(uri)
-    experiment_id = open_experiment(client, "small", runs_dir)
-    knobs = [
+    knobs: list[dict[str, Scalar]] = [
         {"init.scheme": scheme, "init.seed": seed}
         for scheme in ("model5", "gpt2")
         for seed in (0, 1)
     ]
     knobs += [{"init.seed": 2, "optim.lr": 1e30}, {"init.seed": 3}]
-    trials = {}
-    for one in knobs:
-        config = TrialConfig.from_flat({**TINY, **one})
-        trials[config.key(check_trial(config).digest)] = config
-    for key, config in list(trials.items())[:-1]:
-        recorder = MlflowRecorder(uri, experiment_id, key, config.to_flat(), {"sweep": "small"})
-        run_trial(config, recorder)
-    plan = {
-        "sweep": "small",
-        "tags": {},
-        "claims_digest": digest(),
-        "notes": ["made by a test <b>&</b>"],
-        "command": "python sweeps/init_sweep.py",
-        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
-    }
-    SweepRun(client, experiment_id, plan, launched=1).end("FINISHED")
+    make_sweep(tracking_uri(runs_dir), runs_dir, "small", knobs, missing=1)
     return runs_dir
+
+
+@pytest.fixture(scope="session")
+def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with sweeps `one` and `two`: 2 schemes x 2 subsets, a subset each, and in `two`
+    a trial that `one` has run."""
+    from analysis.runs import tracking_uri
+
+    runs_dir = tmp_path_factory.mktemp("runs")
+    uri = tracking_uri(runs_dir)
+    schemes: list[dict[str, Scalar]] = [{"init.scheme": name} for name in ("model5", "gpt2")]
+    make_sweep(uri, runs_dir, "one", schemes)
+    halves = [{**scheme, "corpus.subset": "0-0.25"} for scheme in schemes]
+    make_sweep(uri, runs_dir, "two", [*halves, schemes[0]])
+    return runs_dir
+
+
+@pytest.fixture(scope="session")
+def server_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server with a sweep `served` of 2 schemes x 2 seeds."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                requests.get(f"{uri}/health", timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.5)
+        knobs: list[dict[str, Scalar]] = [
+            {"init.scheme": scheme, "init.seed": seed}
+            for scheme in ("model5", "gpt2")
+            for seed in (0, 1)
+        ]
+        make_sweep(uri, folder, "served", knobs)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+SCREENSHOTS = ROOT / ".screenshots"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by Playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page that keeps what its console says (`said`) and asks of other machines (`asked`)."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    page.said, page.asked = [], []
+    page.on("console", lambda message: page.said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: page.said.append(f"error: {error}"))
+    local = ("file:", "data:", "blob:", "http://127.0.0.1:")
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(local) else page.asked.append(request.url),
+    )
+    yield page
+    context.close()

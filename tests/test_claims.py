@@ -8,13 +8,13 @@ import pytest
 
 from analysis import claims
 from analysis.claims import CLAIMS, Part, digest
-from analysis.runs import connect, read_sweep, tracking_uri, trial_runs
+from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs
 from gptcore.records import PRIMARY
 
 
 @pytest.fixture(scope="module")
 def sweep(finished_sweep):
-    return read_sweep(tracking_uri(finished_sweep), "small")
+    return read_sweeps(tracking_uri(finished_sweep), ["small"], None, finished_sweep / "cache")
 
 
 @pytest.mark.parametrize("name", CLAIMS)

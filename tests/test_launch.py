@@ -5,13 +5,14 @@ import json
 import polars as pl
 import pytest
 
+from analysis.runs import chart_page, mlflow_command
 from conftest import TINY, flags
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
-from sweeps.launch import chart_page, main, make_plan, mlflow_command
+from sweeps.launch import main, make_plan
 from sweeps.spaces import PRESETS
 
 

@@ -2,30 +2,29 @@ import json
 import re
 import shutil
 import sqlite3
-import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
+from mlflow.exceptions import MlflowException
 
 from analysis.claims import CLAIMS
-from analysis.report import (
-    claim_findings,
-    find,
-    main,
-    of_seeds,
-    render,
-    statistics_of_runs,
-    with_scheme,
+from analysis.figures import FIGURES
+from analysis.findings import of_seeds, with_scheme
+from analysis.report import SECTIONS, main
+from analysis.runs import (
+    READ,
+    chart_page,
+    connect,
+    read_sweeps,
+    shuffled_labels,
+    tracking_uri,
+    trial_runs,
 )
-from analysis.runs import READ, RunTables, connect, read_sweep, tracking_uri, trial_runs
 from analysis.verdicts import UNDERPOWERED, UNTESTED
+from conftest import SCREENSHOTS
+from gptcore.config import InputError
 from gptcore.records import PRIMARY
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
 def test_claims_that_changed_after_the_first_trial_are_exploratory(
     finished_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("analysis.report.digest", lambda: "another")
+    monkeypatch.setattr("analysis.findings.digest", lambda: "another")
     assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path)]) == 0
     findings = json.loads((tmp_path / "findings.json").read_text())["claims"]
     assert findings["standing"] == "exploratory"
@@ -127,18 +126,21 @@ def test_a_report_can_be_of_some_trials(finished_sweep, tmp_path):
     assert f"Note: Only the trials for which {where}." in (tmp_path / "summary.md").read_text()
 
 
+def moved(runs_dir, to):
+    """A copy of a runs folder whose artifacts are those of the copy."""
+    shutil.copytree(runs_dir, to)
+    with sqlite3.connect(to / "mlflow.db") as store:
+        store.execute(
+            "update runs set artifact_uri = replace(artifact_uri, ?, ?)", (str(runs_dir), str(to))
+        )
+    return to
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut short", "not Parquet"])
 def test_a_damaged_table_leaves_its_trial_out_and_the_report_says_so(
     finished_sweep, tmp_path, damage
 ):
-    runs_dir = tmp_path / "runs"
-    shutil.copytree(finished_sweep, runs_dir)
-    # Artifacts are where the store says: of the copy they are made those of the copy.
-    with sqlite3.connect(runs_dir / "mlflow.db") as store:
-        store.execute(
-            "update runs set artifact_uri = replace(artifact_uri, ?, ?)",
-            (str(finished_sweep), str(runs_dir)),
-        )
+    runs_dir = moved(finished_sweep, tmp_path / "runs")
     runs = trial_runs(connect(tracking_uri(runs_dir)), "small").values()
     run = next(run for run in runs if run.data.tags["trial_status"] == "finished")
     file = Path(run.info.artifact_uri.removeprefix("file://"), "token_groups.parquet")
@@ -171,6 +173,9 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
     ("arguments", "says"),
     [
         (["--name", "none"], "there is no sweep none: the sweeps of this store are small"),
+        (["--name", "small", "none"], "there is no sweep none: the sweeps of this store are small"),
+        (["--claims", "order", "ordre"], "there is no claim ordre: the claims are init_table, "),
+        (["--shuffle-labels", "x"], "argument --shuffle-labels: invalid int value: 'x'"),
         (["--where", "init.scheme = 'none'"], "is true of none of the 6 trials"),
         (["--where", "init.shceme = 'gpt2'"], "takes a condition on knobs such as"),
         (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
@@ -205,6 +210,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
         "notes": [],
         "tags": {},
         "claims_digest": "d",
+        "command": "",
         "trials": {"k": {"params": {"init.seed": 0}}},
     }
     SweepRun(client, open_experiment(client, "empty", tmp_path), plan, launched=1)
@@ -212,65 +218,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
     assert "sweep empty has no finished trials yet" in capsys.readouterr().err
 
 
-def drawn(page, tmp_path):
-    """The figures that a browser without a network draws of a page; it must not complain."""
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=10000",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    figures = re.findall(r'<div id="(\w+)"[^>]*class="vega-embed[^"]*"', done.stdout)
-    assert len(re.findall(r"<svg[^>]*class=\"marks\"", done.stdout)) == len(figures)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return figures
-
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-
-
-@pytest.mark.browser
-@needs_browser
-def test_a_browser_draws_every_figure_without_a_network(report, tmp_path):
-    found = drawn(report / "report.html", tmp_path)
-    assert found == ["qkv_std", "growth_by_layer", "group_log_prob"]
-
-
-@pytest.mark.browser
-@needs_browser
-def test_runs_on_texts_of_several_sizes_are_drawn_against_them(finished_sweep, tmp_path):
-    sweep = read_sweep(tracking_uri(finished_sweep), "small")
-    sizes = sweep.tables["group_members"].with_columns(
-        n_occurrences=pl.col("n_occurrences") * pl.col("trial_key").rank("dense")
-    )
-    sweep = replace(
-        sweep,
-        trials=with_scheme(sweep.trials),
-        tables={**sweep.tables, "group_members": sizes},
-    )
-    by_run = statistics_of_runs(sweep)
-    findings = {**find(sweep, by_run), "claims": claim_findings(sweep)}
-    page = tmp_path / "page.html"
-    page.write_text(render(sweep, by_run, findings), encoding="utf-8")
-    assert drawn(page, tmp_path)[-1] == "rare_by_size"
-
-
-def test_runs_of_one_seed_count_once(finished_sweep):
+def test_runs_of_one_seed_count_once():
     runs = pl.DataFrame({"seed": [0, 0, 1, 2], "x": [1.0, 3.0, 5.0, None]})
     assert of_seeds(runs, "x") == [2.0, 5.0]
     assert of_seeds(runs.with_columns(x=pl.col("x") > 2), "x") == [0.5, 1.0]
@@ -296,41 +244,210 @@ def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
     ]
 
 
-def test_a_scheme_without_finished_trials_is_still_in_the_findings():
-    trials = pl.DataFrame(
-        {
-            "trial_key": ["a", "b"],
-            "status": ["finished", "diverged"],
-            "reason": ["", ""],
-            "init.scheme": ["gpt2", "model5"],
-            "corpus.subset": ["all", "all"],
-            "init.seed": [0, 0],
-        }
+def test_a_scheme_without_finished_trials_is_still_in_the_findings(report):
+    findings = json.loads((report / "findings.json").read_text())
+    diverged = "model5, optim.lr 1e+30"
+    assert findings["depth_gradient"][diverged]["runs"] == 0
+    assert findings["depth_gradient"][diverged]["tau"]["value"] is None
+    assert findings["rare_tokens"][diverged]["groups"]["never_used"]["change"]["value"] is None
+    assert {by["init_table"]["verdict"] for label, by in findings["claims"]["by"]["scheme"].items()
+            if label == diverged} == {UNTESTED}  # fmt: skip
+
+
+def test_every_claim_and_figure_has_its_section():
+    assert {claim.section for claim in CLAIMS.values()} == set(SECTIONS)
+    assert {figure.section for figure in FIGURES.values()} == set(SECTIONS)
+
+
+def test_every_number_of_the_page_is_in_the_findings(report):
+    """Numbers of tables and sentences; those of figures are in the Parquet files they name."""
+    findings = (report / "findings.json").read_text()
+    numbers = map(float, re.findall(r"-?\d+\.\d+(?:e-?\d+)?", findings))
+    known = {f"{number:.3g}" for number in numbers}
+    page = (report / "report.html").read_text()
+    cells = re.findall(r"<td>(-?[\d.e-]+) \[(-?[\d.e-]+), (-?[\d.e-]+)\]</td>", page)
+    assert len(cells) > 100
+    for number in {number for cell in cells for number in cell if "." in number}:
+        assert number in known, number
+
+
+def test_several_sweeps_are_read_as_one(two_sweeps, tmp_path):
+    runs = ["--runs-dir", str(two_sweeps), "--out", str(tmp_path)]
+    assert main([*runs, "--name", "one", "two"]) == 0
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert findings["sweep"] == "one + two"
+    # What one of them has run and the other only planned is there once.
+    assert findings["trials"]["finished"] == len(findings["runs"]) == 4
+    assert {run["corpus.subset"] for run in findings["runs"]} == {"all", "0-0.25"}
+    assert findings["claims"]["standing"] == "confirmatory"
+    page = (tmp_path / "report.html").read_text()
+    assert "init_sweep.py --name one</code> and <code>python" in page
+    assert page.count("viewStateShareKey=sweep") == 2
+    assert main([*runs, "--name", "two"]) == 0
+    assert json.loads((tmp_path / "findings.json").read_text())["trials"]["finished"] == 2
+
+
+def test_the_report_of_several_sweeps_has_a_folder_of_its_own(two_sweeps):
+    assert main(["--runs-dir", str(two_sweeps), "--name", "two", "one"]) == 0
+    assert (two_sweeps / "reports" / "two+one" / "report.html").exists()
+
+
+def test_schemes_are_compared_seed_by_seed(two_sweeps, tmp_path):
+    names = ["--name", "one", "two"]
+    assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), *names]) == 0
+    compared = json.loads((tmp_path / "findings.json").read_text())["comparisons"]
+    assert compared["reference"] == "model5"
+    found = compared["claims"]["never_suppressed"]["never"]["gpt2"]
+    changes = pl.read_parquet(tmp_path / "group_changes.parquet").filter(group="never_100")
+    by_scheme = changes.pivot("scheme", index="subset", values="change")
+    assert found["value"] == pytest.approx((by_scheme["gpt2"] - by_scheme["model5"]).mean())
+    assert (found["seeds"], found["low"], found["p_holm"]) == (1, None, 1.0)  # one seed says little
+
+
+def test_claims_can_be_chosen_and_stay_corrected_for_all(finished_sweep, tmp_path):
+    chosen = ["--claims", "order", "widening"]
+    assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path), *chosen]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<a href="#claim-(\w+)">', page) == ["order", "widening"]
+    assert (tmp_path / "summary.md").read_text().count("\n- ") == 2
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert set(findings["claims"]["here"]) == set(CLAIMS)
+
+
+@pytest.mark.parametrize("table", ["histograms", "tokens"])
+def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_path, table):
+    runs_dir = moved(two_sweeps, tmp_path / "runs")
+    for key, run in trial_runs(connect(tracking_uri(runs_dir)), "two").items():
+        Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet").write_bytes(b"x")
+        last = key
+    out = tmp_path / "report"
+    names = ["--name", "one", "two"]
+    assert main(["--runs-dir", str(runs_dir), "--out", str(out), *names]) == 0
+    notes = json.loads((out / "findings.json").read_text())["notes"]
+    left_out = [note for note in notes if "left out of a figure" in note]
+    if table == "tokens":  # of histograms the runs of the other sweep are drawn
+        assert len(left_out) == 1
+        assert f"{table} cannot be read" in left_out[0]
+        assert last in "".join(left_out) or len(left_out) < 2
+    else:
+        assert left_out == []
+
+
+def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
+    sweep = read_sweeps(tracking_uri(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
+    shuffled = shuffled_labels(sweep, 1)
+    by = ["trial_key", "step", "mask"]
+    rows, dealt = (one.tables["token_groups"] for one in (sweep, shuffled))
+    assert dealt.group_by(*by, "group").len()["len"].unique().to_list() == [1]
+    assert (
+        dealt.sort(*by, "log_z", "mean_logprob").drop("group")
+        .equals(rows.sort(*by, "log_z", "mean_logprob").drop("group"))
+    )  # fmt: skip
+    assert not dealt["group"].equals(rows["group"])
+    assert shuffled_labels(sweep, 1).tables["token_groups"].equals(dealt)
+    # A run keeps its deal from step to step.
+    last = dealt.filter(mask="none").sort("step").group_by("trial_key", "group").agg("step")
+    assert last["step"].list.len().n_unique() == 1
+
+
+def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
+    out, cache = tmp_path / "report", tmp_path / "cache"
+    assert main(["--runs-dir", str(tmp_path), "--out", str(out)]) == 0
+    findings = json.loads((out / "findings.json").read_text())
+    assert findings["trials"]["finished"] == 4
+    files = sorted(cache.rglob("*.parquet"))
+    assert len(list(cache.iterdir())) == 4
+    assert {file.stem for file in files} == {*READ, "histograms"}
+    before = [file.stat().st_mtime_ns for file in files]
+    assert main(["--runs-dir", str(tmp_path), "--out", str(out)]) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before  # fetched once
+    # What the cache lacks is fetched, what it holds is read.
+    files[0].unlink()
+    assert main(["--runs-dir", str(tmp_path), "--out", str(out)]) == 0
+    assert json.loads((out / "findings.json").read_text()) == findings
+
+
+def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_path, monkeypatch):
+    def dies(*_):
+        raise MlflowException("the server has gone away")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
+    monkeypatch.setattr("analysis.runs._fetch", dies)
+    with pytest.raises(
+        InputError, match=f"cannot be read from {server_sweep}: the server has gone"
+    ):
+        read_sweeps(server_sweep, [], None, tmp_path)
+
+
+@pytest.mark.browser
+def test_a_browser_draws_every_figure_without_a_network(two_sweeps, tmp_path, page):
+    out = tmp_path / "report"
+    names = ["--name", "one", "two"]
+    assert main(["--runs-dir", str(two_sweeps), "--out", str(out), *names]) == 0
+    page.goto((out / "report.html").as_uri())
+    page.wait_for_function(f"document.querySelectorAll('svg.marks').length >= {len(FIGURES)}")
+    found = page.eval_on_selector_all(".chart", "charts => charts.map(chart => chart.id)")
+    assert sorted(found) == sorted(FIGURES)
+    for name in FIGURES:  # each has marks, and a name for those who cannot see it
+        assert page.locator(f"#{name} svg.marks path, #{name} svg.marks line").count() > 10, name
+        label = page.locator(f"#{name} [role=graphics-document]").get_attribute("aria-label")
+        assert label == FIGURES[name].caption
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "report.png", full_page=True)
+    assert page.asked == []
+    assert page.said == []
+
+
+@pytest.mark.browser
+def test_a_figure_tells_its_numbers_where_the_mouse_is(two_sweeps, tmp_path, page):
+    assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), "--name", "one"]) == 0
+    page.goto((tmp_path / "report.html").as_uri())
+    mark = page.locator("#init_errors g.mark-symbol.role-mark path").first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tip = page.locator("#vg-tooltip-element.visible")
+    tip.wait_for()
+    assert {"scheme", "subset", "seed", "kind", "expected", "found"} == set(
+        tip.locator("td.key").all_inner_texts()
     )
-    weights = pl.DataFrame(
-        {
-            "trial_key": ["a"] * 4,
-            "kind": ["qkv"] * 4,
-            "layer": [0, 1, 0, 1],
-            "step": [0, 0, 5, 5],
-            "std": [0.02, 0.02, 0.04, 0.03],
-            "rms_displacement": [0.0, 0.0, 0.02, 0.01],
-        }
-    )
-    groups = pl.DataFrame(
-        [
-            {"trial_key": "a", "group": group, "step": step, **PRIMARY}
-            | {"mean_logprob": -10.0 - step, "mean_logit": 0.0, "log_z": 10.0 + step, "excess": 0.0}
-            for group in ("common_100", "rare_100", "never_100", "singletons", "never_used")
-            for step in (0, 5)
-        ]
-    )
-    trials = with_scheme(trials)
-    sweep = RunTables(
-        "s", {"notes": []}, None, trials, {"weights": weights, "token_groups": groups}
-    )
-    findings = find(sweep, statistics_of_runs(sweep))
-    assert findings["depth_gradient"]["model5"]["runs"] == 0
-    assert findings["depth_gradient"]["model5"]["tau"]["value"] is None
-    assert findings["depth_gradient"]["gpt2"]["tau"]["value"] == 1
-    json.dumps(findings, allow_nan=False)
+
+
+@pytest.mark.browser
+def test_the_page_can_be_used_by_keyboard(two_sweeps, tmp_path, page):
+    assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), "--name", "one"]) == 0
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#histograms input[type=range]")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#verdicts")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('role')") == "region"
+    # The time-lapse: another step is another drawing.
+    slider = page.locator("#histograms input[type=range]")
+    before = page.locator("#histograms svg.marks").inner_html()
+    slider.focus()
+    page.keyboard.press("Home")
+    page.wait_for_timeout(300)
+    assert page.locator("#histograms svg.marks").inner_html() != before
+    every = page.locator("table")
+    assert every.count() == page.locator("table:has(caption):has(th[scope=col])").count()
+
+
+@pytest.mark.browser
+def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
+    experiment = connect(server_sweep).get_experiment_by_name("served").experiment_id
+    page.goto(chart_page(server_sweep, experiment))
+    page.get_by_text("What the claims are about").wait_for(timeout=60_000)
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
+    page.wait_for_timeout(2000)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "mlflow.png")
+    text = page.inner_text("body")
+    assert "4 matching runs" in text
+    assert "Group by: init.scheme" in text
+    assert "share key" not in text  # of an error
+    titles = ("loss/val", "qkv_std/layer_00", "logprob/never_used")
+    assert all(title in text for title in titles)

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from mlflow import MlflowClient
 
-from analysis.runs import connect, read_sweep, tracking_uri, trial_runs, trial_status
+from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs, trial_status
 from conftest import ROOT
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
@@ -30,13 +30,14 @@ def key(tiny):
 
 
 def job(key, tiny):
-    return {"key": key, "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+    return {"key": key, "name": "a trial", "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
 
 
 def plan_of(trials):
     return {
         "sweep": "sweep",
         "notes": [],
+        "command": "",
         "claims_digest": "d",
         "tags": {"notes": ""},
         "trials": trials,
@@ -50,7 +51,7 @@ def recorder(store, key, tiny):
 def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     run_trial(tiny, recorder(store, key, tiny))
     client = MlflowClient(store["uri"])
-    run = trial_runs(client, "sweep")[key]
+    run = client.get_run(trial_runs(client, "sweep")[key].info.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {name: spelling(value) for name, value in tiny.to_flat().items()}
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished"}
@@ -111,7 +112,7 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
     )
     assert first.run_id == second.run_id
     second.end("FINISHED")
-    tables = read_sweep(store["uri"], "sweep")
+    tables = read_sweeps(store["uri"], ["sweep"], None, tmp_path / "cache")
     assert dict(tables.trials.select("trial_key", "status").iter_rows()) == {
         key: "finished",
         "other": "missing",
@@ -119,7 +120,7 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
     assert set(tables.tables["weights"]["trial_key"]) == {key}
 
 
-def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
+def test_tables_of_another_schema_are_refused_by_name(store, key, tiny, tmp_path):
     run_trial(tiny, recorder(store, key, tiny))
     client = MlflowClient(store["uri"])
     plan = plan_of({key: {"params": tiny.to_flat()}})
@@ -128,7 +129,7 @@ def test_tables_of_another_schema_are_refused_by_name(store, key, tiny):
     file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
     pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
     with pytest.raises(InputError, match=f"trial {key} has schema version 0"):
-        read_sweep(store["uri"], "sweep")
+        read_sweeps(store["uri"], ["sweep"], None, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

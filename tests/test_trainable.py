@@ -20,7 +20,7 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny,
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
-    job = {"key": "planned", "params": tiny.to_flat(), "tags": {}}
+    job = {"key": "planned", "name": "a trial", "params": tiny.to_flat(), "tags": {}}
     with pytest.raises(InputError, match="its corpus or its gptcore is not the driver's"):
         run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
     run = trial_runs(client, "sweep")["planned"]
@@ -38,7 +38,7 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
-    job = {"key": key, "params": config.to_flat(), "tags": {}}
+    job = {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {}}
     monkeypatch.setattr(trainable, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
     trained, batch = [], Corpus.batch

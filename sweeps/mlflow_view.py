@@ -1,0 +1,84 @@
+"""The view of a sweep that MLflow's pages open with: filter, grouping, columns, charts first.
+
+MLflow keeps a shared view as a tag of the experiment. The tag's name and what its state holds are
+read from MLflow's own page, not documented: the version is pinned, and a test opens the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.runs import VIEW
+
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+
+
+def view_of_sweep(group_by: Sequence[str], n_layer: int) -> str:
+    """The tag's value: a view of the trials, grouped by some params, of up to `n_layer` blocks."""
+    state = json.dumps(view_state(group_by, n_layer), separators=(",", ":"))
+    packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+    return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
+
+
+def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:
+    """What MLflow's page of runs is to show."""
+    first = "What the claims are about"
+    charts = {
+        first: [
+            _lines("Held-out loss", "loss/val"),
+            _lines("Spread of QKV, first and last block",
+                   *dict.fromkeys(["qkv_std/layer_00", f"qkv_std/layer_{n_layer - 1:02d}"])),
+            _lines("Log-prob of never used tokens", "logprob/never_used"),
+            _lines("Log-prob of tokens that occur once", "logprob/singletons"),
+            _lines("Log-prob of common, rare, never",
+                   *(f"logprob/{group}_100" for group in ("common", "rare", "never"))),
+            _lines("Training loss", "loss/train"),
+        ]
+    }  # fmt: skip
+    params = [f"params.`{knob}`" for knob in (*group_by, "corpus.subset", "init.seed")]
+    return {
+        "searchFilter": "tags.kind = 'trial'",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": [
+            "attributes.`Duration`", *dict.fromkeys(params), "tags.`trial_status`",
+            "metrics.`loss/val`", "metrics.`logprob/never_used`",
+        ],
+        "runsHiddenMode": "SHOW_ALL",
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "param", "groupByData": knob} for knob in group_by],
+        },
+        "useGroupedValuesInCharts": True,
+        "compareRunSections": [
+            {"uuid": section, "name": section, "display": True, "isReordered": False,
+             "deleted": False, "isGenerated": False}
+            for section in charts
+        ],
+        "compareRunCharts": [
+            {**chart, "uuid": chart["displayName"], "metricSectionId": section}
+            for section in charts
+            for chart in charts[section]
+        ],
+        "isAccordionReordered": True,  # else sections are sorted by name
+    }  # fmt: skip
+
+
+def _lines(title: str, *metrics: str) -> dict[str, Any]:
+    """A chart of metrics over steps."""
+    return {
+        "type": "LINE", "displayName": title, "metricKey": metrics[0],
+        "selectedMetricKeys": list(metrics), "runsCountToCompare": 10, "deleted": False,
+        "isGenerated": False, "lineSmoothness": 0, "xAxisScaleType": "linear",
+        "scaleType": "linear", "range": {}, "xAxisKey": "step", "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric", "yAxisExpressions": [], "ignoreOutliers": False,
+        "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True,
+    }  # fmt: skip
