@@ -7,6 +7,7 @@ lie. Claims and margins are data, fixed before the runs: `digest` names them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,18 @@ class Claim:
         return self.parts.get(part) or self.parts["*"]
 
 
+@functools.lru_cache(maxsize=8)
+def growth_of(sweep: RunTables, kind: str = "qkv") -> pl.DataFrame:
+    """layer_growth of a sweep, made once."""
+    return layer_growth(sweep.tables["weights"].lazy(), kind)
+
+
+@functools.lru_cache(maxsize=2)
+def changes_of(sweep: RunTables) -> pl.DataFrame:
+    """group_changes of a sweep, made once."""
+    return group_changes(sweep.tables["token_groups"].lazy())
+
+
 def init_table(sweep: RunTables) -> Values:
     """Largest error of a kind's std at step 0, relative to what it was drawn from.
 
@@ -103,7 +116,7 @@ def untrained_level(sweep: RunTables) -> Values:
     groups = ("common_100", "rare_100", "never_100")
     start = (
         sweep.tables["token_groups"]
-        .filter(pl.col("step") == 0, **PRIMARY)
+        .filter(step=0, mask=PRIMARY["mask"])
         .pivot("group", index="trial_key", values="mean_logprob")
         .join(closed_form(sweep), on="trial_key")
     )
@@ -133,7 +146,7 @@ def widening(sweep: RunTables) -> Values:
     """d(log std) of Q, K and V, median over the layers, at the last step."""
     frames = []
     for kind in "qkv":
-        growth = last_steps(layer_growth(sweep.tables["weights"].lazy(), kind))
+        growth = last_steps(growth_of(sweep, kind))
         frames.append(
             growth.group_by("trial_key", maintain_order=True).agg(value=pl.col("growth").median())
             .select("trial_key", part=pl.lit(kind), value="value")
@@ -143,7 +156,7 @@ def widening(sweep: RunTables) -> Values:
 
 def depth_gradient(sweep: RunTables) -> Values:
     """tau over depth at the last step, of growth and of RMS displacement."""
-    last = last_steps(layer_growth(sweep.tables["weights"].lazy()))
+    last = last_steps(growth_of(sweep))
     return pl.concat(
         [
             _long(gradient_tau(last, ["trial_key"], column), {part: pl.col("tau")})
@@ -154,7 +167,7 @@ def depth_gradient(sweep: RunTables) -> Values:
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
     """tau at each of STEPS that is recorded, and at the last step."""
-    growth = looked_at(layer_growth(sweep.tables["weights"].lazy()))
+    growth = looked_at(growth_of(sweep))
     part = pl.concat_str(pl.lit("tau at "), "at")
     return _known(
         gradient_tau(growth, ["trial_key", "at"]).select("trial_key", part=part, value="tau")
@@ -163,7 +176,7 @@ def depth_gradient_lasts(sweep: RunTables) -> Values:
 
 def first_layer_widest(sweep: RunTables) -> Values:
     """1 where the QKV of layer 0 grows more than that of every other layer, else 0."""
-    growth = last_steps(layer_growth(sweep.tables["weights"].lazy()))
+    growth = last_steps(growth_of(sweep))
     return _known(
         growth.group_by("trial_key", maintain_order=True)
         .agg(
@@ -189,7 +202,7 @@ def heavier_tails(sweep: RunTables) -> Values:
 
 def order(sweep: RunTables) -> Values:
     """1 where the last log-probs stand in the order said, by the source's groups and by bins."""
-    held = orders_hold(group_changes(sweep.tables["token_groups"].lazy()))
+    held = orders_hold(changes_of(sweep))
     return _long(held, {name: pl.col(name).cast(pl.Float64) for name in ORDERS})
 
 
@@ -223,7 +236,7 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
     # The bins hold every token once; the source's groups overlap them.
     bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
     sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("n_occurrences").sum())
-    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="rare_100")
+    changes = changes_of(sweep).filter(group="rare_100")
     return (
         changes.join(sizes, on="trial_key", maintain_order="left")
         .join(closed_form(sweep), on="trial_key", maintain_order="left")
@@ -247,7 +260,7 @@ def common_at_random_or_above(sweep: RunTables) -> Values:
 
 def _change(sweep: RunTables, parts: Mapping[str, tuple[str, str]]) -> Values:
     """Per run, from step 0 to the last step: of each part the (column, group) of group_changes."""
-    changes = group_changes(sweep.tables["token_groups"].lazy())
+    changes = changes_of(sweep)
     frames = [
         changes.filter(group=group).select("trial_key", part=pl.lit(part), value=column)
         for part, (column, group) in parts.items()
@@ -260,7 +273,7 @@ def mask_matters(sweep: RunTables) -> Values:
     rows = sweep.tables["token_groups"].filter(
         pl.col("mask").is_in(["none", "sequence"]),
         pl.col("step") == pl.col("step").max().over("trial_key"),
-        group="common_100", text=PRIMARY["text"], positions=PRIMARY["positions"],
+        group="common_100",
     )  # fmt: skip
     by_mask = rows.pivot("mask", index="trial_key", values="mean_logprob")
     return _long(by_mask, {"common, unmasked - masked": pl.col("none") - pl.col("sequence")})
@@ -276,7 +289,7 @@ def unused_rows_move(sweep: RunTables) -> Values:
     unused = sweep.tables["group_weights"].filter(group="never_used").join(free, on="trial_key")
     by_run = unused.sort("step", maintain_order=True).group_by("trial_key", maintain_order=True)
     moved = by_run.agg(value=pl.col("rms_displacement").last() / pl.col("rms").first())
-    changes = group_changes(sweep.tables["token_groups"].lazy()).filter(group="never_used")
+    changes = changes_of(sweep).filter(group="never_used")
     split = changes.join(free, on="trial_key", maintain_order="left")
     return pl.concat(
         [

@@ -8,9 +8,17 @@ from typing import Any
 
 import polars as pl
 
-from analysis.claims import CLAIMS, closed_form, digest, init_errors, rare_by_size
-from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps, layer_growth
-from analysis.rare_tokens import ORDERS, group_changes, orders_hold, primary
+from analysis.claims import (
+    CLAIMS,
+    changes_of,
+    closed_form,
+    digest,
+    growth_of,
+    init_errors,
+    rare_by_size,
+)
+from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
+from analysis.rare_tokens import ORDERS, orders_hold, primary
 from analysis.runs import RunTables, read_some
 from analysis.specifications import CHOICES, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
@@ -50,8 +58,8 @@ def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
 def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
     """What is computed of each run, one frame a statistic, as with_trial; empty where a sweep has
     nothing of the kind."""
-    weights, token_groups = sweep.tables["weights"].lazy(), sweep.tables["token_groups"].lazy()
-    growth, changes = layer_growth(weights), group_changes(token_groups)
+    growth, changes = growth_of(sweep), changes_of(sweep)
+    log_probs = primary(sweep.tables["token_groups"].lazy()).collect()
     frames = {
         "layer_growth": growth,
         "depth_gradient": depth_gradient(growth),
@@ -59,7 +67,7 @@ def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
         "group_changes": changes,
         "group_orders": orders_hold(changes),
         "init_errors": init_errors(sweep),
-        "group_log_probs": primary(token_groups).collect().join(closed_form(sweep), on="trial_key"),
+        "group_log_probs": log_probs.join(closed_form(sweep), on="trial_key"),
         "rare_by_size": rare_by_size(sweep),
     }
     frames["histograms"], no_histograms = histograms(sweep)

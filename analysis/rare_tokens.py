@@ -14,9 +14,9 @@ ORDERS = {
 
 
 def primary(token_groups: pl.LazyFrame) -> pl.LazyFrame:
-    """The rows of gptcore.records.PRIMARY: on the probe text, at all positions but the first, where
-    a token among a sequence's own inputs is left out of that sequence."""
-    return token_groups.filter(**PRIMARY)
+    """The rows of gptcore.records.PRIMARY, of rows that are on its text and at its positions: those
+    where a token among a sequence's own inputs is left out of that sequence."""
+    return token_groups.filter(mask=PRIMARY["mask"])
 
 
 def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from sqlalchemy.exc import SQLAlchemyError
 
+from analysis.depth_gradient import STEPS
 from gptcore.config import KNOBS, InputError
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 
@@ -48,7 +49,7 @@ for chatty in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunTables:
     """One sweep, or several as one, as frames."""
 
@@ -213,11 +214,15 @@ READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
     "training": _all,
     "weights": lambda rows: rows.filter(
         pl.col("kind").is_in(["q", "k", "v", "qkv"]) | (pl.col("step") == 0)
-    ).drop("size", "frobenius", "cosine", "grad_rms"),
+    ).drop("size", "mean", "frobenius", "cosine", "grad_rms"),
     "text_losses": _all,
     "token_groups": lambda rows: rows.filter(
         text=PRIMARY["text"], positions=PRIMARY["positions"]
-    ).drop("n_tokens", "log_mean_prob"),
+    ).filter(
+        (pl.col("mask") == PRIMARY["mask"])
+        | pl.col("step").is_in([0, *STEPS])
+        | (pl.col("step") == pl.col("step").max().over("file"))
+    ).drop("text", "positions", "n_tokens", "log_mean_prob"),
     "group_weights": _all,
     # In place of fifty thousand ids a trial.
     "group_members": lambda rows: rows.select(
@@ -436,9 +441,11 @@ def read_table(
             )
     # One scan over all files: a read for each would take longer than all else together.
     rows = (what or READ[table])(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
-    return rows.select(
-        pl.col("file").replace_strict(keys).alias("trial_key"), pl.all().exclude("file")
-    )
+    # A path stands beside each of its rows: it is looked up once for all that follow one another.
+    files = rows["file"]
+    firsts = files.filter(files.ne_missing(files.shift()))
+    trial_key = pl.Series("trial_key", [keys[file] for file in firsts], pl.String)
+    return rows.drop("file").insert_column(0, trial_key.gather(files.rle_id()))
 
 
 def read_some(

@@ -11,8 +11,8 @@ from typing import Any
 
 import polars as pl
 
-from analysis.claims import CLAIMS, Part, closed_form
-from analysis.depth_gradient import gradient_tau, layer_growth, looked_at
+from analysis.claims import CLAIMS, Part, closed_form, growth_of
+from analysis.depth_gradient import gradient_tau, looked_at
 from analysis.runs import RunTables
 from analysis.verdicts import judge_part
 
@@ -61,7 +61,7 @@ def _gradients(sweep: RunTables, claim: str) -> pl.DataFrame:
     """tau of each run, by weight, measure and step."""
     frames = []
     for kind in ("qkv", "q", "k", "v"):
-        growth = looked_at(layer_growth(sweep.tables["weights"].lazy(), kind))
+        growth = looked_at(growth_of(sweep, kind))
         for column, measure in (("growth", "d(log std)"), ("displacement", "RMS displacement")):
             tau = gradient_tau(growth, ["trial_key", "at"], column)
             frames.append(

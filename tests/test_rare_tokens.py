@@ -12,7 +12,7 @@ def token_groups(ends, start=-10.8):
         for group, end in groups.items():
             for step in (100, 0, 50):
                 value = None if end is None else start + (end - start) * step / 100
-                others = [{name: "another"} for name in PRIMARY]
+                others = [{"mask": "batch"}, {"mask": "none"}]
                 for shift, other in enumerate([{}, *others]):
                     logprob = None if value is None else value + shift
                     log_z = None if value is None else 10.8 + 0.01 * step

@@ -67,7 +67,7 @@ def test_the_findings_are_those_of_the_rows(report):
     rows = pl.read_parquet(report / "token_groups.parquet").filter(
         pl.col("trial_key").is_in(trials["trial_key"].to_list()),
         group="never_100",
-        **PRIMARY,
+        mask=PRIMARY["mask"],
     )
     start, end = (rows.filter(step=step)["mean_logprob"].mean() for step in (0, 5))
     group = findings["rare_tokens"]["gpt2, optim.lr 0.001"]["groups"]["never_100"]
@@ -439,6 +439,7 @@ def test_the_page_can_be_used_by_keyboard(two_sweeps, tmp_path, page):
 @pytest.mark.browser
 def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     experiment = connect(server_sweep).get_experiment_by_name("served").experiment_id
+    page.set_viewport_size({"width": 1900, "height": 1100})
     page.goto(chart_page(server_sweep, experiment))
     page.get_by_text("What the claims are about").wait_for(timeout=60_000)
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
