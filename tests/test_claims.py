@@ -8,7 +8,14 @@ import pytest
 
 from analysis import claims
 from analysis.claims import CLAIMS, Part, digest
-from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs
+from analysis.runs import (
+    connect,
+    read_sweeps,
+    shuffled_labels,
+    tracking_uri,
+    trial_runs,
+)
+from analysis.verdicts import judge
 from gptcore.records import PRIMARY
 
 
@@ -182,3 +189,39 @@ def test_the_digest_follows_every_margin_and_statement(monkeypatch):
         assert digest() != before
     monkeypatch.setattr(claims, "CLAIMS", dict(reversed(CLAIMS.items())))
     assert digest() == before
+
+
+def test_with_shuffled_labels_no_claim_on_rare_tokens_is_supported(sweep):
+    """A control: of runs in which every such claim holds, the names of the groups are shuffled."""
+    changes = {
+        "common_100": 4.4, "rare_100": -1.2, "never_100": -3.1, "never_used": -3.1,
+        "singletons": -1.2, "count_2_3": -0.2, "count_4_15": 1.2, "count_16_63": 2.7,
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    keys = [f"{config} {seed}" for config in "ab" for seed in range(20)]
+    groups = pl.DataFrame(
+        [
+            {"trial_key": key, "group": group, "step": step, "mask": "sequence", "excess": 0.0}
+            | {"mean_logprob": -10.8 + at, "mean_logit": 0.0, "log_z": 10.8 - at}
+            for key in keys
+            for group, change in changes.items()
+            for step, at in ((0, 0.0), (5, change + rng.normal(0, 0.1)))
+        ]
+    )
+    trials = pl.DataFrame(
+        [{"trial_key": key, "status": "finished", "config": "these", "seed": key[2:]}
+         for key in keys]
+    )  # fmt: skip
+    unused = groups.select("trial_key", "group", "step").with_columns(rms=1.0)
+    planted = replace(
+        sweep, trials=trials, tables={"token_groups": groups, "group_weights": unused}
+    )
+    on_rare_tokens = {name: CLAIMS[name] for name in ("order", "rare_falls", "never_suppressed")}
+
+    def verdicts(tables):
+        values = {name: claim.measure(tables) for name, claim in on_rare_tokens.items()}
+        return [found["verdict"] for found in judge(on_rare_tokens, values, trials).values()]
+
+    assert verdicts(planted) == ["supported"] * 3
+    for seed in range(30):
+        assert "supported" not in verdicts(shuffled_labels(planted, seed)), seed

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from analysis.depth_gradient import depth_gradient, gradient_tau, layer_growth
+from analysis.depth_gradient import depth_gradient, gradient_tau, layer_growth, looked_at
 
 
 def weights(growth_of_runs, start=0.02):
@@ -67,11 +67,32 @@ def test_an_undefined_gradient_is_null():
 
 def test_tau_is_scipys():
     rng = np.random.default_rng(0)
-    layers = pl.Series(range(8))
-    for _ in range(50):
-        growth = pl.Series(rng.integers(0, 5, 8) / 10)  # with ties
-        expected = stats.kendalltau(layers, growth).statistic
-        assert gradient_tau(layers, growth) == pytest.approx(-expected)
-    assert gradient_tau(layers, pl.Series([0.1] * 8)) is None
-    assert gradient_tau(layers[:1], pl.Series([0.1])) is None
-    assert gradient_tau(layers, pl.Series([None, *range(7)], dtype=pl.Float64)) is None
+    sizes = {f"run {i}": 3 + i % 6 for i in range(50)}
+    grown = {run: rng.integers(0, 5, size) / 10 for run, size in sizes.items()}  # with ties
+    frame = pl.DataFrame(
+        [
+            {"trial_key": run, "layer": layer, "growth": growth}
+            for run, values in grown.items()
+            for layer, growth in enumerate(values)
+        ]
+    ).sample(fraction=1.0, shuffle=True, seed=0)
+    found = dict(gradient_tau(frame, ["trial_key"]).rows())
+    for run, values in grown.items():
+        expected = stats.kendalltau(range(len(values)), values).statistic
+        assert found[run] == (None if np.isnan(expected) else pytest.approx(-expected))
+
+
+@pytest.mark.parametrize("growth", [[0.1] * 8, [0.1], [None, 0.1, 0.2]])
+def test_tau_is_null_where_it_is_undefined(growth):
+    frame = pl.DataFrame(
+        {"trial_key": "a", "layer": range(len(growth)), "growth": growth}, strict=False
+    )
+    assert gradient_tau(frame, ["trial_key"])["tau"].to_list() == [None]
+
+
+def test_some_steps_and_each_runs_last_are_looked_at():
+    frame = pl.DataFrame({"trial_key": ["a"] * 4 + ["b"] * 3, "step": [0, 50, 60, 120, 0, 50, 100]})
+    assert looked_at(frame).rows() == [
+        ("a", 50, "step 50"), ("a", 120, "the last step"),
+        ("b", 50, "step 50"), ("b", 100, "the last step"),
+    ]  # fmt: skip

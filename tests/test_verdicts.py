@@ -16,8 +16,10 @@ from analysis.verdicts import (
     SUPPORTED,
     UNDERPOWERED,
     UNTESTED,
+    compare,
     decide,
     judge,
+    judge_part,
     p_value,
 )
 
@@ -29,7 +31,12 @@ WITHIN = Part(centre="mean", low=-0.1, high=0.1)
 
 def claim(**parts):
     return Claim(
-        says="It is so.", source="a test", unit="nats", parts=parts, measure=lambda _: None
+        says="It is so.",
+        source="a test",
+        unit="nats",
+        section="start",
+        parts=parts,
+        measure=lambda _: None,
     )
 
 
@@ -203,6 +210,44 @@ def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seed
     with capsys.disabled():
         print(f"\n{n_configs} configurations x {n_seeds} seeds: {wrong} of {sweeps} null sweeps")
     assert wrong <= 0.05 * sweeps
+
+
+@pytest.mark.parametrize(("n_configs", "n_seeds"), [(6, 8), (8, 20)])
+def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, capsys):
+    """Seeds and configurations each have an effect, and every run one of its own; the truth is the
+    mean over all of either kind."""
+    rng, rule, sweeps, covered = np.random.default_rng(0), Part(centre="mean", low=0.0), 1000, 0
+    names = [(seed, f"config {i}") for i in range(n_configs) for seed in range(n_seeds)]
+    for _ in range(sweeps):
+        effects = rng.normal(0, 0.7, (n_configs, 1)) + rng.normal(0, 0.7, (1, n_seeds))
+        numbers = (2 + effects + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
+        runs = [(*name, number) for name, number in zip(names, numbers.tolist(), strict=True)]
+        estimate = judge_part(rule, runs)["estimate"]
+        covered += estimate["low"] <= 2 <= estimate["high"]
+    with capsys.disabled():
+        print(f"\n{n_configs} x {n_seeds}: {covered / sweeps:.3f} of intervals in general cover")
+    # Four standard errors below; the run's own effect is counted twice, so it is a little wide.
+    assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / sweeps) <= covered / sweeps <= 0.99
+
+
+def test_schemes_are_compared_on_the_same_seed_and_subset():
+    runs = pl.DataFrame(
+        [
+            {"trial_key": f"{scheme} {subset} {seed}", "scheme": scheme, "corpus.subset": subset,
+             "seed": seed, "value": 10.0 * seed + (subset == "half") + shift * (1 + seed)}
+            for scheme, shift in (("a", 0.0), ("b", 0.5))
+            for subset in ("all", "half")
+            for seed in range(4)
+            if (scheme, subset, seed) != ("b", "half", 3)
+        ]
+    )  # fmt: skip
+    numbers = runs.select("trial_key", "value", part=pl.lit("x"))
+    found = compare(numbers, runs.drop("value"), "a")
+    differences = [0.5, 1.0, 1.5, 2.0]  # seeds differ by 10, schemes within a seed by little
+    assert found["x"]["b"]["value"] == pytest.approx(np.mean(differences))
+    assert found["x"]["b"]["seeds"] == 4
+    assert found["x"]["b"]["p"] == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    assert list(found["x"]) == ["b"]
 
 
 @pytest.mark.slow

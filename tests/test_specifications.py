@@ -1,0 +1,66 @@
+"""Every way to measure a claim's number that is offered, on real runs and on planted ones."""
+
+from dataclasses import replace
+from itertools import product
+
+import polars as pl
+import pytest
+
+from analysis.claims import CLAIMS
+from analysis.findings import trials_to_judge, with_scheme
+from analysis.runs import read_sweeps, tracking_uri
+from analysis.specifications import CHOICES, specifications
+
+
+@pytest.fixture(scope="module")
+def sweep(finished_sweep):
+    found = read_sweeps(tracking_uri(finished_sweep), ["small"], None, finished_sweep / "cache")
+    return replace(found, trials=with_scheme(found.trials))
+
+
+@pytest.fixture(scope="module")
+def specified(sweep):
+    return specifications(sweep, trials_to_judge(sweep, apart=False))
+
+
+@pytest.mark.parametrize("claim", CHOICES)
+def test_every_combination_of_choices_is_there_once(claim, specified):
+    found = [tuple(one[choice] for choice in CHOICES[claim]) for one in specified[claim]]
+    options = [list(dict.fromkeys(column)) for column in zip(*found, strict=True)]
+    assert all(len(some) > 1 for some in options[:2])
+    assert sorted(found) == sorted(product(*options))
+
+
+@pytest.mark.parametrize(
+    ("claim", "part", "choices"),
+    [
+        ("depth_gradient", "tau",
+         {"weight": "qkv", "measure": "d(log std)", "step": "the last"}),
+        ("rare_falls", "rare",
+         {"mask": "sequence", "group": "100 rarest, drawn", "step": "the last",
+          "baseline": "its own start"}),
+        ("never_suppressed", "never",
+         {"mask": "sequence", "group": "100 unused, drawn", "step": "the last",
+          "baseline": "its own start"}),
+    ],
+)  # fmt: skip
+def test_the_claim_itself_is_one_of_them(claim, part, choices, sweep, specified):
+    (one,) = (one for one in specified[claim] if choices.items() <= one.items())
+    by_seed = (
+        CLAIMS[claim].measure(sweep).filter(part=part)
+        .join(sweep.trials.select("trial_key", "init.seed"), on="trial_key")
+        .group_by("init.seed").agg(pl.col("value").mean())
+    )  # fmt: skip
+    assert one["value"] == pytest.approx(by_seed["value"].mean())
+    assert one["seeds"] == by_seed.height
+
+
+def test_a_baseline_shifts_what_it_says(sweep, specified):
+    rows = [one for one in specified["rare_falls"] if one["mask"] == "none"]
+    by_baseline = {
+        one["baseline"]: one["value"] for one in rows if one["group"] == "all that occur once"
+    }
+    level = by_baseline["-ln V"] - by_baseline["the untrained level"]
+    # -(ln V + d std^2 / 2) lies below -ln V: what stands above the lower stands less below.
+    std = sweep.tables["init"].filter(kind="wte")["std"].to_numpy()
+    assert level == pytest.approx(-(16 * (std**2) / 2).mean(), rel=1e-6)
