@@ -47,7 +47,7 @@ class Claim:
     says: str
     source: str  # the experiment it comes from
     unit: str  # of the number
-    parts: Mapping[str, Part]  # all of them decide; `*` stands for parts that the runs name
+    parts: Mapping[str, Part]  # `*` stands for parts that the runs name
     measure: Callable[[RunTables], Values]
     section: str  # of the report: a key of its SECTIONS
     version: int = 1  # raised when `measure` gives other numbers
@@ -58,7 +58,7 @@ class Claim:
 
 
 @functools.lru_cache(maxsize=8)
-def growth_of(sweep: RunTables, kind: str = "qkv") -> pl.DataFrame:
+def growth_of(sweep: RunTables, kind: str) -> pl.DataFrame:
     """layer_growth of a sweep, made once."""
     return layer_growth(sweep.tables["weights"].lazy(), kind)
 
@@ -156,7 +156,7 @@ def widening(sweep: RunTables) -> Values:
 
 def depth_gradient(sweep: RunTables) -> Values:
     """tau over depth at the last step, of growth and of RMS displacement."""
-    last = last_steps(growth_of(sweep))
+    last = last_steps(growth_of(sweep, "qkv"))
     return pl.concat(
         [
             _long(gradient_tau(last, ["trial_key"], column), {part: pl.col("tau")})
@@ -167,16 +167,16 @@ def depth_gradient(sweep: RunTables) -> Values:
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
     """tau at each of STEPS that is recorded, and at the last step."""
-    growth = looked_at(growth_of(sweep))
-    part = pl.concat_str(pl.lit("tau at "), "at")
-    return _known(
-        gradient_tau(growth, ["trial_key", "at"]).select("trial_key", part=part, value="tau")
-    )
+    growth = looked_at(growth_of(sweep, "qkv"))
+    at = pl.format("tau at step {}", "step")
+    part = pl.when("is_last").then(pl.lit("tau at the last step")).otherwise(at)
+    tau = gradient_tau(growth, ["trial_key", "step", "is_last"])
+    return _known(tau.select("trial_key", part=part, value="tau"))
 
 
 def first_layer_widest(sweep: RunTables) -> Values:
     """1 where the QKV of layer 0 grows more than that of every other layer, else 0."""
-    growth = last_steps(growth_of(sweep))
+    growth = last_steps(growth_of(sweep, "qkv"))
     return _known(
         growth.group_by("trial_key", maintain_order=True)
         .agg(

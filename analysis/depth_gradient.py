@@ -7,8 +7,11 @@ than the one before it, -1 where more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 STEPS = (50, 100, 250, 500)
 """At these, beside the last, the course of a number is looked at."""
@@ -34,13 +37,10 @@ def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def looked_at(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of STEPS and of each run's last step, with `at`: `step 50`, .., `the last step`."""
-    last = pl.col("step") == pl.col("step").max().over("trial_key")
-    rows = frame.with_columns(last=last).filter(pl.col("last") | pl.col("step").is_in(STEPS))
-    step = pl.concat_str(pl.lit("step "), pl.col("step").cast(pl.String))
-    return rows.with_columns(at=pl.when("last").then(pl.lit("the last step")).otherwise(step)).drop(
-        "last"
-    )
+    """The rows of STEPS and of each run's last step, with `is_last`."""
+    is_last = pl.col("step") == pl.col("step").max().over("trial_key")
+    rows = frame.with_columns(is_last=is_last)
+    return rows.filter(pl.col("is_last") | pl.col("step").is_in(STEPS))
 
 
 def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
@@ -71,13 +71,14 @@ def gradient_tau(growth: pl.DataFrame, by: list[str], column: str = "growth") ->
     tau = np.full(runs.height, np.nan)
     for size in np.unique(sizes):
         rows = np.flatnonzero(sizes == size)
-        of_layers, of_growth = (
-            np.sign(values[:, :, None] - values[:, None, :])
-            for values in (
-                runs[name].gather(rows).explode().to_numpy().astype(float).reshape(-1, size)
-                for name in ("layer", column)
-            )
-        )
+
+        def signs(name: str, rows: Any = rows, size: int = size) -> NDArray[np.float64]:
+            of_runs = runs[name].gather(rows).explode().to_numpy().astype(float).reshape(-1, size)
+            # A std of 0 at step 0 grows without bound: what is not finite is not known.
+            values = np.where(np.isfinite(of_runs), of_runs, np.nan)
+            return np.sign(values[:, :, None] - values[:, None, :])
+
+        of_layers, of_growth = signs("layer"), signs(column)
         pairs = np.sqrt((of_layers**2).sum((1, 2)) * (of_growth**2).sum((1, 2)))
         agree = (of_layers * of_growth).sum((1, 2))
         tau[rows] = -np.divide(agree, pairs, out=np.full(len(rows), np.nan), where=pairs != 0)

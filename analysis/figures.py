@@ -1,7 +1,7 @@
 """Figures of a report: fig_*(frame) -> Altair chart. FIGURES says what each shows, and where.
 
-One line a scheme and subset, a band over its seeds; where there are several schemes, a list beside
-the figure, or a key press on it, brings one of them out.
+One line a scheme and subset, a band over its seeds; where there are several schemes, a list below
+the figure brings one of them out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import altair as alt
 import polars as pl
 import polars.selectors as cs
 
+from analysis.claims import CLAIMS
 from analysis.depth_gradient import last_steps
 from analysis.verdicts import CONTRADICTED, NOT_SUPPORTED, SUPPORTED, UNDERPOWERED
 
@@ -24,6 +25,8 @@ VERDICT_COLOURS = {
     SUPPORTED: "#009E73", NOT_SUPPORTED: "#767676", CONTRADICTED: "#D55E00", UNDERPOWERED: "#E69F00"
 }  # fmt: skip
 GREY = "#767676"
+ERROR = CLAIMS["init_table"].rule("largest error of a kind").high or 0.0
+TAU = CLAIMS["depth_gradient"].rule("tau").low or 0.0
 
 alt.data_transformers.disable_max_rows()
 
@@ -103,7 +106,9 @@ def fig_init_errors(errors: pl.DataFrame) -> Any:
         tooltip=["scheme:N", "subset:N", "seed:N", "kind:N",
                  alt.Tooltip("expected:Q", format=".5f"), alt.Tooltip("found:Q", format=".5f")],
     )  # fmt: skip
-    margin = alt.Chart(pl.DataFrame({"at": [-0.03, 0.03]})).mark_rule(color=GREY, strokeDash=[4, 3])
+    margin = alt.Chart(pl.DataFrame({"at": [-ERROR, ERROR]})).mark_rule(
+        color=GREY, strokeDash=[4, 3]
+    )
     return alt.layer(margin.encode(x="at:Q"), runs).properties(width=460)
 
 
@@ -134,7 +139,7 @@ def fig_tau_of_runs(gradients: pl.DataFrame) -> Any:
         tooltip=["scheme:N", "subset:N", "seed:N", alt.Tooltip("tau:Q", format=".3f"), "trial_key"],
     )
     median = base.mark_tick(color="black", thickness=2, size=16).encode(x="median(tau):Q")
-    bound = alt.Chart(pl.DataFrame({"at": [0.0, 0.3]})).mark_rule(color=GREY, strokeDash=[4, 3])
+    bound = alt.Chart(pl.DataFrame({"at": [0.0, TAU]})).mark_rule(color=GREY, strokeDash=[4, 3])
     return alt.layer(bound.encode(x="at:Q"), runs, median).properties(width=460)
 
 
@@ -150,13 +155,15 @@ def fig_histograms(bins: pl.DataFrame) -> Any:
     steps = bins["step"].unique().sort().to_list()
     gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
     slider = alt.binding_range(min=steps[0], max=steps[-1], step=min(gaps, default=1), name="step ")
-    step = alt.param(value=steps[-1], bind=slider)
+    common = bins.group_by("trial_key").agg(pl.col("step").max())["step"].min()
+    step = alt.param(value=common, bind=slider)
     one = _one_scheme(bins)
     return (
         alt.Chart(bins)
-        .mark_line(interpolate="step-after")
+        .mark_rule(strokeWidth=2)
         .encode(
             x=alt.X("low:Q", title="weight"),
+            x2="high:Q",
             y=alt.Y("density:Q", title="density (log scale)", scale=alt.Scale(type="log")),
             color=_scheme(),
             opacity=alt.condition(one, alt.value(1), alt.value(0.08)),
@@ -323,7 +330,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "tau_of_runs": Figure(
         "depth", "depth_gradient", fig_tau_of_runs,
-        "tau of every run at its last step; bar: median. Dashed: 0, and 0.3, above which the "
+        f"tau of every run at its last step; bar: median. Dashed: 0, and {TAU}, above which the "
         "interval of the median has to lie.",
     ),
     "tau_over_steps": Figure(

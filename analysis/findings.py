@@ -20,10 +20,10 @@ from analysis.claims import (
 from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
 from analysis.rare_tokens import ORDERS, orders_hold, primary
 from analysis.runs import RunTables, read_some
-from analysis.specifications import CHOICES, specifications
+from analysis.specifications import SPECIFIED, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
 from analysis.verdicts import UNTESTED, compare, judge
-from gptcore.config import KNOBS, spelling
+from gptcore.config import COMPARED, KNOBS, spelling
 from gptcore.records import PRIMARY
 from gptcore.tokenizer import gpt2_encoding
 
@@ -35,18 +35,15 @@ TOKENS_FOLLOWED = 12
 def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
     """The trials with a column `scheme`: what intervals and lines are over the seeds of.
 
-    It is init.scheme, and every other knob that the sweep varies beside seeds and subsets, so that
-    no two optimisers, say, are ever averaged: `model5, optim.name sgd`.
+    It is init.scheme, and every other knob of COMPARED that the sweep varies, so that no two
+    optimisers, say, are ever averaged: `model5, optim.name sgd`.
     """
-    apart = ("init.scheme", "init.seed", "corpus.data_seed", "corpus.subset")
     varied = [
         f"{knob} " + pl.col(knob).map_elements(spelling, pl.String)
-        for knob in KNOBS
-        if knob in trials.columns and knob not in apart and trials[knob].n_unique() > 1
+        for knob in COMPARED
+        if knob != "init.scheme" and trials[knob].n_unique() > 1
     ]
-    return trials.with_columns(
-        scheme=pl.concat_str("init.scheme", *varied, separator=", ", ignore_nulls=True)
-    )
+    return trials.with_columns(scheme=pl.concat_str("init.scheme", *varied, separator=", "))
 
 
 def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
@@ -58,7 +55,7 @@ def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
 def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
     """What is computed of each run, one frame a statistic, as with_trial; empty where a sweep has
     nothing of the kind."""
-    growth, changes = growth_of(sweep), changes_of(sweep)
+    growth, changes = growth_of(sweep, "qkv"), changes_of(sweep)
     log_probs = primary(sweep.tables["token_groups"].lazy()).collect()
     frames = {
         "layer_growth": growth,
@@ -118,12 +115,17 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     if some["corpus.subset"].n_unique() < 2:
         return pl.DataFrame(schema={"trial_key": pl.String}), {}
     keys = some["trial_key"].to_list()
-    rows, unreadable = read_some("tokens", sweep, keys, "step", "count", "log_prob")
+    rows, unreadable = read_some("tokens", sweep, keys, "step", "count", "log_prob_masked")
     if rows.is_empty():
         return pl.DataFrame(schema={"trial_key": pl.String}), unreadable
     tokens = (
         last_steps(rows)
-        .select("trial_key", "count", "log_prob", token=pl.int_ranges(pl.col("count").list.len()))
+        .select(
+            "trial_key",
+            "count",
+            log_prob="log_prob_masked",
+            token=pl.int_ranges(pl.col("count").list.len()),
+        )
         .explode("token", "count", "log_prob")
     )
     followed = (
@@ -162,18 +164,16 @@ def find(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> dict[str, Any]
         "depth_gradient": {scheme: _depth_findings(by_run, scheme) for scheme in schemes},
         "rare_tokens": {scheme: _token_findings(by_run, scheme) for scheme in schemes},
         "comparisons": comparisons(sweep, values),
-        "specifications": _counted(specifications(sweep, trials_to_judge(sweep, apart=False))),
+        "specifications": _counted(specifications(sweep, trials_to_judge(sweep))),
         "runs": runs(sweep, by_run),
     }
 
 
-def trials_to_judge(sweep: RunTables, apart: bool) -> pl.DataFrame:
-    """The trials as verdicts.judge takes them. Where configurations are not told apart, what is
-    judged holds for those of this sweep, and says nothing of others."""
-    config = pl.concat_str("scheme", "corpus.subset", separator=", ") if apart else pl.lit("these")
+def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
+    """The trials as analysis.verdicts takes them; a configuration is a scheme and a subset."""
     return sweep.trials.select(
-        "trial_key", "status", "scheme", "corpus.subset", "optim.name", config=config,
-        seed="init.seed",
+        "trial_key", "status", "scheme", "corpus.subset", "corpus.data_seed", "optim.name",
+        config=pl.concat_str("scheme", "corpus.subset", separator=", "), seed="init.seed",
     )  # fmt: skip
 
 
@@ -184,24 +184,24 @@ def claim_findings(sweep: RunTables, values: Mapping[str, pl.DataFrame]) -> dict
     takes configurations as well. In a part of the sweep a claim is tested only if it has all the
     numbers that it has in the whole.
     """
-    here, general = (trials_to_judge(sweep, apart) for apart in (False, True))
+    trials = trials_to_judge(sweep)
     by: dict[str, dict[str, Any]] = {}
     for knob in ("scheme", "corpus.subset", "optim.name"):
-        labels = here[knob].unique(maintain_order=True).to_list()
+        labels = trials[knob].unique(maintain_order=True).to_list()
         for label in labels if len(labels) > 1 else ():
-            some = here.filter(pl.col(knob) == label)
+            some = trials.filter(pl.col(knob) == label)
             whole = {
                 name: numbers
                 if _parts_of(numbers.join(some, on="trial_key")) == _parts_of(numbers)
                 else numbers.head(0)
                 for name, numbers in values.items()
             }
-            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some)
+            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some, general=False)
     return {
         "digest": digest(),
         "standing": "confirmatory" if sweep.claims_digest == digest() else "exploratory",
-        "here": judge(CLAIMS, values, here),
-        "in_general": judge(CLAIMS, values, general) if general["config"].n_unique() > 1 else None,
+        "here": judge(CLAIMS, values, trials, general=False),
+        "in_general": judge(CLAIMS, values, trials) if trials["config"].n_unique() > 1 else None,
         "by": by,
     }
 
@@ -214,11 +214,13 @@ def comparisons(sweep: RunTables, values: Mapping[str, pl.DataFrame]) -> dict[st
     """Every claim's numbers under each scheme, minus those of the first one with the same seed and
     subset; p-values adjusted for the number of differences (Holm). None where there is one scheme.
     """
-    trials = trials_to_judge(sweep, apart=False).filter(status="finished")
+    trials = trials_to_judge(sweep).filter(status="finished")
     reference = str(trials["scheme"].first())
     if trials["scheme"].n_unique() < 2:
         return None
-    found = {name: compare(numbers, trials, reference) for name, numbers in values.items()}
+    found = {
+        name: compare(CLAIMS[name], numbers, trials, reference) for name, numbers in values.items()
+    }
     cells = [cell for parts in found.values() for part in parts.values() for cell in part.values()]
     for cell, adjusted in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
         cell["p_holm"] = adjusted
@@ -238,7 +240,7 @@ def _counted(specified: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
                     option: dict(Counter(one["verdict"] for one in every if one[choice] == option))
                     for option in dict.fromkeys(one[choice] for one in every)
                 }
-                for choice in CHOICES[claim]
+                for choice in SPECIFIED[claim].choices
             },
             "all": every,
         }
@@ -307,9 +309,11 @@ def _token_findings(by_run: Mapping[str, pl.DataFrame], scheme: str) -> dict[str
 
 
 def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
-    """Per init.seed the mean of a column over its runs: runs of one seed are not independent."""
+    """Per init.seed that every subset has, the mean of a column over its runs: runs of one seed are
+    not independent."""
     known = runs.drop_nulls(column).sort("seed")
-    means = known.group_by("seed", maintain_order=True).agg(pl.col(column).cast(float).mean())
+    complete = known.filter(pl.col("subset").n_unique().over("seed") == known["subset"].n_unique())
+    means = complete.group_by("seed", maintain_order=True).agg(pl.col(column).cast(float).mean())
     return means[column].to_list()
 
 
@@ -317,7 +321,7 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
     """What a paper would print after the claim: its verdict here, with the numbers, in general."""
     claim, finding = CLAIMS[name], claims["here"][name]
     if finding["verdict"] == UNTESTED:
-        return "Not tested: no run of this sweep has the numbers for it."
+        return "Not tested: no seed has the numbers for it in every configuration of this sweep."
     numbers = "; ".join(
         f"{part} {format_estimate(found['estimate'])}" for part, found in finding["parts"].items()
     )
@@ -327,6 +331,8 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
     text += f"{finding['seeds']} seeds, Holm-adjusted p = {finding['p_holm']:.2g})."
     if finding["seeds_needed"]:
         text += f" By these numbers {finding['seeds_needed']} seeds would decide it."
+    if finding["seeds_left_out"]:
+        text += f" {finding['seeds_left_out']} seeds that not every configuration has are left out."
     if finding["verdict_with_diverged"] != finding["verdict"]:
         text += f" With {finding['diverged']} diverged runs counted against it: "
         text += f"{finding['verdict_with_diverged']}."

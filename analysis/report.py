@@ -61,8 +61,9 @@ def build_report(
 
     `where` narrows it to some trials, as read_sweeps says; of `claims` alone are verdicts shown,
     corrected for all; with `shuffle`, a seed, token groups change names within each run.
-    `out` is by default RUNS_DIR/reports/NAME. Raises InputError where there is nothing to report
-    or the folder cannot be written; what was there before is then left as it was.
+    `out` is by default RUNS_DIR/reports/NAME, NAME-selected or NAME-shuffled. Raises InputError
+    where there is nothing to report or the folder cannot be written; what was there before is then
+    left as it was.
     """
     for claim in claims:
         if claim not in CLAIMS:
@@ -71,7 +72,9 @@ def build_report(
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
         sweep = shuffled_labels(sweep, shuffle)
-    folder = out or runs_dir / "reports" / sweep.name.replace(" ", "")
+    # A part of a sweep, or a control, does not take the place of its report.
+    kind = "-selected" * bool(where) + "-shuffled" * (shuffle is not None)
+    folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
     by_run = frames_of_runs(sweep)
     findings = find(sweep, by_run)
     specified = {

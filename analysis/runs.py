@@ -36,7 +36,7 @@ from rich.progress import Progress
 from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.depth_gradient import STEPS
-from gptcore.config import KNOBS, InputError
+from gptcore.config import KNOBS, InputError, TrialConfig
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 
 SERVER_SECONDS = 5.0
@@ -247,6 +247,7 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
     name = " + ".join(run.data.tags["sweep"] for run in sweeps)
     plans = [_plan(client, run) for run in sweeps]
     runs = counting(search_runs(client, [run.info.experiment_id for run in sweeps], "trial"))
+    defaults = TrialConfig().to_flat()
     params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
     trials = pl.DataFrame(
         [
@@ -256,7 +257,7 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
                 "status": trial_status(runs.get(key)),
                 "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
                 # A plan made before a knob was added does not have it.
-                **{knob: flat.get(knob) for knob in KNOBS},
+                **{**defaults, **flat},
             }
             for key, flat in params.items()
         ],
@@ -288,7 +289,8 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
         notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
         commands=tuple(plan["command"] for plan in plans),
         pages=tuple(chart_page(uri, run.info.experiment_id) for run in sweeps),
-        claims_digest=digests.pop() if len(digests) == 1 else None,
+        # What is chosen after the runs confirms nothing.
+        claims_digest=digests.pop() if len(digests) == 1 and not where else None,
         trials=trials.with_columns(
             status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
             .then(pl.lit("unreadable"))
@@ -358,23 +360,31 @@ def _fetch_all(client: MlflowClient, missing: Sequence[tuple[str, str, Path]]) -
             for _ in bar.track(fetched, total=len(missing), description="fetching tables"):
                 pass
     except (requests.RequestException, MlflowException) as error:
-        why = str(error).strip().splitlines()[0]
+        why = " ".join(str(error).split())
         raise InputError(
             f"the runs cannot be read from {shown(client.tracking_uri)}: {shown(why)}"
         ) from error
 
 
 def _fetch(client: MlflowClient, run_id: str, table: str, folder: Path) -> None:
-    """Put one table of a finished run, which never changes, into its folder: all of it or none."""
+    """Put one table of a finished run, which never changes, into its folder: all of it or none.
+
+    None where the run lacks it or has no Parquet file there: whoever reads it says so.
+    """
+    name = f"{table}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
-            client.download_artifacts(run_id, f"{table}.parquet", scratch)
-        except requests.HTTPError as error:
-            if error.response is not None and error.response.status_code == 404:
-                return  # the run lacks it: whoever reads it says so
-            raise
-        Path(scratch, f"{table}.parquet").replace(folder / f"{table}.parquet")
+            client.download_artifacts(run_id, name, scratch)
+            pl.read_parquet_metadata(Path(scratch, name))
+        except MlflowException:
+            # MLflow tells a file that is not there from a server that is not there in words alone.
+            if name in [file.path for file in client.list_artifacts(run_id)]:
+                raise
+        except pl.exceptions.PolarsError:
+            pass
+        else:
+            Path(scratch, name).replace(folder / name)
 
 
 def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
@@ -493,4 +503,9 @@ def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
         for table in ("token_groups", "group_weights")
     }
     note = f"A control: the names of token groups are shuffled within each run (seed {seed})."
-    return replace(sweep, notes=(*sweep.notes, note), tables={**sweep.tables, **tables})
+    return replace(
+        sweep,
+        notes=(*sweep.notes, note),
+        claims_digest=None,
+        tables={**sweep.tables, **tables},
+    )

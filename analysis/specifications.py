@@ -6,75 +6,70 @@ the sweep, uncorrected. That is a specification curve (Simonsohn, Simmons & Nels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from analysis.claims import CLAIMS, Part, closed_form, growth_of
+from analysis.claims import CLAIMS, closed_form, growth_of
 from analysis.depth_gradient import gradient_tau, looked_at
 from analysis.runs import RunTables
 from analysis.verdicts import judge_part
 
-CHOICES = {
-    "depth_gradient": ("weight", "measure", "step"),
-    "rare_falls": ("mask", "group", "step", "baseline"),
-    "never_suppressed": ("mask", "group", "step", "baseline"),
-}
-"""The claims that are looked at so, and what is chosen."""
 
-TIE_BREAKS = {
-    "rare_falls": {"rare_100": "100 rarest, drawn", "singletons": "all that occur once"},
-    "never_suppressed": {"never_100": "100 unused, drawn", "never_used": "all unused"},
-}
-RULES: dict[str, Part] = {
-    "depth_gradient": CLAIMS["depth_gradient"].parts["tau"],
-    "rare_falls": CLAIMS["rare_falls"].parts["rare"],
-    "never_suppressed": CLAIMS["never_suppressed"].parts["never"],
-}
+@dataclass(frozen=True)
+class Specified:
+    part: str  # of the claim, whose rule decides
+    choices: tuple[str, ...]
+    measure: Callable[[RunTables], pl.DataFrame]
+    """Columns trial_key, the choices, value: a number of each run for each specification."""
 
 
 def specifications(sweep: RunTables, trials: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """Per claim of CHOICES: of each specification its choices, estimate and verdict.
+    """Per claim of SPECIFIED: of each specification its choices, estimate and verdict.
 
     `trials`: as verdicts.judge takes them. Where a choice leaves a run no number, the run is left
     out; where it leaves none, the specification is.
     """
-    found = {}
-    step = pl.col("step").str.replace("step ", "").str.replace(" step", "")
-    for claim, choices in CHOICES.items():
-        values = VALUES[claim](sweep, claim).drop_nulls("value").with_columns(step=step)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for claim, specified in SPECIFIED.items():
+        choices, rule = specified.choices, CLAIMS[claim].rule(specified.part)
+        values = specified.measure(sweep).drop_nulls("value")
         placed = values.join(trials, on="trial_key").sort(*choices, "trial_key")
-        found[claim] = [
-            {**dict(zip(choices, key, strict=True)), **_verdict(RULES[claim], rows)}
-            for key, rows in placed.group_by(choices, maintain_order=True)
-        ]
+        found[claim] = []
+        for key, rows in placed.group_by(choices, maintain_order=True):
+            one = judge_part(rule, rows.select("seed", "config", "value").rows(), general=False)
+            if one is not None:
+                chosen = dict(zip(choices, key, strict=True))
+                found[claim].append({**chosen, **one["estimate"], "verdict": one["verdict"]})
     return found
 
 
-def _verdict(rule: Part, rows: pl.DataFrame) -> dict[str, Any]:
-    one = judge_part(rule, rows.select("seed", "config", "value").rows())
-    return {**one["estimate"], "verdict": one["verdict"]}
+STEP = pl.when("is_last").then(pl.lit("the last")).otherwise(pl.col("step").cast(pl.String))
 
 
-def _gradients(sweep: RunTables, claim: str) -> pl.DataFrame:
+def _gradients(sweep: RunTables) -> pl.DataFrame:
     """tau of each run, by weight, measure and step."""
     frames = []
     for kind in ("qkv", "q", "k", "v"):
         growth = looked_at(growth_of(sweep, kind))
         for column, measure in (("growth", "d(log std)"), ("displacement", "RMS displacement")):
-            tau = gradient_tau(growth, ["trial_key", "at"], column)
+            tau = gradient_tau(growth, ["trial_key", "step", "is_last"], column)
             frames.append(
-                tau.select("trial_key", weight=pl.lit(kind), measure=pl.lit(measure), step="at",
+                tau.select("trial_key", weight=pl.lit(kind), measure=pl.lit(measure), step=STEP,
                            value="tau")
             )  # fmt: skip
     return pl.concat(frames)
 
 
-def _changes(sweep: RunTables, claim: str) -> pl.DataFrame:
-    """How far a group's log-prob lies above each baseline, by mask, group and step."""
-    names = TIE_BREAKS[claim]
-    rows = sweep.tables["token_groups"].filter(pl.col("group").is_in(list(names)))
+def _changes(sweep: RunTables, groups: Mapping[str, str]) -> pl.DataFrame:
+    """How far a group's log-prob lies above each baseline, by mask, group and step.
+
+    `groups`: the names that the specifications give to token groups.
+    """
+    rows = sweep.tables["token_groups"].filter(pl.col("group").is_in(list(groups)))
     start = rows.filter(step=0).select("trial_key", "group", "mask", start="mean_logprob")
     knobs = sweep.trials.select("trial_key", vocab_size="model.vocab_size")
     seen = (
@@ -91,15 +86,19 @@ def _changes(sweep: RunTables, claim: str) -> pl.DataFrame:
     }
     return pl.concat(
         [
-            seen.select("trial_key", "mask", pl.col("group").replace_strict(names), step="at",
+            seen.select("trial_key", "mask", pl.col("group").replace_strict(groups), step=STEP,
                         baseline=pl.lit(baseline), value=value)
             for baseline, value in baselines.items()
         ]
     )  # fmt: skip
 
 
-VALUES: Mapping[str, Callable[[RunTables, str], pl.DataFrame]] = {
-    "depth_gradient": _gradients,
-    "rare_falls": _changes,
-    "never_suppressed": _changes,
+RARE = {"rare_100": "100 rarest, drawn", "singletons": "all that occur once"}
+NEVER = {"never_100": "100 unused, drawn", "never_used": "all unused"}
+OF_GROUPS = ("mask", "group", "step", "baseline")
+
+SPECIFIED: dict[str, Specified] = {
+    "depth_gradient": Specified("tau", ("weight", "measure", "step"), _gradients),
+    "rare_falls": Specified("rare", OF_GROUPS, functools.partial(_changes, groups=RARE)),
+    "never_suppressed": Specified("never", OF_GROUPS, functools.partial(_changes, groups=NEVER)),
 }

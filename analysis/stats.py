@@ -46,12 +46,15 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
 
 def t_p(values: Sequence[float]) -> float:
-    """One-sided p of Student's test that the mean is above 0; 1 below 2 values."""
+    """One-sided p of Student's test that the mean is above 0; 1 below 2 values.
+
+    Values that are all alike say nothing of how they vary: then the p of their signs.
+    """
     if len(values) < 2:
         return 1.0
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     if error == 0:
-        return float(mean <= 0)
+        return sign_flip_p(values)
     return float(stats.t.sf(mean / error, len(values) - 1))
 
 

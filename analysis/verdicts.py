@@ -34,81 +34,103 @@ from analysis.stats import (
 
 INTERVALS = {"mean": mean_interval, "median": median_interval, "share": share_interval}
 ALPHA = 1 - LEVEL
-MOST_UNITS = 1000
-"""More seeds or configurations than this are not recommended to anyone."""
+MOST_SEEDS = 1000
+"""More than this are not recommended to anyone."""
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_SUPPORTED, UNDERPOWERED, UNTESTED = "not supported", "underpowered", "not tested"
 
 
 def judge(
-    claims: Mapping[str, Claim], values: Mapping[str, Values], trials: pl.DataFrame
+    claims: Mapping[str, Claim],
+    values: Mapping[str, Values],
+    trials: pl.DataFrame,
+    general: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """A finding for each claim on these trials, corrected for the number of claims (Holm).
+    """A finding for each claim on these trials; `supported` is corrected for their number (Holm).
 
     `values`: what each claim's measure gave. `trials`: columns trial_key, status, config, seed; the
     numbers of other trials are left out. A diverged trial has no number: the verdict is also given
-    with it counted against the claim.
+    with it counted against the claim. Where not in `general`, what is found is of these
+    configurations, and says nothing of others.
     """
-    judged = {name: _judge_one(claims[name], values[name], trials) for name in claims}
-    tested = {name: finding["p"] for name, finding in judged.items() if finding["p"] is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    for name, finding in judged.items():
-        finding["p_holm"] = adjusted.get(name)
-        for verdict in ("verdict", "verdict_with_diverged"):
-            if finding[verdict] == SUPPORTED and adjusted[name] >= ALPHA:
-                finding[verdict] = UNDERPOWERED
-        for unit in ("seed", "config"):
-            finding[f"{unit}s_needed"] = (
-                _units_needed(claims[name], finding["parts"], unit, len(tested))
-                if finding["verdict"] == UNDERPOWERED
-                else None
-            )
+    judged = {name: _judge_one(claims[name], values[name], trials, general) for name in claims}
+    for suffix in ("", "_with_diverged"):
+        p_values = {name: found[f"p{suffix}"] for name, found in judged.items() if found["parts"]}
+        adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+        for name, found in judged.items():
+            found[f"p_holm{suffix}"] = adjusted.get(name)
+            if found[f"verdict{suffix}"] == SUPPORTED and adjusted[name] >= ALPHA:
+                found[f"verdict{suffix}"] = UNDERPOWERED
+    for name, found in judged.items():
+        open_here = found["verdict"] == UNDERPOWERED and not general
+        found["seeds_needed"] = (
+            _seeds_needed(claims[name], found["parts"], len(p_values)) if open_here else None
+        )
     return judged
 
 
-def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame) -> dict[str, Any]:
+def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame, general: bool) -> dict[str, Any]:
     """The finding on one claim, before the correction for their number."""
     # Sorted, so that sums are added up in the same order whatever the order of runs.
     placed = values.join(trials, on="trial_key").sort("part", "trial_key")
     diverged = trials.filter(status="diverged").select("seed", "config").rows()
-    parts, with_diverged = {}, []
+    parts: dict[str, dict[str, Any]] = {}
+    worst = []
     for (part,), rows in placed.group_by("part", maintain_order=True):
-        rule = claim.rule(part)
+        rule = claim.rule(str(part))
         runs = rows.select("seed", "config", "value").rows()
-        parts[part] = {**judge_part(rule, runs), "decides": rule.decides}
-        if not rule.decides:
+        found = judge_part(rule, runs, general)
+        if found is None:
             continue
-        adverse = _adverse(rule, [value for *_, value in runs])
-        worst = [(seed, config, adverse) for seed, config in diverged]
-        with_diverged.append(judge_part(rule, runs + worst)["verdict"])
+        parts[str(part)] = {**found, "decides": rule.decides}
+        if rule.decides:
+            adverse = _adverse(rule, [value for *_, value in runs])
+            against = [(seed, config, adverse) for seed, config in diverged]
+            worst.append(judge_part(rule, runs + against, general) or found)
     deciding = [part for part in parts.values() if part["decides"]]
     return {
         "verdict": combined([part["verdict"] for part in deciding]),
-        "verdict_with_diverged": combined(with_diverged),
+        "verdict_with_diverged": combined([part["verdict"] for part in worst]),
         "course": course(list(parts.values())) if claim.course else None,
         "p": max((part["p"] for part in deciding), default=None),
+        "p_with_diverged": max((part["p"] for part in worst), default=None),
         "runs": placed["trial_key"].n_unique(),
         "diverged": len(diverged),
-        "seeds": placed["seed"].n_unique(),
+        "seeds": max((part["over_seeds"]["seeds"] for part in deciding), default=0),
+        "seeds_left_out": max((part["seeds_left_out"] for part in deciding), default=0),
         "configurations": placed["config"].n_unique(),
         "parts": parts,
     }
 
 
-def judge_part(rule: Part, runs: Sequence[tuple[int, str, float]]) -> dict[str, Any]:
+def judge_part(
+    rule: Part, runs: Sequence[tuple[int, str, float]], general: bool
+) -> dict[str, Any] | None:
     """Estimate, p and verdict of one part from (seed, config, value) of its runs, uncorrected.
 
-    Over seeds and, where there are several, over configurations too.
+    Over seeds and, in `general`, over configurations where there are several. A seed that not every
+    configuration has is left out: its mean would be of other configurations than the next one's.
+    None where no seed remains.
     """
-    found: dict[str, Any] = {"over_configs": None}
+    configs_of: defaultdict[int, set[str]] = defaultdict(set)
+    for seed, config, _ in runs:
+        configs_of[seed].add(config)
+    configs = set().union(*configs_of.values())
+    complete = [run for run in runs if configs_of[run[0]] == configs]
+    if not complete:
+        return None
+    found: dict[str, Any] = {
+        "over_configs": None,
+        "seeds_left_out": sum(some != configs for some in configs_of.values()),
+    }
     estimates, p_values = [], []
     for unit, index in (("seed", 0), ("config", 1)):
-        by_unit: defaultdict[Any, list[float]] = defaultdict(list)
-        for run in runs:
-            by_unit[run[index]].append(run[2])
-        if unit == "config" and len(by_unit) < 2:
+        if unit == "config" and (not general or len(configs) < 2):
             continue
+        by_unit: defaultdict[Any, list[float]] = defaultdict(list)
+        for run in complete:
+            by_unit[run[index]].append(run[2])
         units = [fmean(by_unit[name]) for name in sorted(by_unit)]
         estimate = INTERVALS[rule.centre](units)
         found[f"over_{unit}s"] = {**estimate, "sd": stdev(units) if len(units) > 1 else None}
@@ -171,13 +193,14 @@ def combined(verdicts: Sequence[str]) -> str:
 
 
 def course(parts: Sequence[Mapping[str, Any]]) -> str | None:
-    """Where a number that was there at some step is not there at the last: transient; where its
-    interval has the other sign by then: reversed."""
-    if not parts or parts[-1]["verdict"] == SUPPORTED:
+    """Of a number that was there at some step: reversed where its interval has the other sign at
+    the last one, transient where its interval then holds 0."""
+    *earlier, last = parts or [{"verdict": None, "estimate": None}]
+    if SUPPORTED not in [part["verdict"] for part in earlier] or last["verdict"] == SUPPORTED:
         return None
-    if parts[-1]["verdict"] == CONTRADICTED:
+    if last["verdict"] == CONTRADICTED:
         return "reversed"
-    return "transient" if SUPPORTED in [part["verdict"] for part in parts] else None
+    return None if last["estimate"]["low"] is None else "transient"
 
 
 def p_value(rule: Part, units: Sequence[float]) -> float:
@@ -222,31 +245,29 @@ def _adverse(rule: Part, values: Sequence[float]) -> float:
     return bound + sign * min(-abs(max(seen)), min(seen))
 
 
-def _units_needed(claim: Claim, parts: Mapping[str, Any], unit: str, n_claims: int) -> int | None:
-    """How many units would decide the claim if their values go on as they are.
+def _seeds_needed(claim: Claim, parts: Mapping[str, Any], n_claims: int) -> int | None:
+    """How many seeds would decide the claim if their values go on as they are.
 
-    None where there is no such kind of unit, or no number up to MOST_UNITS would.
+    None where one seed says nothing of how they vary, or no number up to MOST_SEEDS would.
     """
-    kinds = 1 + any(found["over_configs"] for found in parts.values())
     needed = 0
     for part, found in parts.items():
         if not found["decides"]:
             continue
-        estimate = found[f"over_{unit}s"]
-        if estimate is None or estimate["sd"] is None:
+        rule, estimate = claim.rule(part), found["over_seeds"]
+        if estimate["sd"] is None:
             return None
-        rule = claim.rule(part)
 
         def decided(n: int, rule: Part = rule, estimate: Any = estimate) -> bool:
             verdict = decide(rule, _expected(rule, estimate, n))
             if verdict != SUPPORTED:
                 return verdict != UNDERPOWERED
-            return p_added([_expected_p(rule, estimate, n)] * kinds) * n_claims < ALPHA
+            return _expected_p(rule, estimate, n) * n_claims < ALPHA
 
-        # More than there are, which have not decided it. Once decided, more units leave it so.
-        counts = range(max(2, estimate["seeds"] + 1), MOST_UNITS + 1)
+        # More than there are, which have not decided it. Once decided, more seeds leave it so.
+        counts = range(max(2, estimate["seeds"] + 1), MOST_SEEDS + 1)
         n = counts.start + bisect.bisect_left(counts, True, key=decided)
-        if n > MOST_UNITS:
+        if n > MOST_SEEDS:
             return None
         needed = max(needed, n)
     return needed
@@ -273,15 +294,15 @@ def _expected(rule: Part, estimate: Mapping[str, Any], n: int) -> Estimate:
 
 
 def compare(
-    values: Values, trials: pl.DataFrame, reference: str
+    claim: Claim, values: Values, trials: pl.DataFrame, reference: str
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By part and scheme: how far its runs lie above those of `reference`, paired, mean over seeds.
 
-    `values` as a claim's measure gives them; `trials`: columns trial_key, scheme, corpus.subset,
-    seed. Runs of one seed and subset read the same batches in the same order. `p` is Student's,
-    two-sided, uncorrected.
+    `values` as the claim's measure gives them; `trials`: columns trial_key, scheme, corpus.subset,
+    corpus.data_seed, seed. A pair has all of these in common but the scheme. `p` is two-sided and
+    uncorrected: Student's for means, by flipping signs for medians and shares, which come in steps.
     """
-    pair = ["part", "seed", "corpus.subset"]
+    pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
     placed = values.join(trials, on="trial_key").select("scheme", *pair, "value")
     base = placed.filter(scheme=reference).select(*pair, base="value")
     seeds = (
@@ -294,7 +315,8 @@ def compare(
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (part, scheme), rows in seeds.group_by(["part", "scheme"], maintain_order=True):
         differences = rows["difference"].to_list()
-        p = 2 * min(t_p(differences), t_p([-difference for difference in differences]))
+        one_sided = t_p if claim.rule(str(part)).centre == "mean" else sign_flip_p
+        p = 2 * min(one_sided(differences), one_sided([-value for value in differences]))
         estimate = {**mean_interval(differences), "p": min(1.0, p)}
         found.setdefault(str(part), {})[str(scheme)] = estimate
     return found

@@ -244,6 +244,17 @@ KNOBS: dict[str, Field[Any]] = {
 }
 """Every knob by its dotted key, in the order of the dataclasses."""
 
+COMPARED = tuple(
+    knob
+    for knob, entry in KNOBS.items()
+    if (entry.metadata["in_key"] or knob == "corpus.name")
+    and knob not in ("init.seed", "corpus.data_seed", "corpus.subset")
+    and not knob.startswith("probes.")
+)
+"""The knobs that tell configurations apart: runs that differ in one of them are never averaged. Not
+seeds, which are the sample; nor subsets, which have a place of their own; nor what changes no run.
+"""
+
 
 def knob_type(key: str) -> type:
     """int, float, str or bool: the type of the values that the knob `key` takes."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from gptcore.config import KNOBS, InputError, TrialConfig, parse_value, spelling
+from gptcore.config import COMPARED, KNOBS, InputError, TrialConfig, parse_value, spelling
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs, device_of
 from gptcore.init_schemes import INIT_SCHEMES
@@ -69,10 +69,9 @@ class Plan:
         return [knob for knob in KNOBS if len({flat[knob] for flat in flats}) > 1]
 
     def compared(self) -> list[str]:
-        """The knobs by which runs are told apart: the scheme, and what else varies beside seeds and
-        subsets."""
-        repeated = ("init.seed", "corpus.data_seed", "corpus.subset", "init.scheme")
-        return ["init.scheme", *(knob for knob in self.varied() if knob not in repeated)]
+        """The knobs that runs are compared over: the scheme, and others of COMPARED that vary."""
+        varied = [knob for knob in self.varied() if knob in COMPARED and knob != "init.scheme"]
+        return ["init.scheme", *varied]
 
     def tags(self) -> dict[str, str]:
         """What the driver knows and every run of the sweep should keep."""

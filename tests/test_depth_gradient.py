@@ -82,7 +82,7 @@ def test_tau_is_scipys():
         assert found[run] == (None if np.isnan(expected) else pytest.approx(-expected))
 
 
-@pytest.mark.parametrize("growth", [[0.1] * 8, [0.1], [None, 0.1, 0.2]])
+@pytest.mark.parametrize("growth", [[0.1] * 8, [0.1], [None, 0.1, 0.2], [math.inf, math.inf, 0.1]])
 def test_tau_is_null_where_it_is_undefined(growth):
     frame = pl.DataFrame(
         {"trial_key": "a", "layer": range(len(growth)), "growth": growth}, strict=False
@@ -93,6 +93,5 @@ def test_tau_is_null_where_it_is_undefined(growth):
 def test_some_steps_and_each_runs_last_are_looked_at():
     frame = pl.DataFrame({"trial_key": ["a"] * 4 + ["b"] * 3, "step": [0, 50, 60, 120, 0, 50, 100]})
     assert looked_at(frame).rows() == [
-        ("a", 50, "step 50"), ("a", 120, "the last step"),
-        ("b", 50, "step 50"), ("b", 100, "the last step"),
+        ("a", 50, False), ("a", 120, True), ("b", 50, False), ("b", 100, True),
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from analysis.claims import CLAIMS
@@ -23,7 +24,7 @@ from analysis.runs import (
 )
 from analysis.verdicts import UNDERPOWERED, UNTESTED
 from conftest import SCREENSHOTS
-from gptcore.config import InputError
+from gptcore.config import COMPARED, InputError, TrialConfig
 from gptcore.records import PRIMARY
 
 
@@ -219,9 +220,11 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
 
 
 def test_runs_of_one_seed_count_once():
-    runs = pl.DataFrame({"seed": [0, 0, 1, 2], "x": [1.0, 3.0, 5.0, None]})
+    runs = pl.DataFrame({"seed": [0, 0, 1, 2], "subset": "all", "x": [1.0, 3.0, 5.0, None]})
     assert of_seeds(runs, "x") == [2.0, 5.0]
     assert of_seeds(runs.with_columns(x=pl.col("x") > 2), "x") == [0.5, 1.0]
+    halves = runs.with_columns(pl.Series("subset", ["all", "0-0.5", "all", "all"]))
+    assert of_seeds(halves, "x") == [2.0]  # of seed 1 there is the whole text alone
 
 
 def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
@@ -232,6 +235,10 @@ def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
             "corpus.subset": ["all", "0-0.5", "all"],
             "optim.lr": [0.1, 0.1, 0.1],
         }
+    )
+    others = TrialConfig().to_flat()
+    trials = trials.with_columns(
+        pl.lit(others[knob]).alias(knob) for knob in COMPARED if knob not in trials.columns
     )
     assert with_scheme(trials)["scheme"].to_list() == ["model5", "model5", "gpt2"]
     wider = trials.with_columns(
@@ -260,7 +267,7 @@ def test_every_claim_and_figure_has_its_section():
 
 
 def test_every_number_of_the_page_is_in_the_findings(report):
-    """Numbers of tables and sentences; those of figures are in the Parquet files they name."""
+    """Estimates in tables; what figures show is in the Parquet files that they name."""
     findings = (report / "findings.json").read_text()
     numbers = map(float, re.findall(r"-?\d+\.\d+(?:e-?\d+)?", findings))
     known = {f"{number:.3g}" for number in numbers}
@@ -314,23 +321,24 @@ def test_claims_can_be_chosen_and_stay_corrected_for_all(finished_sweep, tmp_pat
     assert set(findings["claims"]["here"]) == set(CLAIMS)
 
 
-@pytest.mark.parametrize("table", ["histograms", "tokens"])
-def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_path, table):
+@pytest.mark.parametrize(("table", "sweep"), [("histograms", "one"), ("tokens", "two")])
+def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_path, table, sweep):
     runs_dir = moved(two_sweeps, tmp_path / "runs")
-    for key, run in trial_runs(connect(tracking_uri(runs_dir)), "two").items():
-        Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet").write_bytes(b"x")
-        last = key
+    damaged = {}
+    for key, run in trial_runs(connect(tracking_uri(runs_dir)), sweep).items():
+        damaged[key] = Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet")
+        damaged[key].write_bytes(b"x")
     out = tmp_path / "report"
     names = ["--name", "one", "two"]
     assert main(["--runs-dir", str(runs_dir), "--out", str(out), *names]) == 0
-    notes = json.loads((out / "findings.json").read_text())["notes"]
-    left_out = [note for note in notes if "left out of a figure" in note]
-    if table == "tokens":  # of histograms the runs of the other sweep are drawn
-        assert len(left_out) == 1
-        assert f"{table} cannot be read" in left_out[0]
-        assert last in "".join(left_out) or len(left_out) < 2
-    else:
-        assert left_out == []
+    findings = json.loads((out / "findings.json").read_text())
+    left_out = [note for note in findings["notes"] if "left out of a figure" in note]
+    # Of histograms both schemes of the first subset are drawn, of tokens one scheme on each.
+    assert len(left_out) == (2 if table == "histograms" else 1)
+    for note in left_out:
+        assert f"{table} cannot be read" in note
+        assert note.split()[1] in damaged
+    assert findings["trials"]["finished"] == 4  # what is claimed rests on other tables
 
 
 def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
@@ -345,9 +353,39 @@ def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
     )  # fmt: skip
     assert not dealt["group"].equals(rows["group"])
     assert shuffled_labels(sweep, 1).tables["token_groups"].equals(dealt)
-    # A run keeps its deal from step to step.
-    last = dealt.filter(mask="none").sort("step").group_by("trial_key", "group").agg("step")
-    assert last["step"].list.len().n_unique() == 1
+    # A run keeps its deal from step to step, and from mask to mask.
+    joined = dealt.join(rows, on=[*by, "mean_logprob", "log_z", "excess"], suffix="_was")
+    masks = joined.drop_nulls("mean_logprob").filter(
+        pl.len().over(*by, "mean_logprob") == 1  # where numbers tell groups apart
+    )
+    names = masks.group_by("trial_key", "group").agg(pl.col("group_was").n_unique())
+    assert names["group_was"].to_list() == [1] * names.height
+    assert names.height > 4
+
+
+def test_what_is_chosen_or_shuffled_confirms_nothing_and_leaves_the_report(two_sweeps):
+    runs = ["--runs-dir", str(two_sweeps), "--name", "one"]
+    assert main(runs) == 0
+    reports = two_sweeps / "reports"
+    whole = (reports / "one" / "findings.json").read_text()
+    assert main([*runs, "--where", "init.scheme = 'gpt2'"]) == 0
+    assert main([*runs, "--shuffle-labels", "0"]) == 0
+    assert (reports / "one" / "findings.json").read_text() == whole
+    standing = {
+        folder: json.loads((reports / folder / "findings.json").read_text())["claims"]["standing"]
+        for folder in ("one", "one-selected", "one-shuffled")
+    }
+    assert standing == {
+        "one": "confirmatory", "one-selected": "exploratory", "one-shuffled": "exploratory"
+    }  # fmt: skip
+
+
+def test_what_tells_no_configurations_apart_makes_no_scheme(two_sweeps):
+    sweep = read_sweeps(tracking_uri(two_sweeps), ["one"], None, two_sweeps / "cache")
+    trials = sweep.trials.with_columns(
+        pl.Series("train.device", ["cpu", "auto"]), pl.Series("probes.every", [1, 2])
+    )
+    assert with_scheme(trials)["scheme"].to_list() == ["model5", "gpt2"]
 
 
 def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_path, monkeypatch):
@@ -366,6 +404,33 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
     files[0].unlink()
     assert main(["--runs-dir", str(tmp_path), "--out", str(out)]) == 0
     assert json.loads((out / "findings.json").read_text()) == findings
+
+
+def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path, monkeypatch):
+    fetch = MlflowClient.download_artifacts
+    runs = trial_runs(connect(server_sweep), "served")
+    lacks, cut = [run.info.run_id for run in list(runs.values())[:2]]
+
+    def worse(client, run_id, path, folder):
+        if (run_id, path) == (lacks, "init.parquet"):
+            return fetch(client, run_id, "nothing.parquet", folder)
+        file = fetch(client, run_id, path, folder)
+        if (run_id, path) == (cut, "init.parquet"):
+            Path(file).write_bytes(Path(file).read_bytes()[:50])
+        return file
+
+    listed = MlflowClient.list_artifacts
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
+    monkeypatch.setattr(MlflowClient, "download_artifacts", worse)
+    monkeypatch.setattr(
+        MlflowClient,
+        "list_artifacts",
+        lambda client, run_id: [f for f in listed(client, run_id) if f.path != "init.parquet"],
+    )
+    assert main(["--runs-dir", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    findings = json.loads((tmp_path / "report" / "findings.json").read_text())
+    assert findings["trials"]["unreadable"] == 2
+    assert sum("init cannot be read" in note for note in findings["notes"]) == 2
 
 
 def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_path, monkeypatch):

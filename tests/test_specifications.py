@@ -9,7 +9,7 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.findings import trials_to_judge, with_scheme
 from analysis.runs import read_sweeps, tracking_uri
-from analysis.specifications import CHOICES, specifications
+from analysis.specifications import SPECIFIED, specifications
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,15 @@ def sweep(finished_sweep):
 
 @pytest.fixture(scope="module")
 def specified(sweep):
-    return specifications(sweep, trials_to_judge(sweep, apart=False))
+    return specifications(sweep, trials_to_judge(sweep))
 
 
-@pytest.mark.parametrize("claim", CHOICES)
+@pytest.mark.parametrize("claim", SPECIFIED)
 def test_every_combination_of_choices_is_there_once(claim, specified):
-    found = [tuple(one[choice] for choice in CHOICES[claim]) for one in specified[claim]]
+    found = [tuple(one[choice] for choice in SPECIFIED[claim].choices) for one in specified[claim]]
     options = [list(dict.fromkeys(column)) for column in zip(*found, strict=True)]
     assert all(len(some) > 1 for some in options[:2])
+    assert len(options) == len(SPECIFIED[claim].choices)
     assert sorted(found) == sorted(product(*options))
 
 
