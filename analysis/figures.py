@@ -102,6 +102,7 @@ def fig_init_errors(errors: pl.DataFrame) -> Any:
     runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
         x=alt.X("error:Q", title="std at step 0 against the scheme's", axis=alt.Axis(format="+%")),
         y=alt.Y("kind:N", title=None, sort=None),
+        yOffset="scheme:N",
         color=_scheme(),
         tooltip=["scheme:N", "subset:N", "seed:N", "kind:N",
                  alt.Tooltip("expected:Q", format=".5f"), alt.Tooltip("found:Q", format=".5f")],
@@ -174,6 +175,7 @@ def fig_histograms(bins: pl.DataFrame) -> Any:
         .add_params(step, one)
         .properties(width=220, height=160)
         .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
+        .properties(title=f"seed {bins['seed'][0]}, corpus.subset {bins['subset'][0]}")
     )  # fmt: skip
 
 
@@ -188,7 +190,9 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Any:
     frame = over_runs(token_groups, "group", "step", "mean_logprob").join(levels, on=by)
     base = alt.Chart(frame).encode(x="step:Q", detail=["scheme:N", "subset:N"])
     untrained = base.mark_line(color=GREY, strokeDash=[1, 3]).encode(y="level:Q")
-    calibrated = base.mark_line(color=GREY, strokeDash=[8, 4]).encode(y="calibrated:Q")
+    calibrated = base.mark_line(color=GREY, strokeDash=[8, 4]).encode(
+        y="calibrated:Q", tooltip=["subset:N", alt.Tooltip("calibrated:Q", format=".3f")]
+    )
     return (
         alt.layer(untrained, calibrated, _band_and_line(frame, "step", "mean log-prob (nats)"))
         .facet(facet=alt.Facet("group:N", title="token group", sort=groups), columns=3)
@@ -201,7 +205,11 @@ def fig_rare_by_size(changes: pl.DataFrame) -> Any:
     if changes["n_tokens"].n_unique() < 2:
         return None
     base = alt.Chart(changes).encode(
-        x=alt.X("n_tokens:Q", title="tokens trained on (log scale)", scale=LOG)
+        x=alt.X(
+            "n_tokens:Q",
+            title="tokens trained on (log scale)",
+            scale=alt.Scale(type="log", nice=False, padding=20),
+        )
     )
     runs = base.mark_circle(opacity=0.5).encode(
         y=alt.Y("change:Q", title="change of rare's mean log-prob (nats)"),
@@ -231,6 +239,7 @@ def fig_same_tokens(tokens: pl.DataFrame) -> Any:
         )
         .properties(width=130, height=110)
         .facet(facet=alt.Facet("text:N", title=None), columns=4)
+        .properties(title=tokens["scheme"][0])
     )  # fmt: skip
 
 

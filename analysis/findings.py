@@ -327,10 +327,11 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
     )
     text = f"{finding['verdict'].capitalize()}"
     text += f", {finding['course']}" if finding["course"] else ""
-    text += f": {numbers} ({claim.unit}; "
-    text += f"{finding['seeds']} seeds, Holm-adjusted p = {finding['p_holm']:.2g})."
+    seeds = f"{finding['seeds']} seed{'s' * (finding['seeds'] != 1)}"
+    text += f": {numbers} ({claim.unit}; {seeds}, Holm-adjusted p = {finding['p_holm']:.2g})."
     if finding["seeds_needed"]:
-        text += f" By these numbers {finding['seeds_needed']} seeds would decide it."
+        text += f" By these numbers {finding['seeds_needed']} seeds would decide it: "
+        text += f"{finding['would_be']}."
     if finding["seeds_left_out"]:
         text += f" {finding['seeds_left_out']} seeds that not every configuration has are left out."
     if finding["verdict_with_diverged"] != finding["verdict"]:

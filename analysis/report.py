@@ -72,6 +72,10 @@ def build_report(
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
         sweep = shuffled_labels(sweep, shuffle)
+    shown = list(dict.fromkeys(claims)) or list(CLAIMS)
+    if claims:
+        note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all of them."
+        sweep = replace(sweep, notes=(*sweep.notes, note))
     # A part of a sweep, or a control, does not take the place of its report.
     kind = "-selected" * bool(where) + "-shuffled" * (shuffle is not None)
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
@@ -82,7 +86,6 @@ def build_report(
         for claim, found in findings["specifications"].items()
     }
     frames = {**sweep.tables, **by_run, **specified, "trials": sweep.trials}
-    shown = list(claims or CLAIMS)
     page = render(sweep, frames, findings, shown, uri)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +96,9 @@ def build_report(
             (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
             for table, frame in frames.items():
                 frame.write_parquet(new / f"{table}.parquet")
+            for file in new.iterdir():
+                if (folder / file.name).is_dir():
+                    raise InputError(f"the report folder {folder} has a folder {file.name} in it")
             for file in list(new.iterdir()):
                 file.replace(folder / file.name)
     except OSError as error:
@@ -167,8 +173,15 @@ def render(
     )
 
 
+def seed_of(text: str) -> int:
+    """A seed: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, not {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; -> its exit code: 0, or 2 for bad input."""
+    """The command; -> its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -194,12 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"show only these, corrected for all: {', '.join(CLAIMS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--shuffle-labels", type=int, metavar="SEED",
+        "--shuffle-labels", type=seed_of, metavar="SEED",
         help="a control: the names of the token groups are dealt anew within each run",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for the report (RUNS_DIR/reports/NAME)")
     try:
         args = parser.parse_args(argv)
+        if args.out == Path():
+            raise InputError("--out takes a folder for the report's files, not the current one")
         uri = tracking_uri(args.runs_dir)
         folder = build_report(
             uri, args.name, args.out, args.runs_dir,
@@ -208,6 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"report: {folder / 'report.html'}")
     return 0
 

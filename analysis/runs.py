@@ -400,8 +400,8 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         why = str(error).splitlines()[0]
         raise InputError(
-            f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\", not {where!r}: "
-            f"{why}"
+            f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\" (a text stands "
+            f"in quotes), not {where!r}: {why[:120]}"
         ) from error
     if chosen.is_empty():
         raise InputError(f"--where {where!r} is true of none of the {trials.height} trials")

@@ -64,8 +64,10 @@ def judge(
                 found[f"verdict{suffix}"] = UNDERPOWERED
     for name, found in judged.items():
         open_here = found["verdict"] == UNDERPOWERED and not general
-        found["seeds_needed"] = (
-            _seeds_needed(claims[name], found["parts"], len(p_values)) if open_here else None
+        found["seeds_needed"], found["would_be"] = (
+            _seeds_needed(claims[name], found["parts"], len(p_values))
+            if open_here
+            else (None, None)
         )
     return judged
 
@@ -99,7 +101,7 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame, general: bool
         "diverged": len(diverged),
         "seeds": max((part["over_seeds"]["seeds"] for part in deciding), default=0),
         "seeds_left_out": max((part["seeds_left_out"] for part in deciding), default=0),
-        "configurations": placed["config"].n_unique(),
+        "configurations": max((part["configurations"] for part in deciding), default=0),
         "parts": parts,
     }
 
@@ -122,6 +124,7 @@ def judge_part(
         return None
     found: dict[str, Any] = {
         "over_configs": None,
+        "configurations": len(configs),
         "seeds_left_out": sum(some != configs for some in configs_of.values()),
     }
     estimates, p_values = [], []
@@ -136,24 +139,26 @@ def judge_part(
         found[f"over_{unit}s"] = {**estimate, "sd": stdev(units) if len(units) > 1 else None}
         estimates.append(estimate)
         p_values.append(p_value(rule, units))
-    found["estimate"] = added(estimates)
+    found["estimate"] = added(estimates, rule.centre)
     return {**found, "p": p_added(p_values), "verdict": decide(rule, found["estimate"])}
 
 
-def added(estimates: Sequence[Estimate]) -> Estimate:
-    """One interval from intervals over several kinds of crossed unit.
+def added(estimates: Sequence[Estimate], centre: str) -> Estimate:
+    """One interval from intervals over several kinds of crossed unit, around the first one's value.
 
-    The squares of their half-widths add, each side for itself, as variances do (Zou & Donner 2008,
-    *Construction of confidence limits about effect measures*).
+    The squares of the distances to their ends add, each side for itself, as variances do (Zou &
+    Donner 2008, *Construction of confidence limits about effect measures*). A share stays between
+    0 and 1.
     """
     first = estimates[0]
-    value, ends = first["value"], {"low": -1.0, "high": 1.0}
+    value = first["value"]
     if value is None or any(estimate["low"] is None for estimate in estimates):
         return Estimate(seeds=first["seeds"], value=value, low=None, high=None)
-    for end, sign in ends.items():
-        squares = sum((estimate[end] - estimate["value"]) ** 2 for estimate in estimates)  # type: ignore[literal-required]
-        ends[end] = value + sign * math.sqrt(squares)
-    return Estimate(seeds=first["seeds"], value=value, low=ends["low"], high=ends["high"])
+    low = value - math.hypot(*(max(0.0, value - (one["low"] or 0.0)) for one in estimates))
+    high = value + math.hypot(*(max(0.0, (one["high"] or 0.0) - value) for one in estimates))
+    if centre == "share":
+        low, high = max(0.0, low), min(1.0, high)
+    return Estimate(seeds=first["seeds"], value=value, low=low, high=high)
 
 
 def p_added(p_values: Sequence[float]) -> float:
@@ -245,8 +250,10 @@ def _adverse(rule: Part, values: Sequence[float]) -> float:
     return bound + sign * min(-abs(max(seen)), min(seen))
 
 
-def _seeds_needed(claim: Claim, parts: Mapping[str, Any], n_claims: int) -> int | None:
-    """How many seeds would decide the claim if their values go on as they are.
+def _seeds_needed(
+    claim: Claim, parts: Mapping[str, Any], n_claims: int
+) -> tuple[int, str] | tuple[None, None]:
+    """How many seeds would decide the claim if their values go on as they are, and to what.
 
     None where one seed says nothing of how they vary, or no number up to MOST_SEEDS would.
     """
@@ -256,7 +263,7 @@ def _seeds_needed(claim: Claim, parts: Mapping[str, Any], n_claims: int) -> int 
             continue
         rule, estimate = claim.rule(part), found["over_seeds"]
         if estimate["sd"] is None:
-            return None
+            return None, None
 
         def decided(n: int, rule: Part = rule, estimate: Any = estimate) -> bool:
             verdict = decide(rule, _expected(rule, estimate, n))
@@ -268,9 +275,14 @@ def _seeds_needed(claim: Claim, parts: Mapping[str, Any], n_claims: int) -> int 
         counts = range(max(2, estimate["seeds"] + 1), MOST_SEEDS + 1)
         n = counts.start + bisect.bisect_left(counts, True, key=decided)
         if n > MOST_SEEDS:
-            return None
+            return None, None
         needed = max(needed, n)
-    return needed
+    then = [
+        decide(claim.rule(part), _expected(claim.rule(part), found["over_seeds"], needed))
+        for part, found in parts.items()
+        if found["decides"]
+    ]
+    return needed, combined(then)
 
 
 def _expected_p(rule: Part, estimate: Mapping[str, Any], n: int) -> float:

@@ -102,6 +102,7 @@ def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
     assert found["verdict"] == UNDERPOWERED  # three seeds that agree have p = 1 / 8
     assert found["p"] == 1 / 8
     assert found["seeds_needed"] == 5  # 2^-5 < 0.05
+    assert found["would_be"] == SUPPORTED
     wide = verdict_of(ABOVE, [3.0, 0.5, 1.2, 2.6, -0.4, 1.9])
     assert wide["verdict"] == UNDERPOWERED
     mean, sd = (
@@ -255,6 +256,21 @@ def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, 
         print(f"\n{n_configs} x {n_seeds}: {covered / sweeps:.3f} of intervals in general cover")
     # Four standard errors below; the run's own effect is counted twice, so it is a little wide.
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / sweeps) <= covered / sweeps <= 0.99
+
+
+def test_an_interval_in_general_stays_where_its_number_can_be():
+    """Seeds agree on a share and a median that configurations do not share."""
+    runs = trials(8, configs=[f"config {i}" for i in range(4)])
+    config = pl.col("config").str.tail(1).cast(int)
+    for centre, numbers in (("share", config >= 3), ("median", 2.0 * (config >= 3) - 1)):
+        numbers = runs.select("trial_key", part=pl.lit("x"), value=numbers.cast(float))
+        rule = claim(x=Part(centre=centre, low=0.8))
+        found = judge({"it": rule}, {"it": numbers}, runs)["it"]["parts"]["x"]
+        low, high = found["estimate"]["low"], found["estimate"]["high"]
+        if centre == "share":
+            assert 0 <= low < 0.25 < high <= 1
+        else:  # four configurations are too few for a median's interval
+            assert (low, high) == (None, None)
 
 
 def test_schemes_are_compared_on_the_same_seed_and_subset():
