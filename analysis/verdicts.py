@@ -63,12 +63,10 @@ def judge(
             if found[f"verdict{suffix}"] == SUPPORTED and adjusted[name] >= ALPHA:
                 found[f"verdict{suffix}"] = UNDERPOWERED
     for name, found in judged.items():
-        open_here = found["verdict"] == UNDERPOWERED and not general
-        found["seeds_needed"], found["would_be"] = (
-            _seeds_needed(claims[name], found["parts"], len(p_values))
-            if open_here
-            else (None, None)
-        )
+        found["seeds_needed"] = found["would_be"] = None
+        if found["verdict"] == UNDERPOWERED and not general:
+            needed = _seeds_needed(claims[name], found["parts"], len(p_values))
+            found["seeds_needed"], found["would_be"] = needed
     return judged
 
 
