@@ -171,9 +171,8 @@ def test_the_worst_case_is_corrected_with_its_own_p():
 
 def test_seeds_that_not_every_configuration_has_are_left_out():
     runs = trials(12, configs=("a", "b")).filter((pl.col("config") == "a") | (pl.col("seed") < 1))
-    numbers = runs.select(
-        "trial_key", part=pl.lit("x"), value=pl.when(pl.col("config") == "a").then(1.0).otherwise(-9.0)
-    )  # fmt: skip
+    value = pl.when(pl.col("config") == "a").then(1.0).otherwise(-9.0)
+    numbers = runs.select("trial_key", part=pl.lit("x"), value=value)
     rule = Part(centre="mean", low=0.0)
     found = judge({"it": claim(x=rule)}, {"it": numbers}, runs, general=False)["it"]
     assert found["parts"]["x"]["estimate"]["value"] == -4.0  # of both, and not of a alone
