@@ -43,7 +43,9 @@ def run(runs_dir, *arguments):
 
 
 def runs_of(runs_dir):
-    return trial_runs(connect(tracking_uri(runs_dir)), "e2e")
+    client = connect(tracking_uri(runs_dir))
+    runs = trial_runs(client, "e2e")
+    return {key: client.get_run(run.info.run_id) for key, run in runs.items()}
 
 
 def wait_for(condition, seconds=120):
