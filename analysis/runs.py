@@ -186,15 +186,16 @@ def _runs_in_file(uri: str, experiment_ids: list[str], kind: str) -> list[Run]:
     return list(found.values())
 
 
-def trial_runs(client: MlflowClient, sweep: str) -> dict[str, Run]:
-    """The run that counts for every trial key of a sweep's experiment; none where there is none."""
-    experiment = client.get_experiment_by_name(sweep)
-    return counting(search_runs(client, [experiment.experiment_id], "trial") if experiment else [])
+def experiment_ids(client: MlflowClient) -> list[str]:
+    """Every experiment of the store that is not deleted."""
+    found = client.search_experiments(view_type=ViewType.ACTIVE_ONLY)
+    return [experiment.experiment_id for experiment in found]
 
 
-def counting(runs: list[Run]) -> dict[str, Run]:
-    """By trial key the one run that counts, of runs that stand newest first."""
+def trial_runs(client: MlflowClient) -> dict[str, Run]:
+    """By trial key the run that counts, of whichever sweep: a trial belongs to all that want it."""
     by_key: dict[str, Run] = {}
+    runs = search_runs(client, experiment_ids(client), "trial")
     for run in sorted(runs, key=lambda run: run.info.status != "FINISHED"):
         by_key.setdefault(run.data.tags["trial_key"], run)
     return by_key
@@ -246,7 +247,7 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
     sweeps = _sweeps_named(client, names)
     name = " + ".join(run.data.tags["sweep"] for run in sweeps)
     plans = [_plan(client, run) for run in sweeps]
-    runs = counting(search_runs(client, [run.info.experiment_id for run in sweeps], "trial"))
+    runs = trial_runs(client)
     defaults = TrialConfig().to_flat()
     params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
     trials = pl.DataFrame(
@@ -306,8 +307,7 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
 
 def _sweeps_named(client: MlflowClient, names: Sequence[str]) -> list[Run]:
     """The sweeps' own runs, or that of the sweep launched last. Raises InputError."""
-    experiments = client.search_experiments(view_type=ViewType.ACTIVE_ONLY)
-    found = search_runs(client, [experiment.experiment_id for experiment in experiments], "sweep")
+    found = search_runs(client, experiment_ids(client), "sweep")
     sweeps = {
         run.data.tags["sweep"]: run
         for run in sorted(found, key=lambda run: float(run.data.tags["launched"]))

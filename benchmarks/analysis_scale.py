@@ -127,7 +127,7 @@ def history_ratio(uri: str, n_history: int) -> tuple[float, float]:
     from analysis.runs import connect, trial_runs
 
     client = connect(uri)
-    runs = sorted(trial_runs(client, "scale").items())[:n_history]
+    runs = sorted(trial_runs(client).items())[:n_history]
     start = time.perf_counter()
     files = [run.info.artifact_uri.removeprefix("file://") + "/weights.parquet" for _, run in runs]
     rows = pl.scan_parquet(files).filter(kind="qkv").select("layer", "step", "std").collect()

@@ -13,6 +13,7 @@ import itertools
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from gptcore.checkpoint import checkpoint_file
 from gptcore.config import COMPARED, KNOBS, InputError, TrialConfig, parse_value, spelling
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs, device_of
@@ -35,7 +37,7 @@ from gptcore.optimizers import OPTIMIZERS, SCHEDULES
 from sweeps.spaces import Preset, Space, trials_of
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from sweeps.ledger import Entry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +90,8 @@ class Plan:
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """The command; -> its exit code: 0, 1 where a trial failed, 2 for bad input, 130 for Ctrl-C."""
     console = Console(highlight=False, markup=False, emoji=False)
+    # Whoever ends the driver politely ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         args, overrides = command_line(doc, presets, argv)
         preset = presets[args.preset]
@@ -140,6 +144,10 @@ def command_line(
         "--dry-run", action="store_true", help="list what is done and what is missing"
     )
     mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
+    parser.add_argument(
+        "--redo", nargs="+", default=[], metavar="KEY|failed|all",
+        help="run these trials anew, though they have a run, which is kept and marked",
+    )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="end without building the report")
     knobs = parser.add_argument_group(
         "knobs", "one value, or several to sweep over [default, where the preset has no other]"
@@ -234,26 +242,47 @@ def check_writable(folder: Path) -> None:
 
 def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Console) -> int:
     """Run what is missing of the plan, then report; -> the exit code."""
-    from analysis.runs import chart_page, connect, has_started, mlflow_command, tracking_uri
+    from analysis.runs import connect, has_started, tracking_uri
+    from sweeps.ledger import holder, holding, read_ledger, to_redo
 
     runs_dir = args.runs_dir.resolve()
     uri = tracking_uri(runs_dir)
     if not args.dry_run:
         check_writable(runs_dir)
-    status = plan_status(plan, connect(uri) if has_started(uri) else None)
-    missing = unfinished(status)
-    console.print(
-        f"sweep {plan.name}: {len(status)} trials, "
-        f"{len(status) - len(missing)} done, {len(missing)} missing"
+        with holding(runs_dir, plan.name):
+            return run_missing(plan, preset, args, uri, console)
+    ledger = read_ledger(
+        plan.trials, plan.name, connect(uri) if has_started(uri) else None, runs_dir
     )
-    if args.dry_run:
-        console.print(trial_table(plan, status))
-        return 0
+    again = to_redo(ledger, args.redo)
+    say_how_far(plan, ledger, again, console)
+    if by := holder(runs_dir, plan.name):
+        console.print(f"it is being run by {by}", soft_wrap=True)
+    console.print(trial_table(plan, ledger, again))
+    return 0
 
+
+def run_missing(
+    plan: Plan, preset: Preset, args: argparse.Namespace, uri: str, console: Console
+) -> int:
+    """run_sweep by the one driver that works on the sweep."""
     from analysis.claims import digest
+    from analysis.runs import chart_page, connect, has_started, mlflow_command
     from sweeps import tracking
+    from sweeps.ledger import read_ledger, to_redo
     from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
 
+    runs_dir = args.runs_dir.resolve()
+
+    def ledger_now() -> dict[str, Entry]:
+        return read_ledger(
+            plan.trials, plan.name, connect(uri) if has_started(uri) else None, runs_dir
+        )
+
+    ledger = ledger_now()
+    again = to_redo(ledger, args.redo)
+    missing = [key for key, entry in ledger.items() if key in again or not entry.is_done]
+    say_how_far(plan, ledger, again, console)
     # A new store takes as long to make as Ray to start.
     with ThreadPoolExecutor(max_workers=1) as beside:
         opening = beside.submit(connect, uri)
@@ -265,6 +294,12 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
     n_layer = max(config.model.n_layer for config in plan.trials.values())
     view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
     experiment_id = tracking.open_experiment(client, plan.name, runs_dir, view)
+    tracking.close_cut_off(client, experiment_id)
+    for key in again:
+        run = ledger[key].run
+        assert run is not None
+        checkpoint_file(runs_dir, key).unlink(missing_ok=True)
+        tracking.set_aside(client, run)
     said = {**plan.as_dict(), "claims_digest": digest()}
     sweep = tracking.SweepRun(client, experiment_id, said, launched=time.time())
     ended, stopped = "FAILED", False
@@ -274,14 +309,14 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             store = {"uri": uri, "experiment_id": experiment_id}
             jobs = [job_of(plan, key) for key in missing]
             stopped = run_on_ray(jobs, store, preset.trials_per_gpu, runs_dir, console)
-            status = plan_status(plan, client)
-        console.print(trial_table(plan, status))
+            ledger = ledger_now()
+        console.print(trial_table(plan, ledger))
+        remain = sum(not entry.is_done for entry in ledger.values())
         if stopped:
             ended = "KILLED"
-            remain = len(unfinished(status))
             console.print(f"stopped with {remain} trials to go: the same command goes on")
             return 130
-        if "finished" not in status.values():
+        if not any(entry.status == "finished" for entry in ledger.values()):
             console.print("no trial finished, so there is nothing to report")
         elif not args.no_report:
             from analysis.report import build_report
@@ -291,10 +326,18 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"MLflow: {mlflow_command(uri)}", soft_wrap=True)
         console.print(f"  then: {chart_page(uri, experiment_id)}", soft_wrap=True)
-        ended = "FAILED" if unfinished(status) else "FINISHED"
-        return 1 if unfinished(status) else 0
+        ended = "FAILED" if remain else "FINISHED"
+        return 1 if remain else 0
     finally:
         sweep.end(ended, artifacts)
+
+
+def say_how_far(
+    plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str], console: Console
+) -> None:
+    done = sum(entry.is_done and key not in again for key, entry in ledger.items())
+    line = f"sweep {plan.name}: {len(ledger)} trials, {done} done, {len(ledger) - done} missing"
+    console.print(line + (f", {len(again)} of them to be run again" if again else ""))
 
 
 def job_of(plan: Plan, key: str) -> dict[str, Any]:
@@ -312,26 +355,16 @@ def job_of(plan: Plan, key: str) -> dict[str, Any]:
     }
 
 
-def plan_status(plan: Plan, client: MlflowClient | None) -> dict[str, str]:
-    """How each trial of the plan stands, as analysis.runs.trial_status has it."""
-    from analysis.runs import trial_runs, trial_status
-
-    runs = trial_runs(client, plan.name) if client else {}
-    return {key: trial_status(runs.get(key)) for key in plan.trials}
-
-
-def unfinished(status: Mapping[str, str]) -> list[str]:
-    """The trials that have no result yet. A diverged trial has one."""
-    return [key for key, state in status.items() if state not in ("finished", "diverged")]
-
-
-def trial_table(plan: Plan, status: Mapping[str, str]) -> Table:
+def trial_table(plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str] = ()) -> Table:
     """The trials of a plan, with the knobs in which they differ, and how each stands."""
     varied = plan.varied()
-    table = Table("trial", *varied, "status")
+    told = any(entry.why for entry in ledger.values()) or bool(again)
+    table = Table("trial", *varied, "status", *(["why"] if told else []))
     for key, config in plan.trials.items():
-        flat = config.to_flat()
-        table.add_row(key, *(spelling(flat[knob]) for knob in varied), status[key])
+        flat, entry = config.to_flat(), ledger[key]
+        why = "; ".join(filter(None, ["to be run again" if key in again else "", entry.why]))
+        row = [key, *(spelling(flat[knob]) for knob in varied), entry.status]
+        table.add_row(*row, *([why] if told else []))
     return table
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,16 @@ def open_experiment(
     return experiment_id
 
 
-def find_run(client: MlflowClient, experiment_id: str, kind: str, **tags: str) -> Run | None:
-    """The newest run of a kind (trial, sweep) with the given tags."""
+def find_run(client: MlflowClient, experiment_id: str | None, kind: str, **tags: str) -> Run | None:
+    """The newest run of a kind (trial, sweep) with the given tags; None looks into every sweep."""
+    everywhere = (
+        [experiment_id]
+        if experiment_id
+        else [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
     found = client.search_runs(
-        [experiment_id],
+        everywhere,
         " and ".join(clauses),
         ViewType.ACTIVE_ONLY,
         max_results=1,
@@ -118,10 +124,13 @@ class MlflowRecorder(MemoryRecorder):
     ) -> None:
         super().__init__()
         self.client = MlflowClient(uri)
-        run = find_run(self.client, experiment_id, "trial", trial_key=key)
+        run = find_run(self.client, None, "trial", trial_key=key)
         if run is None:
             first = {"kind": "trial", "trial_key": key, "trial_status": "running"}
             run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=first)
+        else:
+            # It stays where it is: that of the sweep that wanted it first.
+            tags = {**tags, "sweep": run.data.tags["sweep"]}
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
@@ -204,6 +213,28 @@ def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
             yield f"w_std/{row.tensor}", row.step, row.std
 
 
+def set_aside(client: MlflowClient, run: Run) -> None:
+    """Keep a trial's run, marked, so that the trial counts as not run: see --redo."""
+    set_tags(
+        client, run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S")
+    )
+    if run.info.status == "RUNNING":
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+def close_cut_off(client: MlflowClient, experiment_id: str) -> None:
+    """Leave no trial's run of the sweep RUNNING; for a driver that knows itself to be the only one.
+
+    A driver that was killed could not do it. Whoever runs such a trial again opens its run anew.
+    """
+    running = client.search_runs(
+        [experiment_id], "tags.kind = 'trial' and attributes.status = 'RUNNING'", max_results=50_000
+    )
+    for run in running:
+        set_tags(client, run.info.run_id, trial_status="stopped")
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
 def close_runs(
     store: Mapping[str, str], jobs: Iterable[Mapping[str, Any]], failed: Mapping[str, str]
 ) -> None:
@@ -215,7 +246,7 @@ def close_runs(
     client = MlflowClient(store["uri"])
     for job in jobs:
         key = job["key"]
-        run = find_run(client, store["experiment_id"], "trial", trial_key=key)
+        run = find_run(client, None, "trial", trial_key=key)
         if run is None and key in failed:
             MlflowRecorder(store["uri"], store["experiment_id"], **job).fail(failed[key])
         elif run and run.info.status == "RUNNING" and key in failed:

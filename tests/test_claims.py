@@ -158,7 +158,7 @@ def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
 def test_unused_rows_are_those_of_the_tokens_table(sweep, finished_sweep):
     found = values_of("unused_rows_move", sweep)["displacement"]
     client = connect(tracking_uri(finished_sweep))
-    runs = trial_runs(client, "small")
+    runs = trial_runs(client)
     for key, moved in zip(
         CLAIMS["unused_rows_move"].measure(sweep).filter(part="displacement")["trial_key"],
         found,

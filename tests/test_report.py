@@ -144,7 +144,7 @@ def test_a_damaged_table_leaves_its_trial_out_and_the_report_says_so(
     finished_sweep, tmp_path, damage
 ):
     runs_dir = moved(finished_sweep, tmp_path / "runs")
-    runs = trial_runs(connect(tracking_uri(runs_dir)), "small").values()
+    runs = trial_runs(connect(tracking_uri(runs_dir))).values()
     run = next(run for run in runs if run.data.tags["trial_status"] == "finished")
     file = Path(run.info.artifact_uri.removeprefix("file://"), "token_groups.parquet")
     if damage == "missing":
@@ -306,8 +306,9 @@ def test_several_sweeps_are_read_as_one(two_sweeps, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "init_sweep.py --name one</code> and <code>python" in page
     assert page.count("viewStateShareKey=sweep") == 2
+    # And it is in the report of each.
     assert main([*runs, "--name", "two"]) == 0
-    assert json.loads((tmp_path / "findings.json").read_text())["trials"]["finished"] == 2
+    assert json.loads((tmp_path / "findings.json").read_text())["trials"]["finished"] == 3
 
 
 def test_the_report_of_several_sweeps_has_a_folder_of_its_own(two_sweeps):
@@ -343,7 +344,9 @@ def test_claims_can_be_chosen_and_stay_corrected_for_all(finished_sweep, tmp_pat
 def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_path, table, sweep):
     runs_dir = moved(two_sweeps, tmp_path / "runs")
     damaged = {}
-    for key, run in trial_runs(connect(tracking_uri(runs_dir)), sweep).items():
+    for key, run in trial_runs(connect(tracking_uri(runs_dir))).items():
+        if run.data.tags["sweep"] != sweep:
+            continue
         damaged[key] = Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet")
         damaged[key].write_bytes(b"x")
     out = tmp_path / "report"
@@ -426,7 +429,7 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
 
 def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path, monkeypatch):
     fetch = MlflowClient.download_artifacts
-    runs = trial_runs(connect(server_sweep), "served")
+    runs = trial_runs(connect(server_sweep))
     lacks, cut = [run.info.run_id for run in list(runs.values())[:2]]
 
     def worse(client, run_id, path, folder):

@@ -44,7 +44,7 @@ def run(runs_dir, *arguments):
 
 def runs_of(runs_dir):
     client = connect(tracking_uri(runs_dir))
-    runs = trial_runs(client, "e2e")
+    runs = trial_runs(client)
     return {key: client.get_run(run.info.run_id) for key, run in runs.items()}
 
 

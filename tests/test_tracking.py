@@ -51,7 +51,7 @@ def recorder(store, key, tiny):
 def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     run_trial(tiny, recorder(store, key, tiny))
     client = MlflowClient(store["uri"])
-    run = client.get_run(trial_runs(client, "sweep")[key].info.run_id)
+    run = client.get_run(trial_runs(client)[key].info.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {name: spelling(value) for name, value in tiny.to_flat().items()}
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished"}
@@ -81,7 +81,7 @@ def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, key, tin
 
 def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
     recorder(store, key, tiny).fail("OSError: the disk is full", "where it happened")
-    run = trial_runs(MlflowClient(store["uri"]), "sweep")[key]
+    run = trial_runs(MlflowClient(store["uri"]))[key]
     assert run.info.status == "FAILED"
     assert trial_status(run) == "failed"
     assert run.data.tags["reason"] == "OSError: the disk is full"
@@ -90,16 +90,16 @@ def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
 def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
     recorder(store, key, tiny)
     client = MlflowClient(store["uri"])
-    runs = trial_runs(client, "sweep")
+    runs = trial_runs(client)
     assert trial_status(runs[key]) == "running"
     close_runs(
         store, [job(key, tiny), job("begun not", tiny), job("broken", tiny)], {"broken": "killed"}
     )
-    closed = trial_runs(client, "sweep")[key]
+    closed = trial_runs(client)[key]
     assert (closed.info.status, trial_status(closed)) == ("KILLED", "stopped")
-    broken = trial_runs(client, "sweep")["broken"]
+    broken = trial_runs(client)["broken"]
     assert (broken.info.status, broken.data.tags["reason"]) == ("FAILED", "killed")
-    assert "begun not" not in trial_runs(client, "sweep")
+    assert "begun not" not in trial_runs(client)
 
 
 def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_path):
@@ -125,7 +125,7 @@ def test_tables_of_another_schema_are_refused_by_name(store, key, tiny, tmp_path
     client = MlflowClient(store["uri"])
     plan = plan_of({key: {"params": tiny.to_flat()}})
     SweepRun(client, store["experiment_id"], plan, launched=1)
-    run = trial_runs(client, "sweep")[key]
+    run = trial_runs(client)[key]
     file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
     pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
     with pytest.raises(InputError, match=f"trial {key} has schema version 0"):

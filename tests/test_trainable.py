@@ -20,10 +20,15 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny,
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
-    job = {"key": "planned", "name": "a trial", "params": tiny.to_flat(), "tags": {}}
+    job = {
+        "key": "planned",
+        "name": "a trial",
+        "params": tiny.to_flat(),
+        "tags": {"sweep": "sweep"},
+    }
     with pytest.raises(InputError, match="its corpus or its gptcore is not the driver's"):
         run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
-    run = trial_runs(client, "sweep")["planned"]
+    run = trial_runs(client)["planned"]
     assert run.info.status == "FAILED"
     assert "is not the driver's" in run.data.tags["reason"]
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["failure.txt"]
@@ -38,7 +43,7 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
-    job = {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {}}
+    job = {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {"sweep": "sweep"}}
     monkeypatch.setattr(trainable, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
     trained, batch = [], Corpus.batch
@@ -61,7 +66,7 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
     report_until(None)
     run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
     assert trained == [0, 1, 2, 3, 3, 4, 5]
-    run = trial_runs(client, "sweep")[key]
+    run = trial_runs(client)[key]
     assert run.info.status == "FINISHED"
     points = client.get_metric_history(run.info.run_id, "loss/train")
     assert [point.step for point in points] == [0, 1, 2, 3, 4, 5]

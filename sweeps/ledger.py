@@ -1,0 +1,143 @@
+"""What exists of a sweep's trials, and who may make the rest.
+
+The record is MLflow's: a trial exists where a run has its key, whichever sweep asked for it first.
+One driver at a time works on a sweep; the lock is the operating system's, so a driver that dies,
+however it dies, holds nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from analysis.runs import trial_runs, trial_status
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError
+
+DONE = ("finished", "diverged")
+"""A diverged trial has a result."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one trial stands."""
+
+    status: str  # as analysis.runs.trial_status, or `cut off`: running says its run, but nobody is
+    why: str  # what a user should know of it; may be empty
+    run: Run | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.status in DONE
+
+
+def read_ledger(
+    keys: Iterable[str], sweep: str, client: MlflowClient | None, runs_dir: Path
+) -> dict[str, Entry]:
+    """How each trial stands, by key; without a client none has a run."""
+    runs = trial_runs(client) if client else {}
+    held = holder(runs_dir, sweep) is not None
+    return {key: _entry(key, runs.get(key), sweep, runs_dir, held) for key in keys}
+
+
+def _entry(key: str, run: Run | None, sweep: str, runs_dir: Path, held: bool) -> Entry:
+    status, why = trial_status(run), []
+    if run is not None:
+        of_sweep = run.data.tags["sweep"]
+        if of_sweep != sweep:
+            why.append(f"run by sweep {of_sweep}")
+        elif status == "running" and not held:
+            status = "cut off"
+        if run.data.tags.get("reason"):
+            why.append(run.data.tags["reason"])
+    if status not in DONE and checkpoint_file(runs_dir, key).exists():
+        why.append("goes on from its checkpoint")
+    return Entry(status, "; ".join(why), run)
+
+
+def to_redo(ledger: Mapping[str, Entry], wanted: Sequence[str]) -> list[str]:
+    """The keys that --redo names: `all` that have a run, all that `failed`, or keys themselves.
+
+    Raises InputError for a key that is not the sweep's, or has no run yet.
+    """
+    with_run = [key for key, entry in ledger.items() if entry.run is not None]
+    keys: dict[str, None] = {}
+    for name in wanted:
+        if name == "all":
+            keys.update(dict.fromkeys(with_run))
+        elif name == "failed":
+            keys.update({key: None for key in with_run if ledger[key].status == "failed"})
+        elif name in with_run:
+            keys[name] = None
+        elif name in ledger:
+            raise InputError(f"--redo {name}: this trial has not been run yet")
+        else:
+            raise InputError(
+                f"--redo takes all, failed, or keys of this sweep's trials, not {name!r}: "
+                "--dry-run lists them"
+            )
+    return list(keys)
+
+
+def _lock_file(runs_dir: Path, sweep: str) -> Path:
+    return runs_dir / "locks" / f"{sweep}.json"
+
+
+@contextmanager
+def holding(runs_dir: Path, sweep: str) -> Iterator[None]:
+    """While inside, this driver is the only one that works on the sweep.
+
+    Raises InputError that says who does where another one is.
+    """
+    file = _lock_file(runs_dir, sweep)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"sweep {sweep} is being run by {holder(runs_dir, sweep)}: wait for it, stop it, "
+                "or take another --name"
+            ) from error
+        me = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": shlex.join(sys.argv),
+        }
+        lock.truncate(0)
+        lock.write(json.dumps(me))
+        lock.flush()
+        yield
+
+
+def holder(runs_dir: Path, sweep: str) -> str | None:
+    """The driver that works on the sweep just now; None where none does."""
+    try:
+        lock = _lock_file(runs_dir, sweep).open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            return None
+        try:
+            by = json.load(lock)
+        except json.JSONDecodeError:  # it has just begun
+            return "another process"
+    return f"process {by['pid']} on {by['host']} since {by['since']}, {by['command']}"

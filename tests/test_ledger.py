@@ -1,0 +1,176 @@
+"""What exists is not run again, and what is run, is run by one driver."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
+from conftest import ROOT, TINY, flags
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError, TrialConfig
+from sweeps.launch import main
+from sweeps.ledger import holder, holding, read_ledger, to_redo
+from sweeps.spaces import PRESETS
+from sweeps.tracking import MlflowRecorder, close_cut_off, open_experiment, set_aside
+
+
+@pytest.fixture
+def runs_dir(two_sweeps, tmp_path):
+    """A copy of the runs of `one` and `two`, to be changed."""
+    copy = tmp_path / "runs"
+    shutil.copytree(two_sweeps, copy)
+    with sqlite3.connect(copy / "mlflow.db") as store:
+        store.execute(
+            "update runs set artifact_uri = replace(artifact_uri, ?, ?)",
+            (str(two_sweeps), str(copy)),
+        )
+    return copy
+
+
+def ledger_of(runs_dir, sweep):
+    client = connect(tracking_uri(runs_dir))
+    return read_ledger(trial_runs(client), sweep, client, runs_dir)
+
+
+def test_a_trial_that_another_sweep_has_run_is_done(runs_dir):
+    ledger = ledger_of(runs_dir, "two")
+    assert {entry.status for entry in ledger.values()} == {"finished"}
+    assert sorted(entry.why for entry in ledger.values()) == [
+        "", "", "run by sweep one", "run by sweep one"
+    ]  # fmt: skip
+
+
+def test_a_dry_run_says_what_is_done_and_why(runs_dir, capsys):
+    wanted = flags(TrialConfig.from_flat(TINY))
+    wanted += ["--init.scheme", "model5", "gpt2", "--init.seed", "0", "1"]
+    command = ["--name", "three", "--runs-dir", str(runs_dir), "--dry-run", *wanted]
+    assert main("doc", PRESETS, command) == 0
+    said = capsys.readouterr().out
+    assert "sweep three: 4 trials, 2 done, 2 missing" in said
+    assert said.count("run by sweep one") == 2
+    assert main("doc", PRESETS, [*command, "--redo", "all"]) == 0
+    said = capsys.readouterr().out
+    assert "4 trials, 0 done, 4 missing, 2 of them to be run again" in said
+    assert len(trial_runs(connect(tracking_uri(runs_dir)))) == 4  # it only says so
+
+
+def test_a_run_that_nobody_works_on_was_cut_off(runs_dir, tiny):
+    uri = tracking_uri(runs_dir)
+    client = connect(uri)
+    experiment_id = open_experiment(client, "one", runs_dir)
+    MlflowRecorder(uri, experiment_id, "begun", "a trial", tiny.to_flat(), {"sweep": "one"})
+    checkpoint_file(runs_dir, "begun").parent.mkdir(exist_ok=True)
+    checkpoint_file(runs_dir, "begun").touch()
+    with holding(runs_dir, "one"):
+        assert ledger_of(runs_dir, "one")["begun"].status == "running"
+    entry = ledger_of(runs_dir, "one")["begun"]
+    assert (entry.status, entry.why) == ("cut off", "goes on from its checkpoint")
+    close_cut_off(client, experiment_id)
+    run = trial_runs(client)["begun"]
+    assert (run.info.status, run.data.tags["trial_status"]) == ("KILLED", "stopped")
+    # Whoever runs it again, under whatever sweep, goes on with the same run.
+    other = open_experiment(client, "other", runs_dir)
+    again = MlflowRecorder(uri, other, "begun", "a trial", tiny.to_flat(), {"sweep": "other"})
+    assert again.run_id == run.info.run_id
+    assert trial_runs(client)["begun"].data.tags["sweep"] == "one"
+
+
+def test_what_is_set_aside_is_kept_and_counts_no_more(runs_dir, tiny):
+    client = connect(tracking_uri(runs_dir))
+    key, run = next(iter(trial_runs(client).items()))
+    set_aside(client, run)
+    assert key not in trial_runs(client)
+    (kept,) = search_runs(client, experiment_ids(client), "replaced")
+    assert (kept.info.run_id, kept.data.tags["trial_key"]) == (run.info.run_id, key)
+    assert client.get_metric_history(run.info.run_id, "loss/train")
+    fresh = MlflowRecorder(
+        tracking_uri(runs_dir), run.info.experiment_id, key, "a trial", tiny.to_flat(), {}
+    )
+    assert fresh.run_id != run.info.run_id
+
+
+def test_redo_takes_keys_all_and_failed(runs_dir):
+    client = connect(tracking_uri(runs_dir))
+    key, run = next(iter(trial_runs(client).items()))
+    client.set_tag(run.info.run_id, "trial_status", "failed")
+    ledger = read_ledger([*trial_runs(client), "new"], "one", client, runs_dir)
+    assert to_redo(ledger, []) == []
+    assert to_redo(ledger, ["failed"]) == to_redo(ledger, [key, "failed", key]) == [key]
+    assert len(to_redo(ledger, ["all"])) == 4
+    with pytest.raises(InputError, match="--redo new: this trial has not been run yet"):
+        to_redo(ledger, ["new"])
+    with pytest.raises(InputError, match="takes all, failed, or keys of this sweep's trials, not"):
+        to_redo(ledger, ["../x"])
+
+
+def _hold(runs_dir, ready):
+    with holding(runs_dir, "one"):
+        ready.set()
+        time.sleep(600)
+
+
+def test_two_drivers_on_one_sweep_are_told_apart(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready))
+    other.start()
+    assert ready.wait(120)
+    says = f"sweep one is being run by process {other.pid} on "
+    with pytest.raises(InputError, match=says), holding(tmp_path, "one"):
+        raise AssertionError("it is held")
+    assert f"process {other.pid}" in holder(tmp_path, "one")
+    assert holder(tmp_path, "two") is None
+    with holding(tmp_path, "two"):
+        pass
+    # However it dies, it holds nothing.
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    assert holder(tmp_path, "one") is None
+    with holding(tmp_path, "one"):
+        assert json.loads((tmp_path / "locks" / "one.json").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.slow
+def test_a_wider_sweep_runs_the_difference_and_redo_what_it_names(tmp_path):
+    """3 schemes x 2 seeds, then x 3 seeds: exactly three trials more; then one of them anew."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", "runs",
+             *flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", "normal",
+             *arguments],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def started():
+        runs = trial_runs(connect(tracking_uri(tmp_path / "runs")))
+        return {key: run.info.run_id for key, run in runs.items()}
+
+    run("--init.seed", "0", "1", "--no-report")
+    first = started()
+    assert len(first) == 6
+    said = run("--init.seed", "0", "1", "2", "--no-report")
+    assert "9 trials, 6 done, 3 missing" in said
+    wider = started()
+    assert len(wider) == 9
+    assert first.items() <= wider.items()
+    # Another sweep of the same trials runs none, and reports on all.
+    said = run("--name", "another", "--init.seed", "0", "1")
+    assert "sweep another: 6 trials, 6 done, 0 missing" in said
+    assert started() == wider
+    assert (tmp_path / "runs" / "reports" / "another" / "report.html").exists()
+    key = next(iter(first))
+    said = run("--init.seed", "0", "1", "2", "--redo", key, "--no-report")
+    assert "9 trials, 8 done, 1 missing, 1 of them to be run again" in said
+    again = started()
+    assert {name for name in again if again[name] != wider[name]} == {key}
