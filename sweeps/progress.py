@@ -29,6 +29,7 @@ class SweepProgress(tune.Callback):
         self.running: set[str] = set()
         self.finished: set[str] = set()
         self.failed: dict[str, str] = {}  # why, by trial key
+        self.retried: dict[str, list[str]] = {}  # why, each time, by trial key
         self.first_report: float | None = None
         self.last_line = time.monotonic()
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -83,6 +84,9 @@ class SweepProgress(tune.Callback):
         if self.first_report is None:
             self.first_report = time.monotonic()
         key = _key(trial)
+        if result.get("status") == "failed":
+            self.failed[key] = result["reason"]
+            return
         # Not heard of before its end: it was too short to begin far from there.
         self.begun.setdefault(key, 0 if "status" in result else result["step"])
         self.done[key] = self.steps[key] if result.get("status") == "diverged" else result["step"]
@@ -91,16 +95,31 @@ class SweepProgress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        self.running.discard(_key(trial))
-        self.finished.add(_key(trial))
-        self._show(f"trial {_key(trial)} {trial.last_result.get('status', 'finished')}")
+        key = _key(trial)
+        self.running.discard(key)
+        if key in self.failed:
+            self._show(f"trial {key} failed: {self.failed[key]}")
+        else:
+            self.finished.add(key)
+            self._show(f"trial {key} {trial.last_result.get('status', 'finished')}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        key = _key(trial)
+        self.running.discard(key)
+        self.retried.setdefault(key, []).append(_why(trial))
+        self._show(f"trial {key} goes on with another worker: {self.retried[key][-1]}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self.running.discard(_key(trial))
-        # Tune's own copy: what get_error() reads has not reached the storage yet.
-        lines = Path(trial.error_file).read_text().strip().splitlines()
-        reason = self.failed[_key(trial)] = lines[-1].strip()
-        self._show(f"trial {_key(trial)} failed: {reason}")
+        key = _key(trial)
+        self.running.discard(key)
+        self.failed[key] = _why(trial)
+        self._show(f"trial {key} failed: {self.failed[key]}")
+
+
+def _why(trial: Trial) -> str:
+    """The last line of what Tune knows of an error."""
+    # Tune's own copy: what get_error() reads has not reached the storage yet.
+    return Path(trial.error_file).read_text().strip().splitlines()[-1].strip()
 
 
 def _key(trial: Trial) -> str:

@@ -30,6 +30,10 @@ from sweeps.progress import SweepProgress
 from sweeps.tracking import close_runs
 from sweeps.trainable import run_batch
 
+RETRIES = 2
+"""How often a trial whose worker dies goes on with another one. What a trial itself breaks on is
+not tried again."""
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MALLOC = {
@@ -133,6 +137,7 @@ def run_on_ray(
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=str(runs_dir / "ray"),
                 callbacks=[progress],
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
             ),
         )
@@ -140,5 +145,5 @@ def run_on_ray(
             tuner.fit()
         finally:
             ray.shutdown()
-            close_runs(store, jobs, progress.failed)
+            close_runs(store, jobs, progress.failed, progress.retried)
     return len(progress.finished) + len(progress.failed) < len(jobs)

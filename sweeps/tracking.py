@@ -126,7 +126,8 @@ class MlflowRecorder(MemoryRecorder):
         self.client = MlflowClient(uri)
         run = find_run(self.client, None, "trial", trial_key=key)
         if run is None:
-            first = {"kind": "trial", "trial_key": key, "trial_status": "running"}
+            # All that a reader goes by is there from the start: the worker may die at any moment.
+            first = {"kind": "trial", "trial_key": key, "trial_status": "running", **cut(tags)}
             run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=first)
         else:
             # It stays where it is: that of the sweep that wanted it first.
@@ -190,8 +191,13 @@ class MlflowRecorder(MemoryRecorder):
 
 
 def set_tags(client: MlflowClient, run_id: str, **tags: str) -> None:
-    """Set tags in one call, cut to the length that MLflow takes."""
-    client.log_batch(run_id, tags=[RunTag(name, tags[name][:5000]) for name in tags])
+    """Set tags in one call."""
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in cut(tags).items()])
+
+
+def cut(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags no longer than MLflow takes."""
+    return {name: value[:5000] for name, value in tags.items()}
 
 
 def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
@@ -236,17 +242,24 @@ def close_cut_off(client: MlflowClient, experiment_id: str) -> None:
 
 
 def close_runs(
-    store: Mapping[str, str], jobs: Iterable[Mapping[str, Any]], failed: Mapping[str, str]
+    store: Mapping[str, str],
+    jobs: Iterable[Mapping[str, Any]],
+    failed: Mapping[str, str],
+    retried: Mapping[str, Sequence[str]],
 ) -> None:
     """Leave nobody's run RUNNING when no job runs any more.
 
     `failed` says why, by trial key, for the jobs that broke: a worker that died could not say so
     itself, or had not even begun its run. A run still RUNNING beside those was stopped: KILLED.
+    `retried` says of those that lost a worker, and went on with another, why.
     """
     client = MlflowClient(store["uri"])
     for job in jobs:
         key = job["key"]
         run = find_run(client, None, "trial", trial_key=key)
+        if run and key in retried:
+            why = "; ".join(retried[key])
+            set_tags(client, run.info.run_id, retries=str(len(retried[key])), retried_because=why)
         if run is None and key in failed:
             MlflowRecorder(store["uri"], store["experiment_id"], **job).fail(failed[key])
         elif run and run.info.status == "RUNNING" and key in failed:

@@ -24,8 +24,9 @@ def run_batch(config: dict[str, Any]) -> None:
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
     in `config["runs_dir"]` a trial that was cut off finds its checkpoint.
-    A trial that breaks leaves its MLflow run FAILED, and the exception to Tune. One that Tune stops
-    (by SystemExit) is left to the driver.
+    A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
+    would break again. What Tune tries again is a worker that died. A trial that Tune stops (by
+    SystemExit) is left to the driver.
     """
     for trial in config["batch"]:
         recorder = MlflowRecorder(**config["store"], **trial)
@@ -40,8 +41,9 @@ def run_batch(config: dict[str, Any]) -> None:
             file = checkpoint_file(Path(config["runs_dir"]), key)
             run_trial(config_of_trial, _Reporting(recorder, key), file)
         except Exception as error:
-            recorder.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
-            raise
+            reason = f"{type(error).__name__}: {error}"
+            recorder.fail(reason, traceback.format_exc())
+            tune.report({"trial_key": trial["key"], "status": "failed", "reason": reason})
 
 
 class _Reporting:

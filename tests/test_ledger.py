@@ -92,7 +92,12 @@ def test_what_is_set_aside_is_kept_and_counts_no_more(runs_dir, tiny):
     assert (kept.info.run_id, kept.data.tags["trial_key"]) == (run.info.run_id, key)
     assert client.get_metric_history(run.info.run_id, "loss/train")
     fresh = MlflowRecorder(
-        tracking_uri(runs_dir), run.info.experiment_id, key, "a trial", tiny.to_flat(), {}
+        tracking_uri(runs_dir),
+        run.info.experiment_id,
+        key,
+        "a trial",
+        tiny.to_flat(),
+        {"sweep": "one"},
     )
     assert fresh.run_id != run.info.run_id
 

@@ -82,6 +82,26 @@ def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock,
     assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
 
 
+def test_a_trial_that_broke_by_itself_is_told_with_its_reason(shown):
+    shown.on_trial_start(0, [], trial("a"))
+    shown.on_trial_result(0, [], trial("a"), {"status": "failed", "reason": "OSError: full"})
+    shown.on_trial_complete(0, [], trial("a", status="failed"))
+    assert (shown.failed, shown.finished) == ({"a": "OSError: full"}, set())
+    assert "trial a failed: OSError: full" in shown.console.file.getvalue()
+
+
+def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
+    lost = trial("a")
+    lost.error_file = tmp_path / "error.txt"
+    lost.error_file.write_text("Failure # 1\nThe actor died\n")
+    shown.on_trial_start(0, [], lost)
+    shown.on_trial_recover(0, [], lost)
+    assert (shown.retried, shown.running) == ({"a": ["The actor died"]}, set())
+    shown.on_trial_start(0, [], lost)
+    shown.on_trial_complete(0, [], trial("a", status="finished"))
+    assert (shown.finished, shown.failed) == ({"a"}, {})
+
+
 def test_nothing_is_foretold_when_every_trial_has_ended(shown):
     for key in ("a", "b", "c"):
         shown.on_trial_complete(0, [], trial(key))

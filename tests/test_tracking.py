@@ -92,11 +92,12 @@ def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
     client = MlflowClient(store["uri"])
     runs = trial_runs(client)
     assert trial_status(runs[key]) == "running"
-    close_runs(
-        store, [job(key, tiny), job("begun not", tiny), job("broken", tiny)], {"broken": "killed"}
-    )
+    jobs = [job(key, tiny), job("begun not", tiny), job("broken", tiny)]
+    close_runs(store, jobs, {"broken": "killed"}, {key: ["it died", "it died again"]})
     closed = trial_runs(client)[key]
     assert (closed.info.status, trial_status(closed)) == ("KILLED", "stopped")
+    assert closed.data.tags["retries"] == "2"
+    assert closed.data.tags["retried_because"] == "it died; it died again"
     broken = trial_runs(client)["broken"]
     assert (broken.info.status, broken.data.tags["reason"]) == ("FAILED", "killed")
     assert "begun not" not in trial_runs(client)

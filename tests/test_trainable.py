@@ -6,7 +6,6 @@ import pytest
 
 from analysis.runs import connect, trial_runs
 from gptcore import checkpoint
-from gptcore.config import InputError
 from gptcore.corpus import Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
@@ -16,7 +15,11 @@ from sweeps.tracking import open_experiment
 from sweeps.trainable import run_batch
 
 
-def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny, tmp_path):
+def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(
+    tiny, tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(trainable.tune, "report", told.append)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
     store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
@@ -26,8 +29,9 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(tiny,
         "params": tiny.to_flat(),
         "tags": {"sweep": "sweep"},
     }
-    with pytest.raises(InputError, match="its corpus or its gptcore is not the driver's"):
-        run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
+    run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
+    assert told[0]["status"] == "failed"
+    assert "its corpus or its gptcore is not the driver's" in told[0]["reason"]
     run = trial_runs(client)["planned"]
     assert run.info.status == "FAILED"
     assert "is not the driver's" in run.data.tags["reason"]
