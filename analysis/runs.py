@@ -485,14 +485,24 @@ def read_some(
 
 def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
     """The sweep with the names of its token groups dealt anew within each run: a control, in which
-    what is said of rare tokens is said of others as often."""
+    what is said of rare tokens is said of others as often.
+
+    Dealt among the groups that the run has numbers for; the others keep their names.
+    """
     rng = np.random.default_rng(seed)
-    names = sweep.tables["token_groups"]["group"].unique().sort()
+    rows = sweep.tables["token_groups"].filter(mask=PRIMARY["mask"])
+    of_runs = rows.group_by("trial_key").agg(
+        numbered=pl.col("group").filter(pl.col("mean_logprob").is_not_null()).unique().sort(),
+        group=pl.col("group").unique().sort(),
+    )
     dealt = pl.concat(
         [
-            pl.DataFrame({"trial_key": key, "group": names, "dealt": names.gather(order)})
-            for key in sweep.trials["trial_key"]
-            for order in [rng.permutation(len(names))]
+            pl.DataFrame({"trial_key": key, "group": groups}).with_columns(
+                dealt=pl.col("group").replace(
+                    dict(zip(numbered, rng.permutation(numbered).tolist(), strict=True))
+                )
+            )
+            for key, numbered, groups in of_runs.sort("trial_key").rows()
         ]
     )
     tables = {
