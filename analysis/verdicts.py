@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import polars as pl
-from scipy import stats
+from scipy import optimize, stats
 
 from analysis.claims import Claim, Part, Values
 from analysis.stats import (
@@ -281,6 +281,46 @@ def _seeds_needed(
         if found["decides"]
     ]
     return needed, combined(then)
+
+
+def least_seeds(claims: Mapping[str, Claim]) -> dict[str, int]:
+    """The fewest seeds that can support each claim, where every seed agrees on all of them.
+
+    The exact p of a median or a share is then 2^-n, which Holm's correction multiplies by the
+    number of claims on those: a mean's can be smaller than any of them.
+    """
+    exact = [
+        name
+        for name, claim in claims.items()
+        if any(rule.decides and rule.centre != "mean" for rule in claim.parts.values())
+    ]
+
+    def can(rule: Part, n: int) -> bool:
+        if rule.centre == "mean":
+            return True
+        found = INTERVALS[rule.centre]([1.0] * n)  # a share of 1, or medians that are known
+        bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
+        return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < ALPHA
+
+    return {
+        name: next(
+            n
+            for n in range(2, MOST_SEEDS + 1)
+            if all(can(rule, n) for rule in claim.parts.values() if rule.decides)
+        )
+        for name, claim in claims.items()
+    }
+
+
+def detectable(n_seeds: int, n_claims: int) -> float:
+    """How far a mean has to lie beyond its bound, in standard deviations of seeds, for a t-test
+    among so many claims to find it with 80% power."""
+    t = float(stats.t.isf(ALPHA / n_claims, n_seeds - 1))
+
+    def misses(effect: float) -> float:
+        return float(stats.nct.cdf(t, n_seeds - 1, effect * math.sqrt(n_seeds))) - 0.2
+
+    return float(optimize.brentq(misses, 0.0, 1000.0))
 
 
 def _expected_p(rule: Part, estimate: Mapping[str, Any], n: int) -> float:

@@ -259,7 +259,37 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
     if by := holder(runs_dir, plan.name):
         console.print(f"it is being run by {by}", soft_wrap=True)
     console.print(trial_table(plan, ledger, again))
+    for line in power(plan):
+        console.print(line, soft_wrap=True)
     return 0
+
+
+def power(plan: Plan) -> list[str]:
+    """What the plan's number of seeds can support, and what it cannot even if every seed agrees."""
+    from analysis.claims import CLAIMS
+    from analysis.verdicts import detectable, least_seeds
+
+    configs_of: dict[int, set[str]] = {}
+    for config in plan.trials.values():
+        flat = config.to_flat()
+        seed = flat.pop("init.seed")
+        configs_of.setdefault(int(seed), set()).add(str(flat))
+    every = set().union(*configs_of.values())
+    seeds = sum(some == every for some in configs_of.values())
+    needs: dict[int, list[str]] = {}
+    for name, least in least_seeds(CLAIMS).items():
+        needs.setdefault(least, []).append(name)
+    lines = [f"{seeds} seeds in every configuration, {len(CLAIMS)} claims:"]
+    if seeds >= 2:
+        effect = f"{detectable(seeds, len(CLAIMS)):.2g} standard deviations of seeds"
+        lines.append(
+            f"  a mean is found beyond its bound (80% power) where it lies {effect} beyond"
+        )
+    return lines + [
+        f"  {'can' if seeds >= least else 'cannot'} support {', '.join(names)}"
+        + ("" if seeds >= least else f": {least} seeds can")
+        for least, names in sorted(needs.items())
+    ]
 
 
 def run_missing(

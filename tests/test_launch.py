@@ -162,3 +162,16 @@ def test_mlflow_is_opened_by_what_is_printed():
 def test_every_corpus_can_be_named_on_the_command_line(book, runs_dir, capsys):
     for name in CORPORA:
         assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", name) == 0
+
+
+def test_a_dry_run_says_what_the_seeds_can_decide(runs_dir, capsys):
+    wanted = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", "--init.seed"]
+    assert run("--runs-dir", str(runs_dir), "--dry-run", *wanted, "0", "1") == 0
+    few = capsys.readouterr().out
+    assert "2 seeds in every configuration, 14 claims:" in few
+    medians = "widening, depth_gradient, depth_gradient_lasts, heavier_tails"
+    assert f"cannot support {medians}: 8 seeds can" in few
+    assert run("--runs-dir", str(runs_dir), "--dry-run", *wanted, *map(str, range(16))) == 0
+    many = capsys.readouterr().out
+    assert "cannot" not in many
+    assert "can support first_layer_widest, order, rare_flips" in many

@@ -18,8 +18,10 @@ from analysis.verdicts import (
     UNTESTED,
     compare,
     decide,
+    detectable,
     judge,
     judge_part,
+    least_seeds,
     p_value,
 )
 
@@ -320,6 +322,39 @@ def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
         assert found / sweeps == pytest.approx(power, abs=0.08)
     with capsys.disabled():
         print("\n" + "\n".join(lines))
+
+
+def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
+    """Every claim has numbers on its side that agree as well as numbers can."""
+
+    def supported(n_seeds):
+        runs, rng = trials(n_seeds), np.random.default_rng(0)
+        numbers = {}
+        for name, one in CLAIMS.items():
+            parts = []
+            for label, rule in one.parts.items():
+                best = 0.0 if rule.low is not None and rule.high is not None else (
+                    rule.low + 1 if rule.low is not None else rule.high - 1
+                )  # fmt: skip
+                noise = best + 1e-9 * rng.normal(size=n_seeds)
+                share = np.ones(n_seeds)
+                parts.append(values(runs, share if rule.centre == "share" else noise, label))
+            numbers[name] = pl.concat(parts)
+        found = judge(CLAIMS, numbers, runs, general=False)
+        return {name for name, one in found.items() if one["verdict"] == SUPPORTED}
+
+    least = least_seeds(CLAIMS)
+    assert set(least.values()) == {2, 8, 16}
+    for n_seeds in (2, 7, 8, 15, 16):
+        assert supported(n_seeds) == {name for name in CLAIMS if least[name] <= n_seeds}, n_seeds
+
+
+def test_what_is_detectable_is_found_four_times_of_five():
+    rng, rule = np.random.default_rng(0), Part(centre="mean", low=0.0)
+    effect = detectable(8, 1)
+    found = sum(p_value(rule, rng.normal(effect, 1, 8).tolist()) < 0.05 for _ in range(2000))
+    assert found / 2000 == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / 2000))
+    assert detectable(8, 14) > effect > detectable(20, 1)
 
 
 def test_sign_flips_are_exact_and_one_sided():
