@@ -18,53 +18,64 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from gptcore.config import Scalar, TrialConfig
+
 SCHEMES = ["model5", "gpt2", "normal", "xavier_normal"]
 SUBSETS = ["all", "0-0.5"]
 
 
-def make_store(folder: Path, n_trials: int, n_history: int) -> str:
-    """A runs folder with a sweep of so many trials; -> the store's address.
+def model_trial(**knobs: Scalar) -> TrialConfig:
+    """The trial that every other one is a copy of, but for some knobs."""
+    return TrialConfig.from_flat(
+        {
+            "model.n_layer": 7, "model.n_head": 2, "model.d_model": 16, "model.context": 16,
+            "train.steps": 50, "train.batch_size": 4, "corpus.name": "pydocs", "probes.every": 1,
+            "probes.text_every": 1, **knobs,
+        }
+    )  # fmt: skip
+
+
+def schemes_and_subsets(n_trials: int) -> dict[str, TrialConfig]:
+    """Trials of four schemes and two subsets, by keys that say only which is which."""
+    combinations = itertools.product(range(n_trials), SUBSETS, SCHEMES)
+    return {
+        f"{i:012x}": model_trial(
+            **{"init.scheme": scheme, "init.seed": seed, "corpus.subset": subset}
+        )
+        for i, (seed, subset, scheme) in zip(range(n_trials), combinations, strict=False)
+    }
+
+
+def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) -> str:
+    """A runs folder with a finished sweep `scale` of these trials; -> the store's address.
 
     Only the first `n_history` have the history of their metrics, which no report reads.
     """
     from analysis.claims import digest
     from analysis.runs import connect, tracking_uri
-    from gptcore.config import TrialConfig
     from gptcore.experiment import run_trial
     from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
 
     uri = tracking_uri(folder)
     client = connect(uri)
     experiment_id = open_experiment(client, "scale", folder)
-    config = TrialConfig.from_flat(
-        {
-            "model.n_layer": 7, "model.n_head": 2, "model.d_model": 16, "model.context": 16,
-            "train.steps": 50, "train.batch_size": 4, "corpus.name": "pydocs", "probes.every": 1,
-            "probes.text_every": 1,
-        }
-    )  # fmt: skip
-    first = MlflowRecorder(
-        uri, experiment_id, "0" * 12, "first", config.to_flat(), {"sweep": "scale"}
-    )
+    config = model_trial()
+    tags = {"sweep": "scale"}
+    first = MlflowRecorder(uri, experiment_id, "first", "first", config.to_flat(), tags)
     run_trial(config, first)
-    params = {}
     with sqlite3.connect(folder / "mlflow.db") as store:
         columns = {
             table: [row[1] for row in store.execute(f"pragma table_info({table})")]
             for table in ("runs", "params", "tags", "latest_metrics", "metrics")
         }
-        combinations = itertools.product(range(n_trials), SUBSETS, SCHEMES)
-        for i, (seed, subset, scheme) in zip(range(n_trials), combinations, strict=False):
-            key, run_id = f"{i:012x}", f"{i:032x}"
-            params[key] = {
-                **config.to_flat(),
-                "init.scheme": scheme, "init.seed": seed, "corpus.subset": subset,
-            }  # fmt: skip
+        for i, key in enumerate(trials):
+            run_id = f"{i:032x}"
             artifacts = folder / "artifacts" / run_id / "artifacts"
             for table, names in columns.items():
                 if table == "metrics" and i >= n_history:
@@ -89,7 +100,7 @@ def make_store(folder: Path, n_trials: int, n_history: int) -> str:
             store.execute(f"delete from {table} where run_uuid = ?", (first.run_id,))
     plan = {
         "sweep": "scale", "tags": {}, "notes": [], "command": "", "claims_digest": digest(),
-        "trials": {key: {"params": flat} for key, flat in params.items()},
+        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }  # fmt: skip
     SweepRun(client, experiment_id, plan, launched=1).end("FINISHED")
     return uri
@@ -158,7 +169,7 @@ def main() -> None:
     for n_trials in args.trials:
         folder = Path(tempfile.mkdtemp())
         try:
-            uri = make_store(folder, n_trials, args.history)
+            uri = make_store(folder, schemes_and_subsets(n_trials), args.history)
             found = {}
             for what in ("phases", "report"):
                 timed = subprocess.run(

@@ -1,0 +1,96 @@
+"""What does a sweep cost beside its trials?
+
+    python benchmarks/orchestration.py [--trials 200] [--finished 2000]
+
+First a sweep of many trials of almost no work: the time it takes beyond the trials' own, a trial,
+with the start of Ray and without, and the most memory that its driver had. Then the same command
+on a finished sweep of many trials, with its report and without.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.analysis_scale import make_store, model_trial
+from gptcore.config import TrialConfig, spelling
+from gptcore.experiment import check_trial
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(folder: Path, config: TrialConfig, seeds: int, *more: str) -> tuple[float, float]:
+    """Seconds that the command takes for so many seeds, and the peak of its driver in GB."""
+    flat = config.to_flat()
+    flags = [word for knob, value in flat.items() for word in (f"--{knob}", spelling(value))]
+    command = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", str(folder)]
+    command += ["--name", "scale", *flags, "--init.seed", *map(str, range(seeds)), *more]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"the sweep ended with status {status}")
+    return seconds, usage.ru_maxrss / 1024**2
+
+
+def cost_of_a_trial(n_trials: int) -> None:
+    from analysis.runs import connect, tracking_uri, trial_runs
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        config = model_trial(**{"model.n_layer": 1, "train.steps": 1})
+        first, _ = run(folder, config, 2, "--no-report")
+        whole, peak = run(folder, config, n_trials + 2, "--no-report")
+        runs = trial_runs(connect(tracking_uri(folder))).values()
+        own = sum(float(run.data.tags["seconds"]) for run in runs) * n_trials / (n_trials + 2)
+        cores = os.cpu_count() or 1
+        print(
+            f"{n_trials} trials of almost no work: {whole:.1f} s, their own {own:.1f} s on {cores} "
+            f"cores: {(whole - own / cores) / n_trials:.2f} s a trial beyond them, "
+            f"{(whole - first - own / cores) / n_trials:.2f} without the start and end of a sweep; "
+            f"driver {peak:.2f} GB",
+            flush=True,
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def time_to_go_on(n_trials: int) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        config = model_trial()
+        digest = check_trial(config).digest
+        trials = {
+            one.key(digest): one
+            for one in (model_trial(**{"init.seed": seed}) for seed in range(n_trials))
+        }
+        make_store(folder, trials, 0)
+        for label, more in (("without its report", ["--no-report"]), ("with it", [])):
+            seconds, peak = run(folder, config, n_trials, *more)
+            print(
+                f"{n_trials} finished trials, {label}: {seconds:.1f} s, {peak:.2f} GB", flush=True
+            )
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--finished", type=int, default=2000)
+    args = parser.parse_args()
+    if args.trials:
+        cost_of_a_trial(args.trials)
+    if args.finished:
+        time_to_go_on(args.finished)
+
+
+if __name__ == "__main__":
+    main()
