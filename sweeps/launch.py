@@ -13,7 +13,6 @@ import itertools
 import platform
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -90,8 +89,6 @@ class Plan:
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """The command; -> its exit code: 0, 1 where a trial failed, 2 for bad input, 130 for Ctrl-C."""
     console = Console(highlight=False, markup=False, emoji=False)
-    # Whoever ends the driver politely ends it as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         args, overrides = command_line(doc, presets, argv)
         preset = presets[args.preset]

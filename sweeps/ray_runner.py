@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,8 @@ def run_on_ray(
     ):
         resources["gpu"] = 1 / trials_per_gpu
     progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
+    # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress:
         tuner = tune.Tuner(
             tune.with_resources(run_batch, resources),

@@ -186,12 +186,13 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
         assert resumed.equals(expected), table
 
 
-def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path):
+@pytest.mark.parametrize("politely", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, politely):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
     process = start(runs_dir, *arguments, "--init.seed", "0", "1")
     wait_for(lambda: training(runs_dir))
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, politely)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "stopped with 2 trials to go: the same command goes on" in output
