@@ -117,9 +117,13 @@ class SweepProgress(tune.Callback):
 
 
 def _why(trial: Trial) -> str:
-    """The last line of what Tune knows of an error."""
+    """That the worker died, and the last line of what Tune knows of it.
+
+    What a trial itself breaks on never gets here: sweeps.trainable reports it.
+    """
     # Tune's own copy: what get_error() reads has not reached the storage yet.
-    return Path(trial.error_file).read_text().strip().splitlines()[-1].strip()
+    lines = Path(trial.error_file).read_text().strip().splitlines()
+    return f"the worker died: {lines[-1].strip()}"
 
 
 def _key(trial: Trial) -> str:

@@ -96,7 +96,7 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     lost.error_file.write_text("Failure # 1\nThe actor died\n")
     shown.on_trial_start(0, [], lost)
     shown.on_trial_recover(0, [], lost)
-    assert (shown.retried, shown.running) == ({"a": ["The actor died"]}, set())
+    assert (shown.retried, shown.running) == ({"a": ["the worker died: The actor died"]}, set())
     shown.on_trial_start(0, [], lost)
     shown.on_trial_complete(0, [], trial("a", status="finished"))
     assert (shown.finished, shown.failed) == ({"a"}, {})
