@@ -117,13 +117,11 @@ class SweepProgress(tune.Callback):
 
 
 def _why(trial: Trial) -> str:
-    """That the worker died, and the last line of what Tune knows of it.
-
-    What a trial itself breaks on never gets here: sweeps.trainable reports it.
-    """
+    """The last line of what Tune knows of an error, which of a dead worker need not say so."""
     # Tune's own copy: what get_error() reads has not reached the storage yet.
-    lines = Path(trial.error_file).read_text().strip().splitlines()
-    return f"the worker died: {lines[-1].strip()}"
+    text = Path(trial.error_file).read_text().strip()
+    why = text.splitlines()[-1].strip()
+    return f"the worker died: {why}" if "The actor died" in text else why
 
 
 def _key(trial: Trial) -> str:

@@ -93,10 +93,10 @@ def test_a_trial_that_broke_by_itself_is_told_with_its_reason(shown):
 def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     lost = trial("a")
     lost.error_file = tmp_path / "error.txt"
-    lost.error_file.write_text("Failure # 1\nThe actor died\n")
+    lost.error_file.write_text("Failure # 1\nThe actor died unexpectedly.\nIt never ran.\n")
     shown.on_trial_start(0, [], lost)
     shown.on_trial_recover(0, [], lost)
-    assert (shown.retried, shown.running) == ({"a": ["the worker died: The actor died"]}, set())
+    assert (shown.retried, shown.running) == ({"a": ["the worker died: It never ran."]}, set())
     shown.on_trial_start(0, [], lost)
     shown.on_trial_complete(0, [], trial("a", status="finished"))
     assert (shown.finished, shown.failed) == ({"a"}, {})
