@@ -103,6 +103,10 @@ def start_ray(devices: set[str], console: Console) -> None:
     console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs")
 
 
+def stop_ray() -> None:
+    ray.shutdown()
+
+
 def run_on_ray(
     jobs: Sequence[Mapping[str, Any]],
     store: Mapping[str, str],
@@ -144,9 +148,12 @@ def run_on_ray(
                 verbose=0,
             ),
         )
+        stopped = True
         try:
             tuner.fit()
+            stopped = len(progress.finished) + len(progress.failed) < len(jobs)
         finally:
-            ray.shutdown()
+            if stopped:
+                stop_ray()  # a trial that is being stopped may still write
             close_runs(store, jobs, progress.failed, progress.retried)
-    return len(progress.finished) + len(progress.failed) < len(jobs)
+    return stopped

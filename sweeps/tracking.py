@@ -83,7 +83,7 @@ class SweepRun:
     def __init__(
         self, client: MlflowClient, experiment_id: str, plan: Mapping[str, Any], launched: float
     ) -> None:
-        """Record what is about to run. A later plan takes the place of an earlier one.
+        """Open the sweep's run for what is about to run.
 
         `launched` is a time in seconds since the epoch, by which the newest sweep is found.
         """
@@ -98,11 +98,15 @@ class SweepRun:
                 tags={"claims_digest": plan["claims_digest"]},
             )
         self.run_id = run.info.run_id
-        client.log_dict(self.run_id, dict(plan), "plan.json")
+        self.plans(plan)
         # A reader sees a sweep by its kind: it has a plan by then.
         set_tags(client, self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
         set_tags(client, self.run_id, kind="sweep")
         client.update_run(self.run_id, status="RUNNING")
+
+    def plans(self, plan: Mapping[str, Any]) -> None:
+        """Record what is about to run, in place of what was planned before."""
+        self.client.log_dict(self.run_id, dict(plan), "plan.json")
 
     def end(self, status: str, artifacts: Sequence[Path] = ()) -> None:
         for file in artifacts:

@@ -12,7 +12,8 @@ from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
-from sweeps.launch import main, make_plan
+from sweeps.launch import main
+from sweeps.plan import make_plan
 from sweeps.spaces import PRESETS
 
 

@@ -1,0 +1,168 @@
+"""What a sweep is: the trials it wants, each checked and under its key, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import COMPARED, KNOBS, InputError, TrialConfig, spelling
+from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
+from gptcore.experiment import check_knobs
+from sweeps.spaces import Space, trials_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep is: its name and, by trial key, the trials that it wants."""
+
+    name: str
+    preset: str
+    trials: Mapping[str, TrialConfig]
+    corpora: Mapping[str, Corpus]  # by trial key
+    notes: tuple[str, ...]  # what the user should know of how the plan came about
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "sweep": self.name,
+            "preset": self.preset,
+            "command": shlex.join(["python", *sys.argv]),
+            "notes": list(self.notes),
+            "tags": self.tags(),
+            "trials": {
+                key: {"params": config.to_flat(), "corpus_digest": self.corpora[key].digest}
+                for key, config in self.trials.items()
+            },
+        }
+
+    def varied(self) -> list[str]:
+        """The knobs in which the trials differ."""
+        flats = [config.to_flat() for config in self.trials.values()]
+        return [knob for knob in KNOBS if len({flat[knob] for flat in flats}) > 1]
+
+    def compared(self) -> list[str]:
+        """The knobs that runs are compared over: the scheme, and others of COMPARED that vary."""
+        varied = [knob for knob in self.varied() if knob in COMPARED and knob != "init.scheme"]
+        return ["init.scheme", *varied]
+
+    def tags(self) -> dict[str, str]:
+        """What the driver knows and every run of the sweep should keep."""
+        packages = ("torch", "ray", "mlflow", "polars", "numpy")
+        versions = [f"python {platform.python_version()}"]
+        versions += [f"{name} {version(name)}" for name in packages]
+        return {
+            "notes": " ".join(self.notes),
+            "git_commit": git_commit(),
+            "versions": ", ".join(versions),
+        }
+
+
+def with_overrides(preset: str, spaces: Sequence[Space], overrides: Space) -> list[Space]:
+    """The preset's spaces with what the command line gives in place of their values.
+
+    Raises InputError for a knob by which the preset's own spaces differ.
+    """
+    for knob in overrides:
+        if any(space.get(knob) != spaces[0].get(knob) for space in spaces):
+            raise InputError(
+                f"--preset {preset} sets {knob} by itself, for each of its parts: "
+                "vary it under another preset"
+            )
+    return [{**space, **overrides} for space in spaces]
+
+
+def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
+    """Check every trial of the spaces and give it its key. Raises InputError for a bad one."""
+    notes: list[str] = []
+    load = functools.cache(load_corpus)
+    if not any("corpus.name" in space for space in spaces):
+        try:
+            load(TrialConfig().corpus, context=2)
+        except CorpusUnavailable as error:
+            subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
+            if any(str(subset).startswith("part-") for subset in subsets):
+                raise  # parts are the book's: it was asked for
+            spaces = [{**space, "corpus.name": ["pydocs"]} for space in spaces]
+            notes.append(f"pydocs (Python's manual) stands in for the default corpus: {error}")
+    trials, corpora = {}, {}
+    for config in itertools.chain.from_iterable(map(trials_of, spaces)):
+        check_knobs(config)
+        subset = canonical_subset(config.corpus.subset)
+        config = replace(config, corpus=replace(config.corpus, subset=subset))
+        if config.probed_layers() == list(range(config.model.n_layer)):
+            config = replace(config, probes=replace(config.probes, layers="all"))
+        # The order of batches does not matter to what is loaded.
+        corpus = load(replace(config.corpus, data_seed=0), config.model.context)
+        if config.corpus.name not in CORPORA:
+            # A worker need not stand in the folder where the user typed the path.
+            config = replace(config, corpus=replace(config.corpus, name=corpus.origin))
+        key = config.key(corpus.digest)
+        trials[key], corpora[key] = config, corpus
+    return Plan(name, preset, trials, corpora, tuple(notes))
+
+
+def job_of(plan: Plan, key: str) -> dict[str, Any]:
+    """A trial as sweeps.trainable takes it."""
+    corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
+    scheme, *others = plan.compared()
+    name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
+    name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
+    tags = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
+    return {
+        "key": key,
+        "name": ", ".join(map(str, name)),
+        "params": flat,
+        "tags": {"sweep": plan.name, **plan.tags(), **tags},
+    }
+
+
+def power(plan: Plan) -> list[str]:
+    """What the plan's number of seeds can support, and what it cannot even if every seed agrees."""
+    from analysis.claims import CLAIMS
+    from analysis.verdicts import detectable, least_seeds
+
+    configs_of: dict[int, set[str]] = {}
+    for config in plan.trials.values():
+        flat = config.to_flat()
+        seed = flat.pop("init.seed")
+        configs_of.setdefault(int(seed), set()).add(str(flat))
+    every = set().union(*configs_of.values())
+    seeds = sum(some == every for some in configs_of.values())
+    needs: dict[int, list[str]] = {}
+    for name, least in least_seeds(CLAIMS).items():
+        needs.setdefault(least, []).append(name)
+    lines = [f"{seeds} seeds in every configuration, {len(CLAIMS)} claims:"]
+    if seeds >= 2:
+        effect = f"{detectable(seeds, len(CLAIMS)):.2g} standard deviations of seeds"
+        lines.append(
+            f"  a mean is found beyond its bound (80% power) where it lies {effect} beyond"
+        )
+    return lines + [
+        f"  {'can' if seeds >= least else 'cannot'} support {', '.join(names)}"
+        + ("" if seeds >= least else f": {least} seeds can")
+        for least, names in sorted(needs.items())
+    ]
+
+
+@functools.cache
+def git_commit() -> str:
+    """The checkout's commit, with `+` where files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip() + ("+" if dirty.stdout else "")

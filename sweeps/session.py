@@ -1,0 +1,160 @@
+"""One driver's hold on one sweep: it runs what is missing of a plan, and records and reports it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.claims import digest
+from analysis.report import build_report
+from analysis.runs import chart_page, connect, has_started, mlflow_command, tracking_uri
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError, spelling
+from sweeps import tracking
+from sweeps.ledger import Entry, holding, read_ledger, to_redo
+from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
+from sweeps.plan import Plan, job_of
+
+
+class Session:
+    """A sweep while this driver holds it.
+
+    Entering raises InputError where another driver works on the sweep, or nothing can be written.
+    On leaving Ray is stopped, and the sweep's run ends as `ended` says.
+    """
+
+    def __init__(self, name: str, runs_dir: Path, trials_per_gpu: int, console: Console) -> None:
+        self.name, self.runs_dir, self.console = name, runs_dir, console
+        self.trials_per_gpu = trials_per_gpu
+        self.uri = tracking_uri(runs_dir)
+        self.ended = "FAILED"
+        self.artifacts: list[Path] = []
+        self.held = ExitStack()
+        self.sweep: tracking.SweepRun | None = None
+
+    def __enter__(self) -> Session:
+        check_writable(self.runs_dir)
+        self.held.enter_context(holding(self.runs_dir, self.name))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.held.close()
+
+    def run(self, plan: Plan, redo: Sequence[str] = ()) -> bool:
+        """Run what is missing of the plan, and anew what `redo` names; -> whether stopped."""
+        self.plan, self.ledger = plan, ledger_of(plan, self.runs_dir)
+        again = to_redo(self.ledger, redo)
+        missing = [key for key, entry in self.ledger.items() if key in again or not entry.is_done]
+        say_how_far(plan, self.ledger, again, self.console)
+        # A new store takes as long to make as Ray to start.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            opening = beside.submit(connect, self.uri)
+            if missing:
+                self._start_ray({plan.trials[key].train.device for key in missing})
+            self.client = opening.result()
+        self._record(plan)
+        for key in again:
+            run = self.ledger[key].run
+            assert run is not None
+            checkpoint_file(self.runs_dir, key).unlink(missing_ok=True)
+            tracking.set_aside(self.client, run)
+        if not missing:
+            return False
+        from sweeps.ray_runner import run_on_ray
+
+        store = {"uri": self.uri, "experiment_id": self.experiment_id}
+        jobs = [job_of(plan, key) for key in missing]
+        stopped = run_on_ray(jobs, store, self.trials_per_gpu, self.runs_dir, self.console)
+        self.ledger = ledger_of(plan, self.runs_dir)
+        return stopped
+
+    def finish(self, report: bool) -> int:
+        """Say how the trials stand, after all have run, and report; -> the exit code."""
+        self.console.print(trial_table(self.plan, self.ledger))
+        remain = sum(not entry.is_done for entry in self.ledger.values())
+        if not any(entry.status == "finished" for entry in self.ledger.values()):
+            self.console.print("no trial finished, so there is nothing to report")
+        elif report:
+            folder = build_report(self.uri, [self.name], None, self.runs_dir)
+            self.artifacts += [
+                folder / name for name in ("report.html", "findings.json", "summary.md")
+            ]
+            self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        self.console.print(f"MLflow: {mlflow_command(self.uri)}", soft_wrap=True)
+        page = chart_page(self.uri, self.experiment_id)
+        self.console.print(f"  then: {page}", soft_wrap=True)
+        self.ended = "FAILED" if remain else "FINISHED"
+        return 1 if remain else 0
+
+    def stop(self) -> int:
+        """Say what remains after a Ctrl-C; -> the exit code."""
+        self.console.print(trial_table(self.plan, self.ledger))
+        remain = sum(not entry.is_done for entry in self.ledger.values())
+        self.console.print(f"stopped with {remain} trials to go: the same command goes on")
+        self.ended = "KILLED"
+        return 130
+
+    def _start_ray(self, devices: set[str]) -> None:
+        # Ray takes long to import, and a finished sweep needs none.
+        from sweeps.ray_runner import start_ray, stop_ray
+
+        self.held.callback(stop_ray)
+        start_ray(devices, self.console)
+
+    def _record(self, plan: Plan) -> None:
+        """Make the sweep's experiment and its own run what the plan says; open them first."""
+        said = {**plan.as_dict(), "claims_digest": digest()}
+        if self.sweep:
+            self.sweep.plans(said)
+            return
+        n_layer = max(config.model.n_layer for config in plan.trials.values())
+        view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
+        self.experiment_id = tracking.open_experiment(self.client, self.name, self.runs_dir, view)
+        tracking.close_cut_off(self.client, self.experiment_id)
+        sweep = tracking.SweepRun(self.client, self.experiment_id, said, launched=time.time())
+        self.held.callback(lambda: sweep.end(self.ended, self.artifacts))
+        self.sweep = sweep
+
+
+def ledger_of(plan: Plan, runs_dir: Path) -> dict[str, Entry]:
+    """How each trial of the plan stands."""
+    uri = tracking_uri(runs_dir)
+    client = connect(uri) if has_started(uri) else None
+    return read_ledger(plan.trials, plan.name, client, runs_dir)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder. Raises InputError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error
+
+
+def say_how_far(
+    plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str], console: Console
+) -> None:
+    done = sum(entry.is_done and key not in again for key, entry in ledger.items())
+    line = f"sweep {plan.name}: {len(ledger)} trials, {done} done, {len(ledger) - done} missing"
+    console.print(line + (f", {len(again)} of them to be run again" if again else ""))
+
+
+def trial_table(plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str] = ()) -> Table:
+    """The trials of a plan, with the knobs in which they differ, and how each stands."""
+    varied = plan.varied()
+    told = any(entry.why for entry in ledger.values()) or bool(again)
+    table = Table("trial", *varied, "status", *(["why"] if told else []))
+    for key, config in plan.trials.items():
+        flat, entry = config.to_flat(), ledger[key]
+        why = "; ".join(filter(None, ["to be run again" if key in again else "", entry.why]))
+        row = [key, *(spelling(flat[knob]) for knob in varied), entry.status]
+        table.add_row(*row, *([why] if told else []))
+    return table
