@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
-from gptcore.config import InputError, parse_value
+from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.plan import Plan, make_plan, power, with_overrides
@@ -100,9 +100,30 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
         if by := holder(runs_dir, plan.name):
             console.print(f"it is being run by {by}", soft_wrap=True)
         console.print(trial_table(plan, ledger, again))
-        for line in power(plan):
+        missing = {
+            key: config
+            for key, config in plan.trials.items()
+            if key in again or not ledger[key].is_done
+        }
+        for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan)]:
             console.print(line, soft_wrap=True)
         return 0
     with Session(plan.name, runs_dir, preset.trials_per_gpu, console) as session:
         stopped = session.run(plan, args.redo)
         return session.stop() if stopped else session.finish(report=not args.no_report)
+
+
+def expected(
+    missing: Mapping[str, TrialConfig], trials_per_gpu: int, console: Console
+) -> list[str]:
+    """What the missing trials will take, measured on Ray, for a reader."""
+    if not missing:
+        return []
+    from sweeps.estimate import estimate
+    from sweeps.ray_runner import start_ray, stop_ray
+
+    start_ray({config.train.device for config in missing.values()}, console)
+    try:
+        return estimate(missing, trials_per_gpu, console)[0].lines()
+    finally:
+        stop_ray()

@@ -26,7 +26,7 @@ import ray
 from ray import tune
 from ray._private.services import find_bootstrap_address
 
-from gptcore.config import InputError
+from gptcore.config import InputError, TrialConfig
 from sweeps.progress import SweepProgress
 from sweeps.tracking import close_runs
 from sweeps.trainable import run_batch
@@ -107,29 +107,54 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
+HEADROOM = 1.1
+"""Of memory: what a trial is given over what it was seen to need."""
+
+
+def needs_of(config: TrialConfig, trials_per_gpu: int, memory: int = 0) -> dict[str, float]:
+    """What of a node's resources a trial takes: one core, its memory in bytes, and a share of a GPU
+    where there are some and it may use one.
+
+    No more memory than the largest node has: where that is not enough, the trial will say so.
+    """
+    needs = {"CPU": 1.0}
+    if memory:
+        largest = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+        needs["memory"] = min(HEADROOM * memory, largest)
+    if ray.cluster_resources().get("GPU") and config.train.device != "cpu":
+        needs["GPU"] = 1 / trials_per_gpu
+    return needs
+
+
+def slots(needs: Mapping[str, float]) -> int:
+    """How many trials with these needs the nodes take at a time, at least one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = [min(int(node.get(name, 0.0) / need) for name, need in needs.items()) for node in nodes]
+    return max(1, sum(fit))
+
+
 def run_on_ray(
     jobs: Sequence[Mapping[str, Any]],
     store: Mapping[str, str],
-    trials_per_gpu: int,
+    needs: Mapping[str, Mapping[str, float]],
     runs_dir: Path,
     console: Console,
 ) -> bool:
-    """Run trials, one core each and a share of a GPU where there are some; -> whether stopped.
+    """Run trials; -> whether stopped.
 
-    A job is a trial as sweeps.trainable takes it. Afterwards no job's MLflow run is RUNNING: one
-    that failed has its reason, one that Ctrl-C stopped is KILLED.
+    A job is a trial as sweeps.trainable takes it; `needs` are those of each, by its key, as
+    needs_of. Afterwards no job's MLflow run is RUNNING: one that failed has its reason, one that
+    Ctrl-C stopped is KILLED.
     """
-    resources = {"cpu": 1.0}
-    if ray.cluster_resources().get("GPU") and any(
-        job["params"]["train.device"] != "cpu" for job in jobs
-    ):
-        resources["gpu"] = 1 / trials_per_gpu
     progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress:
         tuner = tune.Tuner(
-            tune.with_resources(run_batch, resources),
+            tune.with_resources(
+                run_batch,
+                lambda config: tune.PlacementGroupFactory([dict(needs[config["batch"][0]["key"]])]),
+            ),
             param_space={
                 "store": dict(store),
                 "runs_dir": str(runs_dir),

@@ -44,7 +44,9 @@ class Session:
         self.held.enter_context(holding(self.runs_dir, self.name))
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is KeyboardInterrupt:
+            self.ended = "KILLED"
         self.held.close()
 
     def run(self, plan: Plan, redo: Sequence[str] = ()) -> bool:
@@ -67,11 +69,29 @@ class Session:
             tracking.set_aside(self.client, run)
         if not missing:
             return False
-        from sweeps.ray_runner import run_on_ray
+        from sweeps.estimate import clock, estimate
+        from sweeps.ray_runner import needs_of, run_on_ray
 
+        assert self.sweep
+        expected, costs = estimate(
+            {key: plan.trials[key] for key in missing}, self.trials_per_gpu, self.console
+        )
+        for line in expected.lines():
+            self.console.print(line, soft_wrap=True)
+        tracking.set_tags(self.client, self.sweep.run_id, **expected.as_tags())
+        needs = {
+            key: needs_of(
+                plan.trials[key], self.trials_per_gpu, costs[key].memory if key in costs else 0
+            )
+            for key in missing
+        }
         store = {"uri": self.uri, "experiment_id": self.experiment_id}
         jobs = [job_of(plan, key) for key in missing]
-        stopped = run_on_ray(jobs, store, self.trials_per_gpu, self.runs_dir, self.console)
+        begun = time.monotonic()
+        stopped = run_on_ray(jobs, store, needs, self.runs_dir, self.console)
+        took = time.monotonic() - begun
+        tracking.set_tags(self.client, self.sweep.run_id, took_seconds=f"{took:.0f}")
+        self.console.print(f"took {clock(took)}, estimated {clock(expected.seconds)}")
         self.ledger = ledger_of(plan, self.runs_dir)
         return stopped
 

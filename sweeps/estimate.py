@@ -1,0 +1,310 @@
+"""The plan before the money: what a sweep will take, from a few steps of each of its shapes.
+
+A shape is all that a trial's time and memory depend on: its model, its probes, its optimiser, its
+batch. As many trials of a shape as will run at a time are begun side by side on Ray, as the sweep's
+own will be; each stops after a few steps, and what they took is scaled to whole trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import resource
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, quantiles
+
+import ray
+import torch
+from rich.console import Console
+
+from gptcore.config import Scalar, TrialConfig
+from gptcore.experiment import run_trial
+from gptcore.records import MemoryRecorder, Row, TrainingRow
+from sweeps.parquet import write_tables
+from sweeps.ray_runner import needs_of, slots
+from sweeps.tracking import chart_points
+
+CADENCES = ("every", "text_every", "histogram_every", "spectrum_every")
+SHORTEST = 4
+"""The shortest cadence of a trial that is measured: between two looks there are plain steps."""
+SECONDS_A_SHAPE = 20.0
+OVERHEAD = 0.3
+"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/orchestration.py."""
+POINT_BYTES = 270
+"""What a point of a chart takes in MLflow's SQLite file, with its index."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one trial takes: seconds, also if all steps were as fast as the fastest tenth or as the
+    slowest, and bytes of memory, of a GPU's memory, and of disk."""
+
+    seconds: float
+    low: float
+    high: float
+    memory: int
+    gpu_memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the missing trials of a plan take."""
+
+    trials: int
+    steps: int
+    concurrent: int  # trials at a time
+    seconds: float
+    low: float
+    high: float
+    memory: int  # bytes, of the largest trial
+    gpu_memory: int
+    disk: int  # bytes, of all trials
+    unknown: tuple[str, ...]  # of each shape that could not be measured, why
+
+    def lines(self) -> list[str]:
+        """The estimate for a reader."""
+        gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
+        return [
+            f"{self.trials} trials of {self.steps:,} steps in all, {self.concurrent} at a time: "
+            f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)})",
+            f"  {size(self.memory)} of memory{gpu} a trial, {size(self.disk)} of disk for all",
+            *(f"  not measured, and not counted: {why}" for why in self.unknown),
+        ]
+
+    def as_tags(self) -> dict[str, str]:
+        """The estimate for the sweep's run."""
+        numbers = {name: value for name, value in asdict(self).items() if name != "unknown"}
+        return {f"estimated_{name}": f"{value:.0f}" for name, value in numbers.items()}
+
+
+def clock(seconds: float) -> str:
+    """`1:05:09`, or `5:09` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes as a reader has them: `1.2 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def shape_of(config: TrialConfig) -> TrialConfig:
+    """The trial that stands for all of its shape: what does not matter to time is the default's."""
+    plain = TrialConfig()
+    return replace(
+        config,
+        init=plain.init,
+        corpus=replace(config.corpus, subset="all", data_seed=0),
+        optim=replace(plain.optim, name=config.optim.name),
+    )
+
+
+def shortened(config: TrialConfig) -> TrialConfig:
+    """The trial with every kind of step of its own, and few of each."""
+    cadences = sorted({getattr(config.probes, name) for name in CADENCES})
+    shorter = {long: min(long, SHORTEST * 2**i) for i, long in enumerate(cadences)}
+    probes = replace(
+        config.probes, **{name: shorter[getattr(config.probes, name)] for name in CADENCES}
+    )
+    steps = min(config.train.steps, 2 * max(shorter.values()))
+    return replace(config, probes=probes, train=replace(config.train, steps=steps))
+
+
+def kind_of(config: TrialConfig, step: int) -> tuple[str, ...]:
+    """What of a step decides its time: whether it is the first or the last one, else which looks
+    are due."""
+    if step in (0, config.train.steps):
+        return ("last" if step else "first",)
+    return tuple(name for name in CADENCES if step % getattr(config.probes, name) == 0)
+
+
+class Enough(Exception):
+    """A trial has been measured for long enough."""
+
+
+class Stopwatch(MemoryRecorder):
+    """Keeps the rows, and when each step had ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = time.perf_counter()
+        self.ends: list[float] = []  # by step
+
+    @property
+    def seconds(self) -> float:
+        return (self.ends or [self.begun])[-1] - self.begun
+
+    def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
+        if any(isinstance(row, TrainingRow) for row in rows):
+            self.ends.append(time.perf_counter())
+            if self.seconds > SECONDS_A_SHAPE:
+                raise Enough
+
+
+def timed(config: TrialConfig) -> Stopwatch:
+    """Run the trial until it ends or has been measured for long enough."""
+    stopwatch = Stopwatch()
+    with contextlib.suppress(Enough):
+        run_trial(config, stopwatch)
+    return stopwatch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one shortened trial took."""
+
+    began: float  # seconds since the epoch; the process was warm
+    steps: list[float]  # seconds; the first step's are those of all that comes before as well
+    writing: float  # seconds
+    rows: Mapping[str, list[int | None]]  # by table, the step of each row
+    points: list[int]  # the step of each point for MLflow's charts
+    bytes: Mapping[str, int]  # by table
+    memory: int
+    gpu_memory: int
+
+
+def measure(params: Mapping[str, Scalar]) -> Measured:
+    """Run a trial as long as it is worth while; in a process of its own.
+
+    The first trial of a process is slower by some seconds, once: a short one is run again, and what
+    it took then is what the next ones will.
+    """
+    entered, config = time.time(), TrialConfig.from_flat(params)
+    first = stopwatch = timed(config)
+    if first.seconds < SECONDS_A_SHAPE / 4:
+        stopwatch = timed(config)
+    trained = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {
+            file.stem: file.stat().st_size for file in write_tables(stopwatch.rows, Path(folder))
+        }
+    moments = [stopwatch.begun, *stopwatch.ends]
+    return Measured(
+        began=entered + first.seconds - stopwatch.seconds,
+        steps=[end - start for start, end in itertools.pairwise(moments)],
+        writing=time.perf_counter() - trained,
+        rows={
+            table: [getattr(row, "step", None) for row in rows]
+            for table, rows in stopwatch.rows.items()
+        },
+        points=[
+            step
+            for rows in stopwatch.rows.values()
+            for row in rows
+            for _, step, _ in chart_points(row)
+        ],
+        bytes=sizes,
+        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        gpu_memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+    )
+
+
+def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
+    """A whole trial's cost from what shortened ones took, each kind of step counted as often as the
+    trial has it."""
+    short = shortened(config)
+    taken: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
+    for one in measured:
+        for step, seconds in enumerate(one.steps):
+            taken[kind_of(short, step)].append(seconds)
+    wanted = Counter(kind_of(config, step) for step in range(config.train.steps + 1))
+    # What there was no time for is taken for as long as the first step, where all looks are due.
+    mean = {kind: fmean(taken.get(kind) or taken[("first",)]) for kind in wanted}
+    seconds = sum(count * mean[kind] for kind, count in wanted.items())
+    plain = taken.get((), [1.0])
+    tenths = quantiles(plain, n=10) if len(plain) > 1 else [plain[0]] * 9
+    fixed = OVERHEAD + fmean(one.writing for one in measured)
+    held = Counter(kind_of(short, step) for step in range(len(measured[0].steps)))
+
+    def stands_for(step: int | None) -> float:
+        if step is None:
+            return 1.0
+        kind = kind_of(short, step)
+        return wanted[kind] / held[kind]
+
+    disk = sum(
+        measured[0].bytes[table] * fmean(map(stands_for, steps))
+        for table, steps in measured[0].rows.items()
+        if steps
+    )
+    disk += POINT_BYTES * sum(map(stands_for, measured[0].points))
+    return Cost(
+        seconds=fixed + seconds,
+        low=fixed + seconds * tenths[0] / fmean(plain),
+        high=fixed + seconds * tenths[-1] / fmean(plain),
+        memory=max(one.memory for one in measured),
+        gpu_memory=max(one.gpu_memory for one in measured),
+        disk=round(disk),
+    )
+
+
+def makespan(seconds: Iterable[float], slots: int) -> float:
+    """When the last of some trials ends that are begun in order, each as soon as a slot is free."""
+    ends = [0.0] * slots
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)
+
+
+def estimate(
+    trials: Mapping[str, TrialConfig], trials_per_gpu: int, console: Console
+) -> tuple[Estimate, dict[str, Cost]]:
+    """What these trials take on the Ray that runs, and by key what each one does."""
+    shapes: defaultdict[TrialConfig, list[str]] = defaultdict(list)
+    for key, config in trials.items():
+        shapes[shape_of(config)].append(key)
+    costs: dict[str, Cost] = {}
+    unknown, beginning = [], 0.0
+    with console.status("") as status:
+        for done, (shape, keys) in enumerate(shapes.items()):
+            status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
+            needs = needs_of(shape, trials_per_gpu)
+            # A worker ends with its trial: the peak of its memory is that trial's.
+            task = ray.remote(
+                num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=0
+            )(measure)
+            params, begun = shortened(shape).to_flat(), time.time()
+            pending = [task.remote(params) for _ in range(min(slots(needs), len(keys)))]
+            try:
+                measured = ray.get(pending)
+            except ray.exceptions.RayError as error:
+                why = str(error).strip().splitlines()[-1].strip()
+                unknown.append(f"{len(keys)} trials such as {keys[0]}: {why}")
+                continue
+            beginning = max(beginning, *(one.began - begun for one in measured))
+            costs |= dict.fromkeys(keys, cost_of(shape, measured))
+    known = list(costs.values())
+    memory = max((cost.memory for cost in known), default=0)
+    concurrent = min(
+        len(trials),
+        *(slots(needs_of(shape, trials_per_gpu, memory)) for shape in shapes),
+    )
+
+    def whole(name: str) -> float:
+        return beginning + makespan([getattr(cost, name) for cost in known], concurrent)
+
+    return Estimate(
+        trials=len(trials),
+        steps=sum(config.train.steps for config in trials.values()),
+        concurrent=concurrent,
+        seconds=whole("seconds"),
+        low=whole("low"),
+        high=whole("high"),
+        memory=memory,
+        gpu_memory=max((cost.gpu_memory for cost in known), default=0),
+        disk=sum(cost.disk for cost in known),
+        unknown=tuple(unknown),
+    ), costs
