@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,8 @@ class Plan:
     preset: str
     trials: Mapping[str, TrialConfig]
     corpora: Mapping[str, Corpus]  # by trial key
-    notes: tuple[str, ...]  # what the user should know of how the plan came about
+    notes: tuple[str, ...] = ()  # what the user should know of how the plan came about
+    searched: tuple[str, ...] = ()  # knobs that more trials, not known yet, may differ in
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -46,9 +47,13 @@ class Plan:
         }
 
     def varied(self) -> list[str]:
-        """The knobs in which the trials differ."""
+        """The knobs in which the trials differ, or may."""
         flats = [config.to_flat() for config in self.trials.values()]
-        return [knob for knob in KNOBS if len({flat[knob] for flat in flats}) > 1]
+        return [
+            knob
+            for knob in KNOBS
+            if knob in self.searched or len({flat[knob] for flat in flats}) > 1
+        ]
 
     def compared(self) -> list[str]:
         """The knobs that runs are compared over: the scheme, and others of COMPARED that vary."""
@@ -83,19 +88,35 @@ def with_overrides(preset: str, spaces: Sequence[Space], overrides: Space) -> li
 
 def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
     """Check every trial of the spaces and give it its key. Raises InputError for a bad one."""
-    notes: list[str] = []
+    spaces, notes = with_corpus(spaces)
+    configs = itertools.chain.from_iterable(map(trials_of, spaces))
+    return Plan(name, preset, *checked(configs), notes)
+
+
+def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ...]]:
+    """The spaces with a stand-in where none names a corpus and the default one cannot be had; ->
+    also what to say of it. Raises CorpusUnavailable where a part of the default one is asked for.
+    """
+    if any("corpus.name" in space for space in spaces):
+        return spaces, ()
+    try:
+        load_corpus(TrialConfig().corpus, context=2)
+    except CorpusUnavailable as error:
+        subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
+        if any(str(subset).startswith("part-") for subset in subsets):
+            raise  # parts are the book's: it was asked for
+        note = f"pydocs (Python's manual) stands in for the default corpus: {error}"
+        return [{**space, "corpus.name": ["pydocs"]} for space in spaces], (note,)
+    return spaces, ()
+
+
+def checked(
+    configs: Iterable[TrialConfig],
+) -> tuple[dict[str, TrialConfig], dict[str, Corpus]]:
+    """The trials by their keys, and by key the corpus of each. Raises InputError for a bad one."""
     load = functools.cache(load_corpus)
-    if not any("corpus.name" in space for space in spaces):
-        try:
-            load(TrialConfig().corpus, context=2)
-        except CorpusUnavailable as error:
-            subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
-            if any(str(subset).startswith("part-") for subset in subsets):
-                raise  # parts are the book's: it was asked for
-            spaces = [{**space, "corpus.name": ["pydocs"]} for space in spaces]
-            notes.append(f"pydocs (Python's manual) stands in for the default corpus: {error}")
     trials, corpora = {}, {}
-    for config in itertools.chain.from_iterable(map(trials_of, spaces)):
+    for config in configs:
         check_knobs(config)
         subset = canonical_subset(config.corpus.subset)
         config = replace(config, corpus=replace(config.corpus, subset=subset))
@@ -108,7 +129,7 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
             config = replace(config, corpus=replace(config.corpus, name=corpus.origin))
         key = config.key(corpus.digest)
         trials[key], corpora[key] = config, corpus
-    return Plan(name, preset, trials, corpora, tuple(notes))
+    return trials, corpora
 
 
 def job_of(plan: Plan, key: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ class SweepProgress(tune.Callback):
     Time left is the steps that remain at the pace of all steps so far.
     """
 
-    def __init__(self, console: Console, steps: dict[str, int]) -> None:
-        """`steps`: how many each trial will make, by its key."""
+    def __init__(self, console: Console, steps: dict[str, int], trials: int | None = None) -> None:
+        """`steps`: how many each trial will make, by its key; of `trials` that there will be the
+        others are told as they start."""
         self.console, self.steps = console, steps
+        self.trials = trials or len(steps)
         self.done = dict.fromkeys(steps, 0)
         self.begun: dict[str, int] = {}  # the step that each trial was first heard of at
         self.running: set[str] = set()
         self.finished: set[str] = set()
+        self.pruned: dict[str, str] = {}  # at which step, by trial key
         self.failed: dict[str, str] = {}  # why, by trial key
         self.retried: dict[str, list[str]] = {}  # why, each time, by trial key
         self.first_report: float | None = None
@@ -47,21 +51,30 @@ class SweepProgress(tune.Callback):
         """Nothing: Tune pickles its callbacks beside the experiment, where nothing reads them."""
         return {}
 
+    @property
+    def ended(self) -> int:
+        """How many trials have ended by themselves or were pruned, well or not."""
+        return len(self.finished) + len(self.pruned) + len(self.failed)
+
     def line(self) -> str:
         """`3 of 12 finished, 2 running, 0 failed, 1:40 left`."""
         counts = (
-            f"{len(self.finished)} of {len(self.steps)} finished, "
-            f"{len(self.running)} running, {len(self.failed)} failed"
+            f"{len(self.finished)} of {self.trials} finished, "
+            + (f"{len(self.pruned)} pruned, " if self.pruned else "")
+            + f"{len(self.running)} running, {len(self.failed)} failed"
         )
-        if len(self.finished) + len(self.failed) == len(self.steps):
+        if self.ended == self.trials:
             return counts
         # A trial that goes on from a checkpoint begins far from step 0.
         made = sum(self.done[key] - step for key, step in self.begun.items())
         if self.first_report is None or not made:
             return f"{counts}, starting"
         remain = sum(
-            total - self.done[key] for key, total in self.steps.items() if key not in self.failed
+            total - self.done[key]
+            for key, total in self.steps.items()
+            if key not in self.failed and key not in self.pruned
         )
+        remain += (self.trials - len(self.steps)) * max(self.steps.values())
         seconds = int(remain * (time.monotonic() - self.first_report) / made)
         return f"{counts}, {seconds // 60}:{seconds % 60:02d} left"
 
@@ -75,7 +88,10 @@ class SweepProgress(tune.Callback):
             self.console.print(self.line(), highlight=False)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self.running.add(_key(trial))
+        (job,) = trial.config["batch"]
+        self.running.add(job["key"])
+        self.steps.setdefault(job["key"], job["params"]["train.steps"])
+        self.done.setdefault(job["key"], 0)
         self._show()
 
     def on_trial_result(
@@ -83,7 +99,7 @@ class SweepProgress(tune.Callback):
     ) -> None:
         if self.first_report is None:
             self.first_report = time.monotonic()
-        key = _key(trial)
+        key = key_of(trial.config)
         if result.get("status") == "failed":
             self.failed[key] = result["reason"]
             return
@@ -95,22 +111,26 @@ class SweepProgress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        key = _key(trial)
+        key = key_of(trial.config)
         self.running.discard(key)
+        result = trial.last_result
         if key in self.failed:
             self._show(f"trial {key} failed: {self.failed[key]}")
-        else:
+        elif "status" in result:
             self.finished.add(key)
-            self._show(f"trial {key} {trial.last_result.get('status', 'finished')}")
+            self._show(f"trial {key} {result['status']}")
+        else:
+            self.pruned[key] = f"pruned at step {result['step']}"
+            self._show(f"trial {key} {self.pruned[key]}")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        key = _key(trial)
+        key = key_of(trial.config)
         self.running.discard(key)
         self.retried.setdefault(key, []).append(_why(trial))
         self._show(f"trial {key} goes on with another worker: {self.retried[key][-1]}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        key = _key(trial)
+        key = key_of(trial.config)
         self.running.discard(key)
         self.failed[key] = _why(trial)
         self._show(f"trial {key} failed: {self.failed[key]}")
@@ -124,6 +144,7 @@ def _why(trial: Trial) -> str:
     return f"the worker died: {why}" if "The actor died" in text else why
 
 
-def _key(trial: Trial) -> str:
-    (batch,) = trial.config["batch"]
-    return batch["key"]
+def key_of(config: Mapping[str, Any]) -> str:
+    """The key of the trial that a worker is given, as sweeps.trainable takes it."""
+    (job,) = config["batch"]
+    return job["key"]

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,9 +27,12 @@ from ray import tune
 from ray._private.services import find_bootstrap_address
 
 from gptcore.config import InputError, TrialConfig
-from sweeps.progress import SweepProgress
+from sweeps.progress import SweepProgress, key_of
 from sweeps.tracking import close_runs
 from sweeps.trainable import run_batch
+
+if TYPE_CHECKING:
+    from sweeps.study import Suggestions
 
 RETRIES = 2
 """How often a trial whose worker dies goes on with another one. What a trial itself breaks on is
@@ -139,35 +142,41 @@ def run_on_ray(
     needs: Mapping[str, Mapping[str, float]],
     runs_dir: Path,
     console: Console,
+    search: Suggestions | None = None,
 ) -> bool:
     """Run trials; -> whether stopped.
 
     A job is a trial as sweeps.trainable takes it; `needs` are those of each, by its key, as
-    needs_of. Afterwards no job's MLflow run is RUNNING: one that failed has its reason, one that
-    Ctrl-C stopped is KILLED.
+    needs_of. A search adds its jobs as it suggests them. Afterwards no job's MLflow run is RUNNING:
+    one that failed has its reason, one that was pruned or that Ctrl-C stopped is KILLED.
     """
-    progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
+    steps = {job["key"]: job["params"]["train.steps"] for job in jobs}
+    progress = SweepProgress(console, steps, trials=search.left if search else len(jobs))
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress:
         tuner = tune.Tuner(
             tune.with_resources(
-                run_batch,
-                lambda config: tune.PlacementGroupFactory([dict(needs[config["batch"][0]["key"]])]),
+                run_batch, lambda config: tune.PlacementGroupFactory([dict(needs[key_of(config)])])
             ),
-            param_space={
+            param_space=None
+            if search
+            else {
                 "store": dict(store),
                 "runs_dir": str(runs_dir),
                 "batch": tune.grid_search([[dict(job)] for job in jobs]),
             },
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
-                trial_name_creator=lambda trial: trial.config["batch"][0]["key"],
-                trial_dirname_creator=lambda trial: trial.config["batch"][0]["key"],
+                trial_name_creator=lambda trial: key_of(trial.config),
+                trial_dirname_creator=lambda trial: key_of(trial.config),
+                search_alg=search,
+                num_samples=search.left if search else 1,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=str(runs_dir / "ray"),
+                stop=search.prunes if search else None,
                 callbacks=[progress],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
@@ -176,9 +185,9 @@ def run_on_ray(
         stopped = True
         try:
             tuner.fit()
-            stopped = len(progress.finished) + len(progress.failed) < len(jobs)
+            stopped = progress.ended < len(jobs)
         finally:
             if stopped:
                 stop_ray()  # a trial that is being stopped may still write
-            close_runs(store, jobs, progress.failed, progress.retried)
+            close_runs(store, jobs, progress.failed, progress.retried, progress.pruned)
     return stopped

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from analysis.claims import digest
 from analysis.report import build_report
 from analysis.runs import chart_page, connect, has_started, mlflow_command, tracking_uri
 from gptcore.checkpoint import checkpoint_file
-from gptcore.config import InputError, spelling
+from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
 from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
@@ -38,6 +38,7 @@ class Session:
         self.artifacts: list[Path] = []
         self.held = ExitStack()
         self.sweep: tracking.SweepRun | None = None
+        self.has_ray = False
 
     def __enter__(self) -> Session:
         check_writable(self.runs_dir)
@@ -49,19 +50,20 @@ class Session:
             self.ended = "KILLED"
         self.held.close()
 
-    def run(self, plan: Plan, redo: Sequence[str] = ()) -> bool:
-        """Run what is missing of the plan, and anew what `redo` names; -> whether stopped."""
+    def run(
+        self, plan: Plan, redo: Sequence[str] = (), only: Collection[str] | None = None
+    ) -> bool:
+        """Run what is missing of the plan, or `only` of some trials, and anew what `redo` names; ->
+        whether stopped."""
         self.plan, self.ledger = plan, ledger_of(plan, self.runs_dir)
         again = to_redo(self.ledger, redo)
-        missing = [key for key, entry in self.ledger.items() if key in again or not entry.is_done]
+        missing = [
+            key
+            for key, entry in self.ledger.items()
+            if key in again or not (entry.is_done or (only is not None and key not in only))
+        ]
         say_how_far(plan, self.ledger, again, self.console)
-        # A new store takes as long to make as Ray to start.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            opening = beside.submit(connect, self.uri)
-            if missing:
-                self._start_ray({plan.trials[key].train.device for key in missing})
-            self.client = opening.result()
-        self._record(plan)
+        self.open(plan, {plan.trials[key].train.device for key in missing})
         for key in again:
             run = self.ledger[key].run
             assert run is not None
@@ -69,31 +71,54 @@ class Session:
             tracking.set_aside(self.client, run)
         if not missing:
             return False
+        from sweeps.ray_runner import run_on_ray
+
+        jobs = [job_of(plan, key) for key in missing]
+        with self.estimated({key: plan.trials[key] for key in missing}) as needs:
+            stopped = run_on_ray(jobs, self.store, needs, self.runs_dir, self.console)
+        self.ledger = ledger_of(plan, self.runs_dir)
+        return stopped
+
+    def open(self, plan: Plan, devices: set[str]) -> None:
+        """Open the store, and Ray where trials are to run on any devices; record the plan."""
+        # A new store takes as long to make as Ray to start.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            opening = beside.submit(connect, self.uri)
+            if devices and not self.has_ray:
+                # Ray takes long to import, and a finished sweep needs none.
+                from sweeps.ray_runner import start_ray, stop_ray
+
+                self.held.callback(stop_ray)
+                start_ray(devices, self.console)
+                self.has_ray = True
+            self.client = opening.result()
+        self.record(plan)
+
+    @contextmanager
+    def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[dict[str, dict[str, float]]]:
+        """Around the running of some trials: what they will take is measured, told and recorded
+        before, what they took is after. Gives what each trial needs of a node."""
         from sweeps.estimate import clock, estimate
-        from sweeps.ray_runner import needs_of, run_on_ray
+        from sweeps.ray_runner import needs_of
 
         assert self.sweep
-        expected, costs = estimate(
-            {key: plan.trials[key] for key in missing}, self.trials_per_gpu, self.console
-        )
+        expected, costs = estimate(trials, self.trials_per_gpu, self.console)
         for line in expected.lines():
             self.console.print(line, soft_wrap=True)
         tracking.set_tags(self.client, self.sweep.run_id, **expected.as_tags())
-        needs = {
-            key: needs_of(
-                plan.trials[key], self.trials_per_gpu, costs[key].memory if key in costs else 0
-            )
-            for key in missing
-        }
-        store = {"uri": self.uri, "experiment_id": self.experiment_id}
-        jobs = [job_of(plan, key) for key in missing]
         begun = time.monotonic()
-        stopped = run_on_ray(jobs, store, needs, self.runs_dir, self.console)
+        yield {
+            key: needs_of(config, self.trials_per_gpu, costs[key].memory if key in costs else 0)
+            for key, config in trials.items()
+        }
         took = time.monotonic() - begun
         tracking.set_tags(self.client, self.sweep.run_id, took_seconds=f"{took:.0f}")
         self.console.print(f"took {clock(took)}, estimated {clock(expected.seconds)}")
-        self.ledger = ledger_of(plan, self.runs_dir)
-        return stopped
+
+    @property
+    def store(self) -> dict[str, str]:
+        """Where trials record themselves, as sweeps.trainable takes it."""
+        return {"uri": self.uri, "experiment_id": self.experiment_id}
 
     def finish(self, report: bool) -> int:
         """Say how the trials stand, after all have run, and report; -> the exit code."""
@@ -102,16 +127,18 @@ class Session:
         if not any(entry.status == "finished" for entry in self.ledger.values()):
             self.console.print("no trial finished, so there is nothing to report")
         elif report:
-            folder = build_report(self.uri, [self.name], None, self.runs_dir)
-            self.artifacts += [
-                folder / name for name in ("report.html", "findings.json", "summary.md")
-            ]
-            self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+            self.report()
         self.console.print(f"MLflow: {mlflow_command(self.uri)}", soft_wrap=True)
         page = chart_page(self.uri, self.experiment_id)
         self.console.print(f"  then: {page}", soft_wrap=True)
         self.ended = "FAILED" if remain else "FINISHED"
         return 1 if remain else 0
+
+    def report(self) -> None:
+        """Build the report, and keep it on the sweep's run."""
+        folder = build_report(self.uri, [self.name], None, self.runs_dir)
+        self.artifacts += [folder / name for name in ("report.html", "findings.json", "summary.md")]
+        self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
     def stop(self) -> int:
         """Say what remains after a Ctrl-C; -> the exit code."""
@@ -121,20 +148,13 @@ class Session:
         self.ended = "KILLED"
         return 130
 
-    def _start_ray(self, devices: set[str]) -> None:
-        # Ray takes long to import, and a finished sweep needs none.
-        from sweeps.ray_runner import start_ray, stop_ray
-
-        self.held.callback(stop_ray)
-        start_ray(devices, self.console)
-
-    def _record(self, plan: Plan) -> None:
-        """Make the sweep's experiment and its own run what the plan says; open them first."""
+    def record(self, plan: Plan) -> None:
+        """Make the sweep's own run what the plan says; the first time open it."""
         said = {**plan.as_dict(), "claims_digest": digest()}
         if self.sweep:
             self.sweep.plans(said)
             return
-        n_layer = max(config.model.n_layer for config in plan.trials.values())
+        n_layer = max((config.model.n_layer for config in plan.trials.values()), default=1)
         view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
         self.experiment_id = tracking.open_experiment(self.client, self.name, self.runs_dir, view)
         tracking.close_cut_off(self.client, self.experiment_id)

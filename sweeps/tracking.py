@@ -250,12 +250,14 @@ def close_runs(
     jobs: Iterable[Mapping[str, Any]],
     failed: Mapping[str, str],
     retried: Mapping[str, Sequence[str]],
+    pruned: Mapping[str, str],
 ) -> None:
     """Leave nobody's run RUNNING when no job runs any more.
 
     `failed` says why, by trial key, for the jobs that broke: a worker that died could not say so
     itself, or had not even begun its run. A run still RUNNING beside those was stopped: KILLED.
-    `retried` says of those that lost a worker, and went on with another, why.
+    `retried` says of those that lost a worker, and went on with another, why; `pruned` of those
+    that a search gave up, when.
     """
     client = MlflowClient(store["uri"])
     for job in jobs:
@@ -270,5 +272,6 @@ def close_runs(
             set_tags(client, run.info.run_id, trial_status="failed", reason=failed[key])
             client.set_terminated(run.info.run_id, "FAILED")
         elif run and run.info.status == "RUNNING":
-            set_tags(client, run.info.run_id, trial_status="stopped")
+            status = "pruned" if key in pruned else "stopped"
+            set_tags(client, run.info.run_id, trial_status=status, reason=pruned.get(key, ""))
             client.set_terminated(run.info.run_id, "KILLED")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
-from sweeps.tracking import MlflowRecorder
+from sweeps.tracking import MlflowRecorder, chart_points
 
 REPORT_SECONDS = 1.0
 
@@ -23,7 +24,8 @@ def run_batch(config: dict[str, Any]) -> None:
     """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
-    in `config["runs_dir"]` a trial that was cut off finds its checkpoint.
+    in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has each value of
+    `config["metric"]` reported.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
     would break again. What Tune tries again is a worker that died. A trial that Tune stops (by
     SystemExit) is left to the driver.
@@ -39,7 +41,7 @@ def run_batch(config: dict[str, Any]) -> None:
                     "its corpus or its gptcore is not the driver's"
                 )
             file = checkpoint_file(Path(config["runs_dir"]), key)
-            run_trial(config_of_trial, _Reporting(recorder, key), file)
+            run_trial(config_of_trial, _Reporting(recorder, key, config.get("metric")), file)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             recorder.fail(reason, traceback.format_exc())
@@ -49,13 +51,17 @@ def run_batch(config: dict[str, Any]) -> None:
 class _Reporting:
     """A recorder that also tells Tune now and then how far the trial is."""
 
-    def __init__(self, recorder: Recorder, key: str) -> None:
-        self.recorder, self.key = recorder, key
+    def __init__(self, recorder: Recorder, key: str, metric: str | None) -> None:
+        self.recorder, self.key, self.metric = recorder, key, metric
         # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
         self.next = time.monotonic() + REPORT_SECONDS
 
     def log(self, rows: Sequence[Row]) -> None:
         self.recorder.log(rows)
+        for row in rows if self.metric else ():
+            for name, step, value in chart_points(row):
+                if name == self.metric and math.isfinite(value):
+                    tune.report({"trial_key": self.key, "step": step, "value": value})
         for row in rows:
             if isinstance(row, TrainingRow) and time.monotonic() >= self.next:
                 tune.report({"trial_key": self.key, "step": row.step, "loss": row.loss})

@@ -1,0 +1,265 @@
+"""A search as Optuna sees it: what may be suggested, what was found, in a file that outlives it.
+
+The study lives in RUNS_DIR/optuna.db. A driver that was killed leaves suggestions that nobody has
+answered; the next one takes those up first. A suggestion becomes an ordinary trial with its key, so
+one that any sweep has run is answered from its run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray import tune
+from ray.tune.search import Searcher
+from sqlalchemy.exc import SQLAlchemyError
+
+from gptcore.config import InputError, Scalar, TrialConfig, knob_type, parameters_of, parse_value
+from gptcore.init_schemes import INIT_SCHEMES
+from gptcore.optimizers import OPTIMIZERS
+
+REDUCTION = 3
+"""Of the trials that reach a rung of ASHA one in so many goes on to the next."""
+RUNGS = 2
+"""Of ASHA below the last step: at a ninth of the steps, and at a third."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, drawn on a log scale where they span a factor of ten."""
+
+    low: float
+    high: float
+
+    @property
+    def log(self) -> bool:
+        return self.low > 0 and self.high >= 10 * self.low
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}"
+
+
+Domain = Range | Sequence[Scalar]
+"""What a knob may be: a range, or one of some values."""
+
+PARAMETERS: dict[str, Domain] = {
+    "init.std": Range(0.005, 0.1),
+    "init.gain": Range(0.2, 5.0),
+    "init.cut": Range(1.0, 3.0),
+    "init.nu": Range(2.5, 30.0),
+}
+"""Of the init schemes that take them."""
+
+
+def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
+    """What was typed for a knob: `0.001..0.1` is a range, else values. Raises InputError."""
+    low, dots, high = texts[0].partition("..")
+    if len(texts) > 1 or not dots or knob_type(knob) not in (int, float):
+        return [parse_value(knob, text) for text in texts]
+    ends = [parse_value(knob, low), parse_value(knob, high)]
+    if not ends[0] < ends[1]:
+        raise InputError(f"--{knob} takes a range such as 1..10, not {texts[0]!r}")
+    return Range(*ends)
+
+
+def takes(knob: str, flat: Mapping[str, Scalar]) -> bool:
+    """Whether a trial that is so far `flat` takes the knob: not every scheme or optimiser does."""
+    for chooser, registry in (("init.scheme", INIT_SCHEMES), ("optim.name", OPTIMIZERS)):
+        section = chooser.partition(".")[0]
+        taken = {
+            name: [f"{section}.{one}" for one in parameters_of(registry[name])] for name in registry
+        }
+        if any(knob in knobs for knobs in taken.values()):
+            return knob in taken[str(flat[chooser])]
+    return True
+
+
+def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
+    """The knobs that the study suggests for a trial; numbers have three digits, as people write."""
+    flat: dict[str, Scalar] = {"init.scheme": "model5", "optim.name": "adamw"}
+    # What decides which others there are comes first.
+    for knob in sorted(domains, key=lambda knob: knob not in flat):
+        domain = domains[knob]
+        if not takes(knob, flat):
+            continue
+        if not isinstance(domain, Range):
+            flat[knob] = (
+                trial.suggest_categorical(knob, list(domain)) if len(domain) > 1 else domain[0]
+            )
+        elif knob_type(knob) is int:
+            flat[knob] = trial.suggest_int(knob, int(domain.low), int(domain.high), log=domain.log)
+        else:
+            value = trial.suggest_float(knob, domain.low, domain.high, log=domain.log)
+            flat[knob] = float(f"{value:.3g}")
+    return flat
+
+
+def open_study(runs_dir: Path, name: str, question: Mapping[str, Any], steps: int) -> optuna.Study:
+    """The study of this name, which is minimised, made if it is new.
+
+    Raises InputError where it asks another question, or its file is damaged.
+    """
+    file = runs_dir / "optuna.db"
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{file}",
+            study_name=name,
+            load_if_exists=True,
+            # ASHA (Li et al. 2020, arXiv:1810.05934), which Optuna calls by its synchronous name.
+            pruner=optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=max(1, steps // REDUCTION**RUNGS), reduction_factor=REDUCTION
+            ),
+        )
+        # Another seed for each start, or a study that goes on would draw what it drew before.
+        study.sampler = optuna.samplers.TPESampler(
+            seed=len(study.get_trials(deepcopy=False)), multivariate=True, group=True
+        )
+        asked = study.user_attrs.get("question")
+        if asked is None:
+            study.set_user_attr("question", question)
+    except SQLAlchemyError as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"{file} cannot be read as an Optuna study: {why}") from error
+    if asked is not None and asked != json.loads(json.dumps(question)):
+        differs = [key for key in question if question[key] != asked.get(key)]
+        raise InputError(
+            f"search {name} asks something else already ({', '.join(differs)} differ): "
+            "take another --name"
+        )
+    return study
+
+
+class Suggestions(Searcher):
+    """What Tune asks for the next trial, and tells how one went.
+
+    `answer` gives the value of a finished trial by its key, None where it has none; `prepare`
+    makes a job of a suggested trial, or None where it cannot be one, and says how it stands.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        trials: int,
+        domains: Mapping[str, Domain],
+        prepare: Callable[[TrialConfig], tuple[dict[str, Any], bool]],
+        answer: Callable[[str], float | None],
+        common: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.study, self.domains = study, domains
+        self.prepare, self.answer = prepare, answer
+        self.common = common
+        self.jobs: list[dict[str, Any]] = []
+        self.asked: dict[str, Trial] = {}  # by Tune's id
+        self.keys: dict[str, str] = {}  # of those that run, by Tune's id
+        self.trials = trials
+        self.unanswered = [
+            Trial(study, one._trial_id)
+            for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        ]
+        self.prunes = Pruning(self)
+
+    @property
+    def left(self) -> int:
+        """How many trials the study may still have answered."""
+        return self.trials - len(answered(self.study))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next job that has to be run: what is known already is answered at once."""
+        while trial := self._next():
+            try:
+                config = TrialConfig.from_flat(suggested(trial, self.domains))
+                job, is_done = self.prepare(config)
+            except InputError as error:
+                trial.set_user_attr("why", str(error))
+                self.study.tell(trial, state=TrialState.FAIL)
+                continue
+            trial.set_user_attr("trial_key", job["key"])
+            trial.set_user_attr("params", job["params"])
+            if is_done:
+                self._tell(trial, job["key"])
+            elif job["key"] in self.keys.values():
+                trial.set_user_attr("why", "suggested twice at a time")
+                self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                self.asked[trial_id], self.keys[trial_id] = trial, job["key"]
+                self.jobs.append(job)
+                return {**self.common, "batch": [job]}
+        return Searcher.FINISHED
+
+    def _next(self) -> Trial | None:
+        if self.unanswered:
+            return self.unanswered.pop(0)
+        if len(self.study.get_trials(deepcopy=False)) < self.trials:
+            return self.study.ask()
+        return None
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        trial, key = self.asked.pop(trial_id), self.keys.pop(trial_id)
+        status = (result or {}).get("status")
+        if error or status == "failed":
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif status:
+            self._tell(trial, key)
+        elif trial_id in self.prunes.pruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        # Else Ctrl-C: it is not answered, and the next driver takes it up.
+
+    def _tell(self, trial: Trial, key: str) -> None:
+        value = self.answer(key)
+        if value is not None and math.isfinite(value):
+            self.study.tell(trial, value)
+        else:  # as bad as can be, and no value to learn from
+            trial.set_user_attr("why", "diverged")
+            self.study.tell(trial, state=TrialState.PRUNED)
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def save_to_dir(self, *_: Any, **__: Any) -> None:
+        """The study's own file has it all."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Pruning(tune.Stopper):
+    """Ends the trials that the study's pruner gives up."""
+
+    def __init__(self, suggestions: Suggestions) -> None:
+        self.suggestions = suggestions
+        self.pruned: set[str] = set()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        trial = self.suggestions.asked.get(trial_id)
+        if trial is None or "value" not in result:
+            return False
+        frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
+        if result["step"] in frozen.intermediate_values:
+            return False  # told by the driver before this one
+        trial.report(result["value"], result["step"])
+        if trial.should_prune():
+            self.pruned.add(trial_id)
+            return True
+        return False
+
+    def stop_all(self) -> bool:
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def answered(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of the study that have ended."""
+    return [one for one in study.get_trials(deepcopy=False) if one.state.is_finished()]
