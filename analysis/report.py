@@ -31,8 +31,8 @@ import vl_convert
 from analysis.claims import CLAIMS
 from analysis.figures import FIGURES, drawn
 from analysis.findings import find, format_estimate, frames_of_runs, outcome, with_scheme
-from analysis.rare_tokens import ORDERS
-from analysis.runs import RunTables, mlflow_command, read_sweeps, shuffled_labels, tracking_uri
+from analysis.rare_tokens import ORDERS, shuffled_labels
+from analysis.runs import RunTables, mlflow_command, read_sweeps, tracking_uri
 from gptcore.config import KNOBS, InputError, spelling
 
 SECTIONS = {

@@ -17,14 +17,13 @@ import tempfile
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import numpy as np
 import polars as pl
 import requests
 import sqlalchemy
@@ -481,41 +480,3 @@ def read_some(
         except (OSError, pl.exceptions.PolarsError) as error:
             unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
     return (pl.concat(frames) if frames else pl.DataFrame()), unreadable
-
-
-def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
-    """The sweep with the names of its token groups dealt anew within each run: a control, in which
-    what is said of rare tokens is said of others as often.
-
-    Dealt among the groups that the run has numbers for; the others keep their names.
-    """
-    rng = np.random.default_rng(seed)
-    rows = sweep.tables["token_groups"].filter(mask=PRIMARY["mask"])
-    of_runs = rows.group_by("trial_key").agg(
-        numbered=pl.col("group").filter(pl.col("mean_logprob").is_not_null()).unique().sort(),
-        group=pl.col("group").unique().sort(),
-    )
-    dealt = pl.concat(
-        [
-            pl.DataFrame({"trial_key": key, "group": groups}).with_columns(
-                dealt=pl.col("group").replace(
-                    dict(zip(numbered, rng.permutation(numbered).tolist(), strict=True))
-                )
-            )
-            for key, numbered, groups in of_runs.sort("trial_key").rows()
-        ]
-    )
-    tables = {
-        table: sweep.tables[table]
-        .join(dealt, on=["trial_key", "group"], maintain_order="left")
-        .with_columns(group="dealt")
-        .drop("dealt")
-        for table in ("token_groups", "group_weights")
-    }
-    note = f"A control: the names of token groups are shuffled within each run (seed {seed})."
-    return replace(
-        sweep,
-        notes=(*sweep.notes, note),
-        claims_digest=None,
-        tables={**sweep.tables, **tables},
-    )

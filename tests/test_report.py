@@ -18,7 +18,6 @@ from analysis.runs import (
     chart_page,
     connect,
     read_sweeps,
-    shuffled_labels,
     tracking_uri,
     trial_runs,
 )
@@ -360,28 +359,6 @@ def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_p
         assert f"{table} cannot be read" in note
         assert note.split()[1] in damaged
     assert findings["trials"]["finished"] == 4  # what is claimed rests on other tables
-
-
-def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
-    sweep = read_sweeps(tracking_uri(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
-    shuffled = shuffled_labels(sweep, 1)
-    by = ["trial_key", "step", "mask"]
-    rows, dealt = (one.tables["token_groups"] for one in (sweep, shuffled))
-    assert dealt.group_by(*by, "group").len()["len"].unique().to_list() == [1]
-    assert (
-        dealt.sort(*by, "log_z", "mean_logprob").drop("group")
-        .equals(rows.sort(*by, "log_z", "mean_logprob").drop("group"))
-    )  # fmt: skip
-    assert not dealt["group"].equals(rows["group"])
-    assert shuffled_labels(sweep, 1).tables["token_groups"].equals(dealt)
-    # A run keeps its deal from step to step, and from mask to mask.
-    joined = dealt.join(rows, on=[*by, "mean_logprob", "log_z", "excess"], suffix="_was")
-    masks = joined.drop_nulls("mean_logprob").filter(
-        pl.len().over(*by, "mean_logprob") == 1  # where numbers tell groups apart
-    )
-    names = masks.group_by("trial_key", "group").agg(pl.col("group_was").n_unique())
-    assert names["group_was"].to_list() == [1] * names.height
-    assert names.height > 4
 
 
 def test_what_is_chosen_or_shuffled_confirms_nothing_and_leaves_the_report(two_sweeps):
