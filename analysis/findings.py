@@ -91,7 +91,7 @@ def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     columns = ("step", "layer", "edges", "counts")
     rows, unreadable = read_some("histograms", sweep, one["trial_key"].to_list(), *columns)
     if rows.is_empty():
-        return pl.DataFrame(schema={"trial_key": pl.String}), unreadable
+        return rows, unreadable
     inner = rows.select(
         "trial_key", "layer", "step",
         low=pl.col("edges").list.head(pl.col("edges").list.len() - 1),
@@ -117,7 +117,7 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     keys = some["trial_key"].to_list()
     rows, unreadable = read_some("tokens", sweep, keys, "step", "count", "log_prob_masked")
     if rows.is_empty():
-        return pl.DataFrame(schema={"trial_key": pl.String}), unreadable
+        return rows, unreadable
     tokens = (
         last_steps(rows)
         .select(
