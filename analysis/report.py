@@ -33,7 +33,7 @@ from analysis.figures import FIGURES, drawn
 from analysis.findings import find, format_estimate, frames_of_runs, outcome, with_scheme
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, mlflow_command, read_sweeps, tracking_uri
-from gptcore.config import KNOBS, InputError, spelling
+from gptcore.config import KNOBS, InputError, spelling, varied
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -141,7 +141,7 @@ def render(
 ) -> str:
     """The page: one HTML file with everything in it."""
     charts = drawn(frames)
-    varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
+    differ = varied(sweep.trials.to_dicts())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -162,8 +162,8 @@ def render(
         figures=FIGURES,
         sections=SECTIONS,
         vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in varied},
-        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if knob not in varied},
+        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
+        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if knob not in differ},
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},

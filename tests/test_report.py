@@ -23,7 +23,7 @@ from analysis.runs import (
 )
 from analysis.verdicts import UNDERPOWERED, UNTESTED
 from conftest import SCREENSHOTS
-from gptcore.config import COMPARED, InputError, TrialConfig
+from gptcore.config import InputError, TrialConfig
 from gptcore.records import PRIMARY
 
 
@@ -253,7 +253,7 @@ def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
     )
     others = TrialConfig().to_flat()
     trials = trials.with_columns(
-        pl.lit(others[knob]).alias(knob) for knob in COMPARED if knob not in trials.columns
+        pl.lit(value).alias(knob) for knob, value in others.items() if knob not in trials.columns
     )
     assert with_scheme(trials)["scheme"].to_list() == ["model5", "model5", "gpt2"]
     wider = trials.with_columns(
