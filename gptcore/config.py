@@ -8,6 +8,7 @@ Importing this module imports neither torch nor anything else that is heavy.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import inspect
@@ -17,7 +18,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 Scalar = int | float | str | bool
 
@@ -33,6 +34,13 @@ class InputError(ValueError):
 
     Commands print it on stderr and exit with code 2.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def seed_of(*words: str | int) -> int:
