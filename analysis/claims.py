@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import polars as pl
@@ -147,11 +147,9 @@ def widening(sweep: RunTables) -> Values:
     frames = []
     for kind in "qkv":
         growth = last_steps(growth_of(sweep, kind))
-        frames.append(
-            growth.group_by("trial_key", maintain_order=True).agg(value=pl.col("growth").median())
-            .select("trial_key", part=pl.lit(kind), value="value")
-        )  # fmt: skip
-    return _known(pl.concat(frames))
+        by_run = growth.group_by("trial_key", maintain_order=True).agg(pl.col("growth").median())
+        frames.append(_long(by_run, {kind: pl.col("growth")}))
+    return pl.concat(frames)
 
 
 def depth_gradient(sweep: RunTables) -> Values:
@@ -177,14 +175,12 @@ def depth_gradient_lasts(sweep: RunTables) -> Values:
 def first_layer_widest(sweep: RunTables) -> Values:
     """1 where the QKV of layer 0 grows more than that of every other layer, else 0."""
     growth = last_steps(growth_of(sweep, "qkv"))
-    return _known(
-        growth.group_by("trial_key", maintain_order=True)
-        .agg(
-            value=pl.col("growth").filter(pl.col("layer") == 0).first()
-            > pl.col("growth").filter(pl.col("layer") > 0).max()
-        )
-        .select("trial_key", part=pl.lit("layer 0 widest"), value=pl.col("value").cast(pl.Float64))
+    by_run = growth.group_by("trial_key", maintain_order=True).agg(
+        first=pl.col("growth").filter(pl.col("layer") == 0).first(),
+        others=pl.col("growth").filter(pl.col("layer") > 0).max(),
     )
+    widest = pl.col("first") > pl.col("others")
+    return _long(by_run, {"layer 0 widest": widest.cast(pl.Float64)})
 
 
 def heavier_tails(sweep: RunTables) -> Values:
@@ -193,11 +189,8 @@ def heavier_tails(sweep: RunTables) -> Values:
     by_layer = qkv.group_by("trial_key", "layer", maintain_order=True).agg(
         change=pl.col("excess_kurtosis").last() - pl.col("excess_kurtosis").first()
     )
-    return _known(
-        by_layer.group_by("trial_key", maintain_order=True)
-        .agg(value=pl.col("change").median())
-        .select("trial_key", part=pl.lit("change of excess kurtosis"), value="value")
-    )
+    by_run = by_layer.group_by("trial_key", maintain_order=True).agg(pl.col("change").median())
+    return _long(by_run, {"change of excess kurtosis": pl.col("change")})
 
 
 def order(sweep: RunTables) -> Values:
@@ -219,7 +212,7 @@ def rare_flips(sweep: RunTables) -> Values:
     """
     both = rare_by_size(sweep).with_columns(falls=pl.col("predicted") < 0)
     if both["falls"].n_unique() < 2:
-        return _values([])  # no sweep over sizes on both sides
+        both = both.clear()  # no sweep over sizes on both sides
     return _known(
         both.select(
             "trial_key",
@@ -270,11 +263,7 @@ def _change(sweep: RunTables, parts: Mapping[str, tuple[str, str]]) -> Values:
 
 def mask_matters(sweep: RunTables) -> Values:
     """log p of the common group at the last step, without the mask minus with it."""
-    rows = sweep.tables["token_groups"].filter(
-        pl.col("mask").is_in(["none", "sequence"]),
-        pl.col("step") == pl.col("step").max().over("trial_key"),
-        group="common_100",
-    )  # fmt: skip
+    rows = last_steps(sweep.tables["token_groups"]).filter(group="common_100")
     by_mask = rows.pivot("mask", index="trial_key", values="mean_logprob")
     return _long(by_mask, {"common, unmasked - masked": pl.col("none") - pl.col("sequence")})
 
@@ -297,11 +286,6 @@ def unused_rows_move(sweep: RunTables) -> Values:
             _long(split, {LOGIT: pl.col("logit_change"), LOG_Z: -pl.col("log_z_change")}),
         ]
     )
-
-
-def _values(rows: Sequence[Mapping[str, object]]) -> Values:
-    schema = {"trial_key": pl.String, "part": pl.String, "value": pl.Float64}
-    return pl.DataFrame(rows, schema=schema)
 
 
 def _long(wide: pl.DataFrame, numbers: Mapping[str, pl.Expr]) -> Values:

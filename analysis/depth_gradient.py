@@ -7,14 +7,13 @@ than the one before it, -1 where more.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 STEPS = (50, 100, 250, 500)
 """At these, beside the last, the course of a number is looked at."""
+IS_LAST = pl.col("step") == pl.col("step").max().over("trial_key")
 
 
 def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
@@ -33,13 +32,12 @@ def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
 
 def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of each run's last step."""
-    return frame.filter(pl.col("step") == pl.col("step").max().over("trial_key"))
+    return frame.filter(IS_LAST)
 
 
 def looked_at(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of STEPS and of each run's last step, with `is_last`."""
-    is_last = pl.col("step") == pl.col("step").max().over("trial_key")
-    rows = frame.with_columns(is_last=is_last)
+    rows = frame.with_columns(is_last=IS_LAST)
     return rows.filter(pl.col("is_last") | pl.col("step").is_in(STEPS))
 
 
@@ -71,15 +69,16 @@ def gradient_tau(growth: pl.DataFrame, by: list[str], column: str = "growth") ->
     tau = np.full(runs.height, np.nan)
     for size in np.unique(sizes):
         rows = np.flatnonzero(sizes == size)
-
-        def signs(name: str, rows: Any = rows, size: int = size) -> NDArray[np.float64]:
-            of_runs = runs[name].gather(rows).explode().to_numpy().astype(float).reshape(-1, size)
-            # A std of 0 at step 0 grows without bound: what is not finite is not known.
-            values = np.where(np.isfinite(of_runs), of_runs, np.nan)
-            return np.sign(values[:, :, None] - values[:, None, :])
-
-        of_layers, of_growth = signs("layer"), signs(column)
+        of_layers, of_growth = _signs(runs["layer"][rows]), _signs(runs[column][rows])
         pairs = np.sqrt((of_layers**2).sum((1, 2)) * (of_growth**2).sum((1, 2)))
         agree = (of_layers * of_growth).sum((1, 2))
         tau[rows] = -np.divide(agree, pairs, out=np.full(len(rows), np.nan), where=pairs != 0)
     return runs.select(*by, tau=pl.Series(tau).fill_nan(None))
+
+
+def _signs(runs: pl.Series) -> NDArray[np.float64]:
+    """Of each run, a list of as many values as every other: the sign of each value minus each."""
+    values = runs.explode().to_numpy().astype(float).reshape(len(runs), -1)
+    # A std of 0 at step 0 grows without bound: what is not finite is not known.
+    known = np.where(np.isfinite(values), values, np.nan)
+    return np.sign(known[:, :, None] - known[:, None, :])

@@ -97,6 +97,12 @@ def _band_and_line(
     return alt.layer(band, line).add_params(one).properties(width=220, height=160)
 
 
+def _rules(axis: str, *at: float, **style: Any) -> Any:
+    """Grey lines across a chart, at values of its x or y."""
+    rules = alt.Chart(pl.DataFrame({"at": at})).mark_rule(color=GREY, **style)
+    return rules.encode(**{axis: "at:Q"})
+
+
 def fig_init_errors(errors: pl.DataFrame) -> Any:
     """Error of each kind's std at step 0, a dot a run, with the claim's margin."""
     runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
@@ -107,10 +113,8 @@ def fig_init_errors(errors: pl.DataFrame) -> Any:
         tooltip=["scheme:N", "subset:N", "seed:N", "kind:N",
                  alt.Tooltip("expected:Q", format=".5f"), alt.Tooltip("found:Q", format=".5f")],
     )  # fmt: skip
-    margin = alt.Chart(pl.DataFrame({"at": [-ERROR, ERROR]})).mark_rule(
-        color=GREY, strokeDash=[4, 3]
-    )
-    return alt.layer(margin.encode(x="at:Q"), runs).properties(width=460)
+    margin = _rules("x", -ERROR, ERROR, strokeDash=[4, 3])
+    return alt.layer(margin, runs).properties(width=460)
 
 
 def fig_qkv_std(growth: pl.DataFrame) -> Any:
@@ -140,8 +144,8 @@ def fig_tau_of_runs(gradients: pl.DataFrame) -> Any:
         tooltip=["scheme:N", "subset:N", "seed:N", alt.Tooltip("tau:Q", format=".3f"), "trial_key"],
     )
     median = base.mark_tick(color="black", thickness=2, size=16).encode(x="median(tau):Q")
-    bound = alt.Chart(pl.DataFrame({"at": [0.0, TAU]})).mark_rule(color=GREY, strokeDash=[4, 3])
-    return alt.layer(bound.encode(x="at:Q"), runs, median).properties(width=460)
+    bounds = _rules("x", 0.0, TAU, strokeDash=[4, 3])
+    return alt.layer(bounds, runs, median).properties(width=460)
 
 
 def fig_tau_over_steps(tau: pl.DataFrame) -> Any:
@@ -219,8 +223,7 @@ def fig_rare_by_size(changes: pl.DataFrame) -> Any:
     )  # fmt: skip
     means = base.mark_line().encode(y="mean(change):Q", color=_scheme())
     predicted = base.mark_line(color="black", strokeDash=[6, 4]).encode(y="mean(predicted):Q")
-    zero = alt.Chart(pl.DataFrame({"at": [0.0]})).mark_rule(color=GREY).encode(y="at:Q")
-    return alt.layer(zero, predicted, means, runs).properties(width=460, height=260)
+    return alt.layer(_rules("y", 0.0), predicted, means, runs).properties(width=460, height=260)
 
 
 def fig_same_tokens(tokens: pl.DataFrame) -> Any:
@@ -292,11 +295,10 @@ def fig_specifications(specified: pl.DataFrame) -> Any:
     ends = (alt.Tooltip(f"{end}:Q", format=".3f") for end in ("value", "low", "high"))
     tooltip: list[Any] = [*(f"{choice}:N" for choice in choices), "verdict:N", *ends]
     base = alt.Chart(ranked).encode(x=x, color=verdict, tooltip=tooltip)
-    zero = alt.Chart(pl.DataFrame({"at": [0.0]})).mark_rule(color=GREY).encode(y="at:Q")
     points = base.mark_circle(size=30, opacity=1).encode(y=alt.Y("value:Q", title="estimate"))
     intervals = base.mark_rule().encode(y="low:Q", y2="high:Q")
     known = [intervals] if ranked["low"].drop_nulls().len() else []
-    estimates = alt.layer(zero, *known, points).properties(width=720, height=200)
+    estimates = alt.layer(_rules("y", 0.0), *known, points).properties(width=720, height=200)
     chosen = ranked.unpivot(
         on=choices, index=["rank", *results], variable_name="choice", value_name="option"
     ).with_columns(chosen=pl.concat_str("choice", pl.lit(": "), "option"))

@@ -23,7 +23,7 @@ from analysis.runs import RunTables, read_some
 from analysis.specifications import SPECIFIED, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
 from analysis.verdicts import UNTESTED, compare, judge
-from gptcore.config import COMPARED, KNOBS, spelling
+from gptcore.config import compared, spelling, varied
 from gptcore.records import PRIMARY
 from gptcore.tokenizer import gpt2_encoding
 
@@ -38,12 +38,9 @@ def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
     It is init.scheme, and every other knob of COMPARED that the sweep varies, so that no two
     optimisers, say, are ever averaged: `model5, optim.name sgd`.
     """
-    varied = [
-        f"{knob} " + pl.col(knob).map_elements(spelling, pl.String)
-        for knob in COMPARED
-        if knob != "init.scheme" and trials[knob].n_unique() > 1
-    ]
-    return trials.with_columns(scheme=pl.concat_str("init.scheme", *varied, separator=", "))
+    scheme, *others = compared(trials.to_dicts())
+    told = [f"{knob} " + pl.col(knob).map_elements(spelling, pl.String) for knob in others]
+    return trials.with_columns(scheme=pl.concat_str(scheme, *told, separator=", "))
 
 
 def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
@@ -91,7 +88,7 @@ def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     columns = ("step", "layer", "edges", "counts")
     rows, unreadable = read_some("histograms", sweep, one["trial_key"].to_list(), *columns)
     if rows.is_empty():
-        return pl.DataFrame(schema={"trial_key": pl.String}), unreadable
+        return rows, unreadable
     inner = rows.select(
         "trial_key", "layer", "step",
         low=pl.col("edges").list.head(pl.col("edges").list.len() - 1),
@@ -117,7 +114,7 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     keys = some["trial_key"].to_list()
     rows, unreadable = read_some("tokens", sweep, keys, "step", "count", "log_prob_masked")
     if rows.is_empty():
-        return pl.DataFrame(schema={"trial_key": pl.String}), unreadable
+        return rows, unreadable
     tokens = (
         last_steps(rows)
         .select(
@@ -256,9 +253,9 @@ def runs(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> list[dict[str,
         .agg(last_loss=pl.col("loss").sort_by("step").last())
     )
     tau = by_run["depth_gradient"].select("trial_key", "tau", "widest_layer")
-    varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
+    knobs = varied(sweep.trials.to_dicts())
     return (
-        sweep.trials.select("trial_key", *varied, "status", "reason")
+        sweep.trials.select("trial_key", *knobs, "status", "reason")
         .join(losses, on="trial_key", how="left", maintain_order="left")
         .join(tau, on="trial_key", how="left", maintain_order="left")
         .to_dicts()

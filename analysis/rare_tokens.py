@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import polars as pl
 
+from analysis.runs import RunTables
 from gptcore.records import PRIMARY
 
 ORDERS = {
@@ -56,4 +60,32 @@ def orders_hold(changes: pl.DataFrame) -> pl.DataFrame:
             ((pl.col(low) < pl.col(middle)) & (pl.col(middle) < pl.col(high))).alias(name)
             for name, (low, middle, high) in ORDERS.items()
         ),
+    )
+
+
+def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
+    """The sweep with the names of its token groups dealt anew within each run: a control, in which
+    what is said of rare tokens is said of others as often.
+
+    Dealt among the groups that the run has numbers for; the others keep their names.
+    """
+    rng = np.random.default_rng(seed)
+    numbered = primary(sweep.tables["token_groups"].lazy()).drop_nulls("mean_logprob").collect()
+    names = numbered.group_by("trial_key").agg(pl.col("group").unique().sort()).sort("trial_key")
+    dealt = [rng.permutation(of_run).tolist() for of_run in names["group"].to_list()]
+    new_names = names.with_columns(dealt=pl.Series(dealt, dtype=pl.List(pl.String)))
+    by_group = new_names.explode("group", "dealt")
+    tables = {
+        table: sweep.tables[table]
+        .join(by_group, on=["trial_key", "group"], how="left", maintain_order="left")
+        .with_columns(group=pl.coalesce("dealt", "group"))
+        .drop("dealt")
+        for table in ("token_groups", "group_weights")
+    }
+    note = f"A control: the names of token groups are shuffled within each run (seed {seed})."
+    return replace(
+        sweep,
+        notes=(*sweep.notes, note),
+        claims_digest=None,
+        tables={**sweep.tables, **tables},
     )

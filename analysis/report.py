@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ == "__main__":
     # The checkout's root, not its analysis/, is where imports start.
@@ -31,9 +31,9 @@ import vl_convert
 from analysis.claims import CLAIMS
 from analysis.figures import FIGURES, drawn
 from analysis.findings import find, format_estimate, frames_of_runs, outcome, with_scheme
-from analysis.rare_tokens import ORDERS
-from analysis.runs import RunTables, mlflow_command, read_sweeps, shuffled_labels, tracking_uri
-from gptcore.config import KNOBS, InputError, spelling
+from analysis.rare_tokens import ORDERS, shuffled_labels
+from analysis.runs import RunTables, mlflow_command, read_sweeps, tracking_uri
+from gptcore.config import KNOBS, InputError, Parser, spelling, varied
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -141,7 +141,7 @@ def render(
 ) -> str:
     """The page: one HTML file with everything in it."""
     charts = drawn(frames)
-    varied = [knob for knob in KNOBS if sweep.trials[knob].n_unique() > 1]
+    differ = varied(sweep.trials.to_dicts())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -162,8 +162,8 @@ def render(
         figures=FIGURES,
         sections=SECTIONS,
         vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in varied},
-        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if knob not in varied},
+        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
+        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if knob not in differ},
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},
@@ -173,8 +173,8 @@ def render(
     )
 
 
-def seed_of(text: str) -> int:
-    """A seed: a whole number from 0."""
+def whole_number(text: str) -> int:
+    """A seed from its spelling."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, not {text!r}")
     return int(text)
@@ -182,11 +182,6 @@ def seed_of(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; -> its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise InputError(message)
-
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -207,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"show only these, corrected for all: {', '.join(CLAIMS)}",
     )  # fmt: skip
     parser.add_argument(
-        "--shuffle-labels", type=seed_of, metavar="SEED",
+        "--shuffle-labels", type=whole_number, metavar="SEED",
         help="a control: the names of the token groups are dealt anew within each run",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for the report (RUNS_DIR/reports/NAME)")

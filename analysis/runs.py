@@ -8,6 +8,7 @@ have rows; the others are in `trials` with their status.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,16 +16,15 @@ import re
 import shlex
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import numpy as np
 import polars as pl
 import requests
 import sqlalchemy
@@ -45,6 +45,9 @@ DOWNLOADS = 16
 VIEW = "sweep"
 """Name of the view that a sweep's experiment opens with, in the address of its page."""
 
+UNREADABLE = (OSError, pl.exceptions.PolarsError)
+"""What reading a table that is damaged or not there raises."""
+
 for chatty in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -63,9 +66,9 @@ class RunTables:
     tables: Mapping[str, pl.DataFrame]
     """The rows of finished trials by table, as gptcore.records says, behind a column trial_key."""
     folders: Mapping[str, Path]
-    """By trial key where its tables lie, or are fetched to."""
+    """By trial key where its tables lie: where the run left them, or fetched to the cache."""
     uri: str  # of the store
-    is_local: bool  # the tables are read where the runs left them
+    cache: Path
 
 
 def tracking_uri(runs_dir: Path) -> str:
@@ -135,19 +138,19 @@ def chart_page(uri: str, experiment_id: str) -> str:
     return f"{server}/#/experiments/{experiment_id}/runs?{query}"
 
 
-def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> list[Run]:
+def search_runs(client: MlflowClient, experiments: list[str], kind: str) -> list[Run]:
     """All runs of a kind (trial, sweep) in the experiments, newest first, without what is measured.
 
     A store on this machine is asked directly: of 2,000 runs MLflow's own search makes a quarter of
     a million objects, most of them metrics that nobody reads.
     """
     if client.tracking_uri.startswith("sqlite:"):
-        return _runs_in_file(client.tracking_uri, experiment_ids, kind)
+        return _runs_in_file(client.tracking_uri, experiments, kind)
     runs: list[Run] = []
     page = None
     while True:
         found = client.search_runs(
-            experiment_ids,
+            experiments,
             f"tags.kind = '{kind}'",
             ViewType.ACTIVE_ONLY,
             max_results=1000,
@@ -159,7 +162,7 @@ def search_runs(client: MlflowClient, experiment_ids: list[str], kind: str) -> l
             return runs
 
 
-def _runs_in_file(uri: str, experiment_ids: list[str], kind: str) -> list[Run]:
+def _runs_in_file(uri: str, experiments: list[str], kind: str) -> list[Run]:
     """search_runs of a SQLite store."""
     asked = sqlalchemy.text(
         "select r.run_uuid, r.experiment_id, r.user_id, r.status, r.start_time, r.end_time, "
@@ -167,7 +170,7 @@ def _runs_in_file(uri: str, experiment_ids: list[str], kind: str) -> list[Run]:
         "join tags k on k.run_uuid = r.run_uuid and k.key = 'kind' and k.value = :kind "
         "where r.lifecycle_stage = 'active' order by r.start_time desc, r.run_uuid"
     )
-    wanted = set(map(int, experiment_ids))
+    wanted = set(map(int, experiments))
     found: dict[str, Run] = {}
     engine = sqlalchemy.create_engine(uri)
     with engine.connect() as store:
@@ -210,7 +213,10 @@ def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
     return rows
 
 
-READ: dict[str, Callable[[pl.LazyFrame], pl.LazyFrame]] = {
+Rows = Callable[[pl.LazyFrame], pl.LazyFrame]
+"""What of a table is read: from all its rows, with a column `file`, to some that keep it."""
+
+READ: dict[str, Rows] = {
     "init": _all,
     "training": _all,
     "weights": lambda rows: rows.filter(
@@ -248,41 +254,19 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
     name = " + ".join(run.data.tags["sweep"] for run in sweeps)
     plans = [_plan(client, run) for run in sweeps]
     runs = trial_runs(client)
-    defaults = TrialConfig().to_flat()
-    params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
-    trials = pl.DataFrame(
-        [
-            {
-                "trial_key": key,
-                "run_id": runs[key].info.run_id if key in runs else None,
-                "status": trial_status(runs.get(key)),
-                "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
-                # A plan made before a knob was added does not have it.
-                **{**defaults, **flat},
-            }
-            for key, flat in params.items()
-        ],
-        infer_schema_length=None,
-    )
+    trials = _trials(plans, runs)
     if where is not None:
         trials = selected(trials, where)
     finished = trials.filter(pl.col("status") == "finished")["trial_key"].to_list()
     if not finished:
         condition = f" for which {where}" if where else ""
         raise InputError(f"sweep {name} has no finished trials yet{condition}")
-    folders = _folders(client, {key: runs[key] for key in finished}, cache)
-    is_local = all(folder.parent != cache for folder in folders.values())
-    if not is_local:
-        _fetch_all(
-            client,
-            [
-                (runs[key].info.run_id, table, folder)
-                for key, folder in folders.items()
-                for table in READ
-                if folder.parent == cache and not (folder / f"{table}.parquet").exists()
-            ],
-        )
-    tables, unreadable = read_tables(folders)
+    folders = {key: _folder(runs[key], cache) for key in finished}
+    _fetch_all(uri, cache, READ, folders)
+    tables, unreadable = read_tables(READ, folders)
+    if not tables:
+        key, why = next(iter(unreadable.items()))
+        raise InputError(f"no trial can be read: of {key} the {why}")
     digests = {run.data.tags.get("claims_digest") for run in sweeps}
     notes = dict.fromkeys(note for plan in plans for note in plan["notes"])
     return RunTables(
@@ -301,7 +285,7 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
         tables=tables,
         folders={key: folder for key, folder in folders.items() if key not in unreadable},
         uri=uri,
-        is_local=is_local,
+        cache=cache,
     )
 
 
@@ -335,24 +319,47 @@ def _plan(client: MlflowClient, sweep: Run) -> dict[str, Any]:
         return plan
 
 
-def _folders(client: MlflowClient, runs: Mapping[str, Run], cache: Path) -> dict[str, Path]:
-    """By trial key the folder of its tables: in place for a local store, else in `cache`."""
-    places = {key: urllib.parse.urlsplit(run.info.artifact_uri) for key, run in runs.items()}
-    return {
-        key: Path(urllib.parse.unquote(place.path))
-        if place.scheme == "file"
-        else cache / runs[key].info.run_id
-        for key, place in places.items()
-    }
+def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.DataFrame:
+    """RunTables.trials of all trials of the plans. `runs`: as trial_runs."""
+    defaults = TrialConfig().to_flat()
+    params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
+    return pl.DataFrame(
+        [
+            {
+                "trial_key": key,
+                "run_id": runs[key].info.run_id if key in runs else None,
+                "status": trial_status(runs.get(key)),
+                "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
+                # A plan made before a knob was added does not have it.
+                **{**defaults, **flat},
+            }
+            for key, flat in params.items()
+        ],
+        infer_schema_length=None,
+    )
 
 
-def _fetch_all(client: MlflowClient, missing: Sequence[tuple[str, str, Path]]) -> None:
-    """Fetch (run id, table, folder) from a server, several at a time.
+def _folder(run: Run, cache: Path) -> Path:
+    """Where a run's tables are read: in place for a local store, else in `cache`, by run."""
+    place = urllib.parse.urlsplit(run.info.artifact_uri)
+    if place.scheme == "file":
+        return Path(urllib.parse.unquote(place.path))
+    return cache / run.info.run_id
+
+
+def _fetch_all(uri: str, cache: Path, tables: Iterable[str], folders: Mapping[str, Path]) -> None:
+    """Fetch what the folders of `cache` lack of the tables from a server, several at a time.
 
     Raises InputError where the server stops answering.
     """
+    missing = [
+        (folder, table)
+        for folder, table in itertools.product(folders.values(), tables)
+        if folder.parent == cache and not (folder / f"{table}.parquet").exists()
+    ]
     if not missing:
         return
+    client = connect(uri)
     bar = Progress(console=Console(stderr=True), transient=True)
     try:
         with ThreadPoolExecutor(max_workers=DOWNLOADS) as pool, bar:
@@ -361,17 +368,15 @@ def _fetch_all(client: MlflowClient, missing: Sequence[tuple[str, str, Path]]) -
                 pass
     except (requests.RequestException, MlflowException) as error:
         why = " ".join(str(error).split())
-        raise InputError(
-            f"the runs cannot be read from {shown(client.tracking_uri)}: {shown(why)}"
-        ) from error
+        raise InputError(f"the runs cannot be read from {shown(uri)}: {shown(why)}") from error
 
 
-def _fetch(client: MlflowClient, run_id: str, table: str, folder: Path) -> None:
+def _fetch(client: MlflowClient, folder: Path, table: str) -> None:
     """Put one table of a finished run, which never changes, into its folder: all of it or none.
 
     None where the run lacks it or has no Parquet file there: whoever reads it says so.
     """
-    name = f"{table}.parquet"
+    run_id, name = folder.name, f"{table}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
@@ -409,38 +414,31 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
 
 
 def read_tables(
-    folders: Mapping[str, Path],
+    what: Mapping[str, Rows], folders: Mapping[str, Path]
 ) -> tuple[dict[str, pl.DataFrame], dict[str, str]]:
-    """The tables of READ of many trials, `folders` by trial key; -> also why which cannot be read.
+    """Some tables of many trials, `folders` by trial key; -> also why which cannot be read.
 
-    A trial is left out whole. Raises InputError for another schema, and where no trial can be read.
+    A trial is left out whole; where none is left, there is no table. Raises InputError for another
+    schema.
     """
+    unreadable: dict[str, str] = {}
     try:
-        return {table: read_table(table, folders) for table in READ}, {}
-    except (OSError, pl.exceptions.PolarsError):
-        unreadable = {}
+        return {table: read_table(table, rows, folders) for table, rows in what.items()}, {}
+    except UNREADABLE:
         for key, folder in folders.items():
             try:
-                for table in READ:
-                    read_table(table, {key: folder})
-            except (OSError, pl.exceptions.PolarsError) as error:
+                for table, rows in what.items():
+                    read_table(table, rows, {key: folder})
+            except UNREADABLE as error:
                 unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
     whole = {key: folder for key, folder in folders.items() if key not in unreadable}
     if not whole:
-        key, why = next(iter(unreadable.items()))
-        raise InputError(f"no trial can be read: of {key} the {why}")
-    return {table: read_table(table, whole) for table in READ}, unreadable
+        return {}, unreadable
+    return {table: read_table(table, rows, whole) for table, rows in what.items()}, unreadable
 
 
-def read_table(
-    table: str,
-    folders: Mapping[str, Path],
-    what: Callable[[pl.LazyFrame], pl.LazyFrame] | None = None,
-) -> pl.DataFrame:
-    """One table of many trials, `folders` by trial key; of it what READ says, or `what`.
-
-    Raises InputError for another schema.
-    """
+def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFrame:
+    """One table of many trials, as read_tables."""
     keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}
     for file, key in keys.items():
         found = pl.read_parquet_metadata(file).get("schema_version")
@@ -450,72 +448,19 @@ def read_table(
                 f"{SCHEMA_VERSION}"
             )
     # One scan over all files: a read for each would take longer than all else together.
-    rows = (what or READ[table])(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
+    read = rows(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
     # A path stands beside each of its rows: it is looked up once for all that follow one another.
-    files = rows["file"]
+    files = read["file"]
     firsts = files.filter(files.ne_missing(files.shift()))
     trial_key = pl.Series("trial_key", [keys[file] for file in firsts], pl.String)
-    return rows.drop("file").insert_column(0, trial_key.gather(files.rle_id()))
+    return read.drop("file").insert_column(0, trial_key.gather(files.rle_id()))
 
 
 def read_some(
     table: str, sweep: RunTables, keys: Sequence[str], *columns: str
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Some columns of a table that is read of a few trials; -> also why which cannot be read."""
-    run_ids = dict(sweep.trials.select("trial_key", "run_id").rows())
-    if not sweep.is_local:
-        missing = [
-            (run_ids[key], table, sweep.folders[key])
-            for key in keys
-            if not (sweep.folders[key] / f"{table}.parquet").exists()
-        ]
-        _fetch_all(connect(sweep.uri), missing)
-    frames, unreadable = [], {}
-    for key in keys:
-        try:
-            frames.append(
-                read_table(
-                    table, {key: sweep.folders[key]}, lambda rows: rows.select(*columns, "file")
-                )
-            )
-        except (OSError, pl.exceptions.PolarsError) as error:
-            unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
-    return (pl.concat(frames) if frames else pl.DataFrame()), unreadable
-
-
-def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
-    """The sweep with the names of its token groups dealt anew within each run: a control, in which
-    what is said of rare tokens is said of others as often.
-
-    Dealt among the groups that the run has numbers for; the others keep their names.
-    """
-    rng = np.random.default_rng(seed)
-    rows = sweep.tables["token_groups"].filter(mask=PRIMARY["mask"])
-    of_runs = rows.group_by("trial_key").agg(
-        numbered=pl.col("group").filter(pl.col("mean_logprob").is_not_null()).unique().sort(),
-        group=pl.col("group").unique().sort(),
-    )
-    dealt = pl.concat(
-        [
-            pl.DataFrame({"trial_key": key, "group": groups}).with_columns(
-                dealt=pl.col("group").replace(
-                    dict(zip(numbered, rng.permutation(numbered).tolist(), strict=True))
-                )
-            )
-            for key, numbered, groups in of_runs.sort("trial_key").rows()
-        ]
-    )
-    tables = {
-        table: sweep.tables[table]
-        .join(dealt, on=["trial_key", "group"], maintain_order="left")
-        .with_columns(group="dealt")
-        .drop("dealt")
-        for table in ("token_groups", "group_weights")
-    }
-    note = f"A control: the names of token groups are shuffled within each run (seed {seed})."
-    return replace(
-        sweep,
-        notes=(*sweep.notes, note),
-        claims_digest=None,
-        tables={**sweep.tables, **tables},
-    )
+    folders = {key: sweep.folders[key] for key in keys}
+    _fetch_all(sweep.uri, sweep.cache, [table], folders)
+    tables, unreadable = read_tables({table: lambda rows: rows.select(*columns, "file")}, folders)
+    return tables.get(table, pl.DataFrame(schema={"trial_key": pl.String})), unreadable

@@ -8,6 +8,7 @@ Importing this module imports neither torch nor anything else that is heavy.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import inspect
@@ -15,9 +16,9 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 Scalar = int | float | str | bool
 
@@ -33,6 +34,13 @@ class InputError(ValueError):
 
     Commands print it on stderr and exit with code 2.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def seed_of(*words: str | int) -> int:
@@ -254,6 +262,18 @@ COMPARED = tuple(
 """The knobs that tell configurations apart: runs that differ in one of them are never averaged. Not
 seeds, which are the sample; nor subsets, which have a place of their own; nor what changes no run.
 """
+
+
+def varied(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
+    """The knobs in which trials differ, each trial given by its dotted keys."""
+    return [knob for knob in KNOBS if len({trial[knob] for trial in trials}) > 1]
+
+
+def compared(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
+    """The knobs that name the configurations of trials: the scheme, and others of COMPARED that
+    vary."""
+    others = [knob for knob in varied(trials) if knob in COMPARED and knob != "init.scheme"]
+    return ["init.scheme", *others]
 
 
 def knob_type(key: str) -> type:

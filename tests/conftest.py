@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def make_sweep(
     A trial that another sweep has already run is planned here, and not run again.
     """
     from analysis.claims import digest
-    from analysis.runs import connect, search_runs
+    from analysis.runs import connect, trial_runs
     from gptcore.experiment import check_trial, run_trial
     from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
     from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
@@ -124,8 +125,7 @@ def make_sweep(
     for one in knobs:
         config = TrialConfig.from_flat({**TINY, **one})
         trials[config.key(check_trial(config).digest)] = config
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    done = {run.data.tags["trial_key"] for run in search_runs(client, everywhere, "trial")}
+    done = trial_runs(client)
     for key, config in list(trials.items())[: len(trials) - missing]:
         if key not in done:
             flat = config.to_flat()
@@ -172,6 +172,16 @@ def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     halves = [{**scheme, "corpus.subset": "0-0.25"} for scheme in schemes]
     make_sweep(uri, runs_dir, "two", [*halves, schemes[0]])
     return runs_dir
+
+
+def moved(runs_dir: Path, to: Path) -> Path:
+    """A copy of a runs folder whose artifacts are those of the copy: it can be changed."""
+    shutil.copytree(runs_dir, to)
+    with sqlite3.connect(to / "mlflow.db") as store:
+        store.execute(
+            "update runs set artifact_uri = replace(artifact_uri, ?, ?)", (str(runs_dir), str(to))
+        )
+    return to
 
 
 @pytest.fixture(scope="session")

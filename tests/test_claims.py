@@ -8,13 +8,8 @@ import pytest
 
 from analysis import claims
 from analysis.claims import CLAIMS, Part, digest
-from analysis.runs import (
-    connect,
-    read_sweeps,
-    shuffled_labels,
-    tracking_uri,
-    trial_runs,
-)
+from analysis.rare_tokens import shuffled_labels
+from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs
 from analysis.verdicts import judge
 from gptcore.records import PRIMARY
 

@@ -2,7 +2,17 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from gptcore.config import KNOBS, InputError, TrialConfig, knob_type, parse_value, seed_of
+from gptcore.config import (
+    COMPARED,
+    KNOBS,
+    InputError,
+    TrialConfig,
+    compared,
+    knob_type,
+    parse_value,
+    seed_of,
+    varied,
+)
 
 OTHER = {
     "model.tied": False,
@@ -46,6 +56,15 @@ def test_a_whole_number_stands_for_a_float_and_gives_the_same_key():
 def test_key_follows_every_knob_but_name_and_device(key):
     same = changed(key).key("digest") == TrialConfig().key("digest")
     assert same == (key in ("corpus.name", "train.device", "train.checkpoint_seconds"))
+
+
+@pytest.mark.parametrize("key", KNOBS)
+def test_the_knob_in_which_trials_differ_is_found(key):
+    trials = [config.to_flat() for config in (TrialConfig(), changed(key), TrialConfig())]
+    assert varied(trials) == [key]
+    named = key in COMPARED and key != "init.scheme"
+    assert compared(trials) == ["init.scheme", *([key] if named else [])]
+    assert (varied(trials[:1]), compared(trials[:1])) == ([], ["init.scheme"])
 
 
 def test_key_follows_the_corpus_and_the_experiment_version(monkeypatch):

@@ -3,9 +3,7 @@
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ import time
 import pytest
 
 from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
-from conftest import ROOT, TINY, flags
+from conftest import ROOT, TINY, flags, moved
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from sweeps.launch import main
@@ -25,14 +23,7 @@ from sweeps.tracking import MlflowRecorder, close_cut_off, open_experiment, set_
 @pytest.fixture
 def runs_dir(two_sweeps, tmp_path):
     """A copy of the runs of `one` and `two`, to be changed."""
-    copy = tmp_path / "runs"
-    shutil.copytree(two_sweeps, copy)
-    with sqlite3.connect(copy / "mlflow.db") as store:
-        store.execute(
-            "update runs set artifact_uri = replace(artifact_uri, ?, ?)",
-            (str(two_sweeps), str(copy)),
-        )
-    return copy
+    return moved(two_sweeps, tmp_path / "runs")
 
 
 def ledger_of(runs_dir, sweep):

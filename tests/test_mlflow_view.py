@@ -1,9 +1,13 @@
-"""What is stored; that MLflow's page opens with it is tested in test_report.py, in a browser."""
+"""What is stored, and that MLflow's page opens with it, in a browser."""
 
 import base64
 import json
 import zlib
 
+import pytest
+
+from analysis.runs import chart_page, connect
+from conftest import SCREENSHOTS
 from sweeps.mlflow_view import view_of_sweep, view_state
 from sweeps.tracking import chart_points
 
@@ -35,3 +39,21 @@ def test_every_chart_shows_metrics_that_trials_have(tiny):
     shown = {key for chart in state["compareRunCharts"] for key in chart["selectedMetricKeys"]}
     assert shown <= known
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 6
+
+
+@pytest.mark.browser
+def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
+    experiment = connect(server_sweep).get_experiment_by_name("served").experiment_id
+    page.set_viewport_size({"width": 1900, "height": 1100})
+    page.goto(chart_page(server_sweep, experiment))
+    page.get_by_text("What the claims are about").wait_for(timeout=60_000)
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
+    page.wait_for_timeout(2000)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "mlflow.png")
+    text = page.inner_text("body")
+    assert "4 matching runs" in text
+    assert "Group by: init.scheme" in text
+    assert "share key" not in text  # of an error
+    titles = ("loss/val", "qkv_std/layer_00", "logprob/never_used")
+    assert all(title in text for title in titles)

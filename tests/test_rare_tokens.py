@@ -1,7 +1,8 @@
 import polars as pl
 import pytest
 
-from analysis.rare_tokens import ORDERS, group_changes, orders_hold
+from analysis.rare_tokens import ORDERS, group_changes, orders_hold, shuffled_labels
+from analysis.runs import read_sweeps, tracking_uri
 from gptcore.records import PRIMARY
 
 
@@ -57,3 +58,25 @@ def test_orders_hold_or_fail_as_planted():
     assert (found["as_said"][replicate], found["as_said"][whole]) == (True, True)
     assert (found["not"][replicate], found["not"][whole]) == (False, True)
     assert (found["null"][replicate], found["null"][whole]) == (None, None)
+
+
+def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
+    sweep = read_sweeps(tracking_uri(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
+    shuffled = shuffled_labels(sweep, 1)
+    by = ["trial_key", "step", "mask"]
+    rows, dealt = (one.tables["token_groups"] for one in (sweep, shuffled))
+    assert dealt.group_by(*by, "group").len()["len"].unique().to_list() == [1]
+    assert (
+        dealt.sort(*by, "log_z", "mean_logprob").drop("group")
+        .equals(rows.sort(*by, "log_z", "mean_logprob").drop("group"))
+    )  # fmt: skip
+    assert not dealt["group"].equals(rows["group"])
+    assert shuffled_labels(sweep, 1).tables["token_groups"].equals(dealt)
+    # A run keeps its deal from step to step, and from mask to mask.
+    joined = dealt.join(rows, on=[*by, "mean_logprob", "log_z", "excess"], suffix="_was")
+    masks = joined.drop_nulls("mean_logprob").filter(
+        pl.len().over(*by, "mean_logprob") == 1  # where numbers tell groups apart
+    )
+    names = masks.group_by("trial_key", "group").agg(pl.col("group_was").n_unique())
+    assert names["group_was"].to_list() == [1] * names.height
+    assert names.height > 4

@@ -1,17 +1,9 @@
-"""The writer and the reader of MLflow against a real store."""
+"""The writer of MLflow against a real store."""
 
-import base64
-import http.server
-import subprocess
-import sys
-import threading
-
-import polars as pl
 import pytest
 from mlflow import MlflowClient
 
-from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs, trial_status
-from conftest import ROOT
+from analysis.runs import connect, read_sweeps, trial_runs, trial_status
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
@@ -119,76 +111,6 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
         "other": "missing",
     }
     assert set(tables.tables["weights"]["trial_key"]) == {key}
-
-
-def test_tables_of_another_schema_are_refused_by_name(store, key, tiny, tmp_path):
-    run_trial(tiny, recorder(store, key, tiny))
-    client = MlflowClient(store["uri"])
-    plan = plan_of({key: {"params": tiny.to_flat()}})
-    SweepRun(client, store["experiment_id"], plan, launched=1)
-    run = trial_runs(client)[key]
-    file = run.info.artifact_uri.removeprefix("file://") + "/weights.parquet"
-    pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
-    with pytest.raises(InputError, match=f"trial {key} has schema version 0"):
-        read_sweeps(store["uri"], ["sweep"], None, tmp_path / "cache")
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "http://me:secret@127.0.0.1:9",
-        "http://me:secret@localhost:port",
-        "postgresql://me:secret@127.0.0.1:9/runs",
-        "gopher://me:secret@127.0.0.1",
-    ],
-)
-def test_a_store_that_does_not_answer_is_named_without_its_password(uri):
-    with pytest.raises(InputError) as error:
-        connect(uri)
-    assert f"the tracking store {uri.replace('secret', '***')} does not answer" in str(error.value)
-    assert "secret" not in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_server_that_wants_a_password_gets_it_and_answers(tmp_path):
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.headers["Authorization"])
-            self.send_response(200)
-            self.end_headers()
-
-        def do_POST(self):
-            self.do_GET()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        connect(f"http://me:secret@127.0.0.1:{server.server_port}")
-        server.shutdown()
-    assert asked[0] == "Basic " + base64.b64encode(b"me:secret").decode()
-
-
-def test_a_file_that_is_no_store_is_named(tmp_path):
-    (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 99)
-    with pytest.raises(InputError, match=r"mlflow.db does not answer"):
-        connect(tracking_uri(tmp_path))
-
-
-def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from analysis.runs import connect, tracking_uri; "
-        "connect(tracking_uri(Path(sys.argv[1])))"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(4)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * 4
-    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_deleted_sweep_is_not_silently_made_anew(store, tmp_path):
