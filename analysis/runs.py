@@ -16,7 +16,7 @@ import re
 import shlex
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,8 +240,15 @@ READ: dict[str, Rows] = {
 """The tables that a report rests on, and what of them; all else stays where it is."""
 
 
-def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) -> RunTables:
-    """The named sweeps as one, or the one launched last; of them the trials that `where` takes.
+def read_sweeps(
+    uri: str,
+    names: Sequence[str],
+    where: str | None,
+    cache: Path,
+    keys: Collection[str] | None = None,
+) -> RunTables:
+    """The named sweeps as one, or the one launched last; of them the trials that `where` takes, and
+    only those of some `keys` where they are given.
 
     `where` is an SQL expression over the knobs. Finished trials whose tables cannot be read have
     the status unreadable. `cache` keeps what is fetched from a server, by run. Raises InputError
@@ -257,6 +264,8 @@ def read_sweeps(uri: str, names: Sequence[str], where: str | None, cache: Path) 
     trials = _trials(plans, runs)
     if where is not None:
         trials = selected(trials, where)
+    if keys is not None:
+        trials = trials.filter(pl.col("trial_key").is_in(list(keys)))
     finished = trials.filter(pl.col("status") == "finished")["trial_key"].to_list()
     if not finished:
         condition = f" for which {where}" if where else ""

@@ -7,19 +7,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gptcore.config import KNOBS, InputError, TrialConfig, spelling
+from gptcore.config import KNOBS, InputError, Parser, TrialConfig, spelling
 from gptcore.corpus import CORPORA
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def sweep_parser(doc: str) -> Parser:

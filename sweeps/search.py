@@ -12,10 +12,12 @@ those it finds on fresh seeds.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 # The checkout's root, not its sweeps/, is where imports start, also before an installed `sweeps`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import matplotlib
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -46,11 +49,14 @@ from sweeps.study import (
     Range,
     Suggestions,
     answered,
+    in_order,
     open_study,
     parse_domain,
     takes,
 )
 from sweeps.tracking import find_run
+
+matplotlib.use("Agg")  # no screen is needed to write a file
 
 GOALS: dict[str, dict[str, list[str]]] = {
     "best": {"init.scheme": list(INIT_SCHEMES), "optim.lr": ["1e-4..1e-2"]},
@@ -65,9 +71,15 @@ GOALS: dict[str, dict[str, list[str]]] = {
 }
 """What may be suggested for each goal, as a command line gives it."""
 
+FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
+    "history": optuna.visualization.matplotlib.plot_optimization_history,
+    "importances": optuna.visualization.matplotlib.plot_param_importances,
+}
 METRICS = ("loss/val", "loss/probe", "loss/train")
 SHOWN = 10
 """Trials in the table that a search ends with."""
+FEW = 20
+"""Trials that say little of what mattered."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +123,8 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     domains: dict[str, Domain] = {knob: parse_domain(knob, typed[knob]) for knob in typed}
     if args.goal == "refute" and not is_fixed(domains.setdefault("init.seed", [0])):
         raise InputError("refute takes one --init.seed: what it finds is tried on fresh ones")
-    choices = {knob: domain for knob, domain in domains.items() if not isinstance(domain, Range)}
-    (choices,), notes = with_corpus([choices])
+    listed = {knob: domain for knob, domain in domains.items() if not isinstance(domain, Range)}
+    (choices,), notes = with_corpus([listed])
     domains = {**PARAMETERS, **domains, **choices}
     largest = largest_trial(domains)
     question = {
@@ -127,7 +139,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     for note in notes:
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
     with Session(name, runs_dir, args.trials_per_gpu, console) as session:
-        study = open_study(runs_dir, name, question, largest.train.steps)
+        study = open_study(runs_dir, name, question, largest)
         tried = Tried(session, study, question, domains, notes)
         stopped = tried.go_on(args.trials, largest)
         console.print(tried.table())
@@ -148,8 +160,9 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         if not args.no_report:
             session.report()
         session.artifacts += tried.write(found)
-        session.ended = "FINISHED"
-        return 0
+        failed = any(one.user_attrs.get("failed") for one in answered(study))
+        session.ended = "FAILED" if failed else "FINISHED"
+        return 1 if failed else 0
 
 
 def is_fixed(domain: Domain) -> bool:
@@ -160,7 +173,7 @@ def is_fixed(domain: Domain) -> bool:
 def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
     """A trial with the largest number of each knob, to measure what trials take at most."""
     flat: dict[str, Scalar] = {}
-    for knob in sorted(domains, key=lambda knob: knob not in ("init.scheme", "optim.name")):
+    for knob in in_order(domains):
         domain = domains[knob]
         if isinstance(domain, Range):
             value: Scalar = domain.high
@@ -274,8 +287,8 @@ class Tried:
         return list(trials)
 
     def confirmed(self, contrary: Sequence[FrozenTrial], seeds: int) -> list[dict[str, Any]]:
-        """Of each configuration its verdict on fresh seeds: what it showed on another one is what it
-        was chosen for. Corrected for the number of configurations (Bonferroni)."""
+        """Of each configuration its verdict on fresh seeds: for what it showed on another one it
+        was chosen. Corrected for the number of configurations (Bonferroni)."""
         claim, found = CLAIMS[self.question["of"]], []
         for one in contrary:
             trials, _ = checked(self.fresh_seeds(one, seeds))
@@ -325,20 +338,20 @@ class Tried:
         the report's folder; -> the files."""
         folder = self.session.runs_dir / "reports" / self.session.name
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        importances = {}
+        importances: dict[str, float] = {}
         files = []
         if len({one.values[0] for one in complete}) > 1:
-            importances = optuna.importance.get_param_importances(self.study)
-            figures = {
-                "history": optuna.visualization.matplotlib.plot_optimization_history,
-                "importances": optuna.visualization.matplotlib.plot_param_importances,
-            }
-            for name, draw in figures.items():
-                files.append(folder / f"{name}.png")
-                figure = draw(self.study).figure
-                write_atomically(
-                    files[-1], lambda file, figure=figure: figure.savefig(file, bbox_inches="tight")
+            if len(complete) < FEW:
+                # Optuna would warn of each parameter in turn.
+                warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
+                self.session.console.print(
+                    f"importances rest on {len(complete)} trials: they are rough", soft_wrap=True
                 )
+            importances = optuna.importance.get_param_importances(self.study)
+            for name, draw in FIGURES.items():
+                files.append(folder / f"{name}.png")
+                save = functools.partial(draw(self.study).figure.savefig, bbox_inches="tight")
+                write_atomically(files[-1], save)
         text = {
             **self.question,
             "trials": [

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,24 @@ from ray import tune
 from ray.tune.search import Searcher
 from sqlalchemy.exc import SQLAlchemyError
 
-from gptcore.config import InputError, Scalar, TrialConfig, knob_type, parameters_of, parse_value
+from gptcore.config import (
+    KNOBS,
+    InputError,
+    Scalar,
+    TrialConfig,
+    knob_type,
+    parameters_of,
+    parse_value,
+)
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 
 REDUCTION = 3
-"""Of the trials that reach a rung of ASHA one in so many goes on to the next."""
-RUNGS = 2
-"""Of ASHA below the last step: at a ninth of the steps, and at a third."""
+"""Of the trials that reach a rung of ASHA one in so many goes on to the next, which is as many
+times as far."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 @dataclass(frozen=True)
@@ -64,36 +73,42 @@ def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
     low, dots, high = texts[0].partition("..")
     if len(texts) > 1 or not dots or knob_type(knob) not in (int, float):
         return [parse_value(knob, text) for text in texts]
-    ends = [parse_value(knob, low), parse_value(knob, high)]
-    if not ends[0] < ends[1]:
-        raise InputError(f"--{knob} takes a range such as 1..10, not {texts[0]!r}")
-    return Range(*ends)
+    found = Range(*(float(parse_value(knob, end)) for end in (low, high)))
+    if found.low >= found.high:
+        raise InputError(f"{knob} takes a range from low to high, not {texts[0]!r}")
+    return found
 
 
 def takes(knob: str, flat: Mapping[str, Scalar]) -> bool:
     """Whether a trial that is so far `flat` takes the knob: not every scheme or optimiser does."""
     for chooser, registry in (("init.scheme", INIT_SCHEMES), ("optim.name", OPTIMIZERS)):
         section = chooser.partition(".")[0]
-        taken = {
-            name: [f"{section}.{one}" for one in parameters_of(registry[name])] for name in registry
-        }
-        if any(knob in knobs for knobs in taken.values()):
-            return knob in taken[str(flat[chooser])]
+        takers = [
+            name
+            for name, entry in registry.items()
+            if knob in [f"{section}.{parameter}" for parameter in parameters_of(entry)]
+        ]
+        if takers:
+            return flat.get(chooser, KNOBS[chooser].default) in takers
     return True
+
+
+def in_order(knobs: Iterable[str]) -> list[str]:
+    """The knobs, those first that decide which others a trial takes."""
+    return sorted(knobs, key=lambda knob: knob not in ("init.scheme", "optim.name"))
 
 
 def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
     """The knobs that the study suggests for a trial; numbers have three digits, as people write."""
-    flat: dict[str, Scalar] = {"init.scheme": "model5", "optim.name": "adamw"}
-    # What decides which others there are comes first.
-    for knob in sorted(domains, key=lambda knob: knob not in flat):
+    flat: dict[str, Scalar] = {}
+    for knob in in_order(domains):
         domain = domains[knob]
         if not takes(knob, flat):
             continue
         if not isinstance(domain, Range):
-            flat[knob] = (
-                trial.suggest_categorical(knob, list(domain)) if len(domain) > 1 else domain[0]
-            )
+            chosen = trial.suggest_categorical(knob, domain) if len(domain) > 1 else domain[0]
+            assert chosen is not None
+            flat[knob] = chosen
         elif knob_type(knob) is int:
             flat[knob] = trial.suggest_int(knob, int(domain.low), int(domain.high), log=domain.log)
         else:
@@ -102,9 +117,12 @@ def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
     return flat
 
 
-def open_study(runs_dir: Path, name: str, question: Mapping[str, Any], steps: int) -> optuna.Study:
+def open_study(
+    runs_dir: Path, name: str, question: Mapping[str, Any], largest: TrialConfig
+) -> optuna.Study:
     """The study of this name, which is minimised, made if it is new.
 
+    The first rung is where the fixed texts are read for the first time after the start, or later.
     Raises InputError where it asks another question, or its file is damaged.
     """
     file = runs_dir / "optuna.db"
@@ -115,7 +133,8 @@ def open_study(runs_dir: Path, name: str, question: Mapping[str, Any], steps: in
             load_if_exists=True,
             # ASHA (Li et al. 2020, arXiv:1810.05934), which Optuna calls by its synchronous name.
             pruner=optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=max(1, steps // REDUCTION**RUNGS), reduction_factor=REDUCTION
+                min_resource=max(largest.probes.text_every, largest.train.steps // REDUCTION**2),
+                reduction_factor=REDUCTION,
             ),
         )
         # Another seed for each start, or a study that goes on would draw what it drew before.
@@ -172,7 +191,7 @@ class Suggestions(Searcher):
         """How many trials the study may still have answered."""
         return self.trials - len(answered(self.study))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         """The next job that has to be run: what is known already is answered at once."""
         while trial := self._next():
             try:
@@ -208,6 +227,7 @@ class Suggestions(Searcher):
         trial, key = self.asked.pop(trial_id), self.keys.pop(trial_id)
         status = (result or {}).get("status")
         if error or status == "failed":
+            trial.set_user_attr("failed", True)
             self.study.tell(trial, state=TrialState.FAIL)
         elif status:
             self._tell(trial, key)
@@ -245,8 +265,9 @@ class Pruning(tune.Stopper):
         if trial is None or "value" not in result:
             return False
         frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
-        if result["step"] in frozen.intermediate_values:
-            return False  # told by the driver before this one
+        told = result["step"] in frozen.intermediate_values  # by the driver before this one
+        if told or result["step"] == frozen.user_attrs["params"]["train.steps"]:
+            return False
         trial.report(result["value"], result["step"])
         if trial.should_prune():
             self.pruned.add(trial_id)

@@ -24,8 +24,8 @@ def run_batch(config: dict[str, Any]) -> None:
     """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
-    in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has each value of
-    `config["metric"]` reported.
+    in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value
+    of `config["metric"]` reported.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
     would break again. What Tune tries again is a worker that died. A trial that Tune stops (by
     SystemExit) is left to the driver.
