@@ -20,7 +20,7 @@ LEVEL = 0.95
 
 
 class Estimate(TypedDict):
-    """A number over seeds with its 95% interval."""
+    """A number over seeds with its interval."""
 
     seeds: int
     value: float | None
@@ -29,17 +29,17 @@ class Estimate(TypedDict):
 
 
 @functools.cache
-def t_quantile(n: int) -> float:
-    """Of Student's t with n - 1 degrees of freedom, for an interval of LEVEL."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
+def t_quantile(n: int, level: float = LEVEL) -> float:
+    """Of Student's t with n - 1 degrees of freedom, for an interval of `level`."""
+    return float(stats.t.ppf((1 + level) / 2, n - 1))
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Mean with Student's t interval; no interval below 2 seeds."""
     low = high = None
     if len(values) >= 2:
         error = statistics.stdev(values) / math.sqrt(len(values))
-        half = error * t_quantile(len(values))
+        half = error * t_quantile(len(values), level)
         low, high = statistics.fmean(values) - half, statistics.fmean(values) + half
     value = statistics.fmean(values) if values else None
     return Estimate(seeds=len(values), value=value, low=low, high=high)
@@ -58,16 +58,17 @@ def t_p(values: Sequence[float]) -> float:
     return float(stats.t.sf(mean / error, len(values) - 1))
 
 
-def median_interval(values: Sequence[float]) -> Estimate:
-    """Median with the interval between two order statistics; no interval below 6 seeds.
+def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
+    """Median with the interval between two order statistics; at 95% none below 6 seeds.
 
-    Distribution-free and conservative: with k from the binomial(n, 1/2), at least 95% of samples
-    have the median between their k-th smallest and k-th largest value (Conover 1999, section 3.2).
+    Distribution-free and conservative: with k from the binomial(n, 1/2), at least `level` of
+    samples have the median between their k-th smallest and k-th largest value (Conover 1999,
+    section 3.2).
     """
     ordered, low, high = sorted(values), None, None
     if ordered:
-        outside = int(stats.binom.ppf((1 - LEVEL) / 2, len(ordered), 0.5))
-        if stats.binom.cdf(outside, len(ordered), 0.5) > (1 - LEVEL) / 2:
+        outside = int(stats.binom.ppf((1 - level) / 2, len(ordered), 0.5))
+        if stats.binom.cdf(outside, len(ordered), 0.5) > (1 - level) / 2:
             outside -= 1
         if outside >= 0:
             low, high = ordered[outside], ordered[-1 - outside]
@@ -75,14 +76,14 @@ def median_interval(values: Sequence[float]) -> Estimate:
     return Estimate(seeds=len(ordered), value=value, low=low, high=high)
 
 
-def share_interval(shares: Sequence[float]) -> Estimate:
+def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
     """Mean of shares, each of an independent unit and between 0 and 1, with Wilson's interval.
 
     Where every share is 0 or 1 it is the interval of Wilson (1927) for a proportion.
     """
     if not shares:
         return Estimate(seeds=0, value=None, low=None, high=None)
-    n, p, z = len(shares), statistics.fmean(shares), float(stats.norm.ppf((1 + LEVEL) / 2))
+    n, p, z = len(shares), statistics.fmean(shares), float(stats.norm.ppf((1 + level) / 2))
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return Estimate(seeds=n, value=p, low=max(0.0, middle - half), high=min(1.0, middle + half))

@@ -46,31 +46,38 @@ def judge(
     values: Mapping[str, Values],
     trials: pl.DataFrame,
     general: bool = True,
+    alpha: float = ALPHA,
 ) -> dict[str, dict[str, Any]]:
     """A finding for each claim on these trials; `supported` is corrected for their number (Holm).
+
+    All at the level `alpha`: intervals are of 1 - alpha, and an adjusted p has to be below it.
 
     `values`: what each claim's measure gave. `trials`: columns trial_key, status, config, seed; the
     numbers of other trials are left out. A diverged trial has no number: the verdict is also given
     with it counted against the claim. Where not in `general`, what is found is of these
     configurations, and says nothing of others.
     """
-    judged = {name: _judge_one(claims[name], values[name], trials, general) for name in claims}
+    judged = {
+        name: _judge_one(claims[name], values[name], trials, general, alpha) for name in claims
+    }
     for suffix in ("", "_with_diverged"):
         p_values = {name: found[f"p{suffix}"] for name, found in judged.items() if found["parts"]}
         adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
         for name, found in judged.items():
             found[f"p_holm{suffix}"] = adjusted.get(name)
-            if found[f"verdict{suffix}"] == SUPPORTED and adjusted[name] >= ALPHA:
+            if found[f"verdict{suffix}"] == SUPPORTED and adjusted[name] >= alpha:
                 found[f"verdict{suffix}"] = UNDERPOWERED
     for name, found in judged.items():
         found["seeds_needed"] = found["would_be"] = None
         if found["verdict"] == UNDERPOWERED and not general:
-            needed = _seeds_needed(claims[name], found["parts"], len(p_values))
+            needed = _seeds_needed(claims[name], found["parts"], len(p_values), alpha)
             found["seeds_needed"], found["would_be"] = needed
     return judged
 
 
-def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame, general: bool) -> dict[str, Any]:
+def _judge_one(
+    claim: Claim, values: Values, trials: pl.DataFrame, general: bool, alpha: float
+) -> dict[str, Any]:
     """The finding on one claim, before the correction for their number."""
     # Sorted, so that sums are added up in the same order whatever the order of runs.
     placed = values.join(trials, on="trial_key").sort("part", "trial_key")
@@ -80,14 +87,14 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame, general: bool
     for (part,), rows in placed.group_by("part", maintain_order=True):
         rule = claim.rule(str(part))
         runs = rows.select("seed", "config", "value").rows()
-        found = judge_part(rule, runs, general)
+        found = judge_part(rule, runs, general, alpha)
         if found is None:
             continue
         parts[str(part)] = {**found, "decides": rule.decides}
         if rule.decides:
             adverse = _adverse(rule, [value for *_, value in runs])
             against = [(seed, config, adverse) for seed, config in diverged]
-            worst.append(judge_part(rule, runs + against, general) or found)
+            worst.append(judge_part(rule, runs + against, general, alpha) or found)
     deciding = [part for part in parts.values() if part["decides"]]
     return {
         "verdict": combined([part["verdict"] for part in deciding]),
@@ -105,9 +112,10 @@ def _judge_one(claim: Claim, values: Values, trials: pl.DataFrame, general: bool
 
 
 def judge_part(
-    rule: Part, runs: Sequence[tuple[int, str, float]], general: bool
+    rule: Part, runs: Sequence[tuple[int, str, float]], general: bool, alpha: float = ALPHA
 ) -> dict[str, Any] | None:
-    """Estimate, p and verdict of one part from (seed, config, value) of its runs, uncorrected.
+    """Estimate, p and verdict of one part from (seed, config, value) of its runs, uncorrected, by
+    intervals of 1 - alpha.
 
     Over seeds and, in `general`, over configurations where there are several. A seed that not every
     configuration has is left out: its mean would be of other configurations than the next one's.
@@ -133,7 +141,7 @@ def judge_part(
         for run in complete:
             by_unit[run[index]].append(run[2])
         units = [fmean(by_unit[name]) for name in sorted(by_unit)]
-        estimate = INTERVALS[rule.centre](units)
+        estimate = INTERVALS[rule.centre](units, 1 - alpha)
         found[f"over_{unit}s"] = {**estimate, "sd": stdev(units) if len(units) > 1 else None}
         estimates.append(estimate)
         p_values.append(p_value(rule, units))
@@ -249,7 +257,7 @@ def _adverse(rule: Part, values: Sequence[float]) -> float:
 
 
 def _seeds_needed(
-    claim: Claim, parts: Mapping[str, Any], n_claims: int
+    claim: Claim, parts: Mapping[str, Any], n_claims: int, alpha: float
 ) -> tuple[int, str] | tuple[None, None]:
     """How many seeds would decide the claim if their values go on as they are, and to what.
 
@@ -264,10 +272,10 @@ def _seeds_needed(
             return None, None
 
         def decided(n: int, rule: Part = rule, estimate: Any = estimate) -> bool:
-            verdict = decide(rule, _expected(rule, estimate, n))
+            verdict = decide(rule, _expected(rule, estimate, n, alpha))
             if verdict != SUPPORTED:
                 return verdict != UNDERPOWERED
-            return _expected_p(rule, estimate, n) * n_claims < ALPHA
+            return _expected_p(rule, estimate, n) * n_claims < alpha
 
         # More than there are, which have not decided it. Once decided, more seeds leave it so.
         counts = range(max(2, estimate["seeds"] + 1), MOST_SEEDS + 1)
@@ -276,15 +284,16 @@ def _seeds_needed(
             return None, None
         needed = max(needed, n)
     then = [
-        decide(claim.rule(part), _expected(claim.rule(part), found["over_seeds"], needed))
+        decide(claim.rule(part), _expected(claim.rule(part), found["over_seeds"], needed, alpha))
         for part, found in parts.items()
         if found["decides"]
     ]
     return needed, combined(then)
 
 
-def least_seeds(claims: Mapping[str, Claim]) -> dict[str, int]:
-    """The fewest seeds that can support each claim, where every seed agrees on all of them.
+def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, int]:
+    """The fewest seeds that can support each claim at the level `alpha`, where every seed agrees on
+    all of them.
 
     The exact p of a median or a share is then 2^-n, which Holm's correction multiplies by the
     number of claims on those: a mean's can be smaller than any of them.
@@ -298,9 +307,9 @@ def least_seeds(claims: Mapping[str, Claim]) -> dict[str, int]:
     def can(rule: Part, n: int) -> bool:
         if rule.centre == "mean":
             return True
-        found = INTERVALS[rule.centre]([1.0] * n)  # a share of 1, or medians that are known
+        found = INTERVALS[rule.centre]([1.0] * n, 1 - alpha)  # a share of 1, or medians that are known
         bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
-        return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < ALPHA
+        return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < alpha
 
     return {
         name: next(
@@ -312,10 +321,10 @@ def least_seeds(claims: Mapping[str, Claim]) -> dict[str, int]:
     }
 
 
-def detectable(n_seeds: int, n_claims: int) -> float:
+def detectable(n_seeds: int, n_claims: int, alpha: float = ALPHA) -> float:
     """How far a mean has to lie beyond its bound, in standard deviations of seeds, for a t-test
     among so many claims to find it with 80% power."""
-    t = float(stats.t.isf(ALPHA / n_claims, n_seeds - 1))
+    t = float(stats.t.isf(alpha / n_claims, n_seeds - 1))
 
     def misses(effect: float) -> float:
         return float(stats.nct.cdf(t, n_seeds - 1, effect * math.sqrt(n_seeds))) - 0.2
@@ -334,23 +343,27 @@ def _expected_p(rule: Part, estimate: Mapping[str, Any], n: int) -> float:
     )
 
 
-def _expected(rule: Part, estimate: Mapping[str, Any], n: int) -> Estimate:
+def _expected(rule: Part, estimate: Mapping[str, Any], n: int, alpha: float) -> Estimate:
     """The interval that n units would give if their centre and spread were those seen."""
     value, sd = estimate["value"], estimate["sd"]
     if rule.centre == "share":
-        return share_interval([value] * n)
-    half = t_quantile(n) * sd / math.sqrt(n)
+        return share_interval([value] * n, 1 - alpha)
+    half = t_quantile(n, 1 - alpha) * sd / math.sqrt(n)
     return Estimate(seeds=n, value=value, low=value - half, high=value + half)
 
 
 def compare(
-    claim: Claim, values: Values, trials: pl.DataFrame, reference: str
+    claim: Claim,
+    values: Values,
+    trials: pl.DataFrame,
+    reference: str,
+    alpha: float = ALPHA,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By part and scheme: how far its runs lie above those of `reference`, paired, mean over seeds.
 
     `values` as the claim's measure gives them; `trials`: columns trial_key, scheme, corpus.subset,
-    corpus.data_seed, seed. A pair has all of these in common but the scheme. `p` is two-sided and
-    uncorrected: Student's for means, by flipping signs for medians and shares, which come in steps.
+    corpus.data_seed, seed. A pair has all of these in common but the scheme. Intervals are of
+    1 - alpha. `p` is two-sided and uncorrected: Student's for means, by flipping signs for medians and shares, which come in steps.
     """
     pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
     placed = values.join(trials, on="trial_key").select("scheme", *pair, "value")
@@ -367,6 +380,6 @@ def compare(
         differences = rows["difference"].to_list()
         one_sided = t_p if claim.rule(str(part)).centre == "mean" else sign_flip_p
         p = 2 * min(one_sided(differences), one_sided([-value for value in differences]))
-        estimate = {**mean_interval(differences), "p": min(1.0, p)}
+        estimate = {**mean_interval(differences, 1 - alpha), "p": min(1.0, p)}
         found.setdefault(str(part), {})[str(scheme)] = estimate
     return found
