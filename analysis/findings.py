@@ -38,7 +38,7 @@ def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
     It is init.scheme, and every other knob of COMPARED that the sweep varies, so that no two
     optimisers, say, are ever averaged: `model5, optim.name sgd`.
     """
-    scheme, *others = compared(trials.to_dicts())
+    scheme, *others = compared(varied(trials.to_dicts()))
     told = [f"{knob} " + pl.col(knob).map_elements(spelling, pl.String) for knob in others]
     return trials.with_columns(scheme=pl.concat_str(scheme, *told, separator=", "))
 

@@ -307,7 +307,9 @@ def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, 
     def can(rule: Part, n: int) -> bool:
         if rule.centre == "mean":
             return True
-        found = INTERVALS[rule.centre]([1.0] * n, 1 - alpha)  # a share of 1, or medians that are known
+        found = INTERVALS[rule.centre](
+            [1.0] * n, 1 - alpha
+        )  # a share of 1, or medians that are known
         bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
         return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < alpha
 

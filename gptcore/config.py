@@ -16,7 +16,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, get_type_hints
 
@@ -269,10 +269,10 @@ def varied(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
     return [knob for knob in KNOBS if len({trial[knob] for trial in trials}) > 1]
 
 
-def compared(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
-    """The knobs that name the configurations of trials: the scheme, and others of COMPARED that
-    vary."""
-    others = [knob for knob in varied(trials) if knob in COMPARED and knob != "init.scheme"]
+def compared(knobs: Iterable[str]) -> list[str]:
+    """Of the knobs in which trials differ those that name configurations: the scheme in any case,
+    and others of COMPARED."""
+    others = [knob for knob in knobs if knob in COMPARED and knob != "init.scheme"]
     return ["init.scheme", *others]
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import COMPARED, KNOBS, InputError, TrialConfig, spelling
+from gptcore.config import KNOBS, InputError, TrialConfig, compared, spelling, varied
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
 from sweeps.spaces import Space, trials_of
@@ -48,17 +48,12 @@ class Plan:
 
     def varied(self) -> list[str]:
         """The knobs in which the trials differ, or may."""
-        flats = [config.to_flat() for config in self.trials.values()]
-        return [
-            knob
-            for knob in KNOBS
-            if knob in self.searched or len({flat[knob] for flat in flats}) > 1
-        ]
+        differ = varied([config.to_flat() for config in self.trials.values()])
+        return [knob for knob in KNOBS if knob in self.searched or knob in differ]
 
     def compared(self) -> list[str]:
-        """The knobs that runs are compared over: the scheme, and others of COMPARED that vary."""
-        varied = [knob for knob in self.varied() if knob in COMPARED and knob != "init.scheme"]
-        return ["init.scheme", *varied]
+        """The knobs that name the configurations of the trials."""
+        return compared(self.varied())
 
     def tags(self) -> dict[str, str]:
         """What the driver knows and every run of the sweep should keep."""

@@ -34,7 +34,7 @@ from rich.table import Table
 from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
 from analysis.runs import read_sweeps, trial_status
-from analysis.verdicts import ALPHA, CONTRADICTED, combined, judge_part
+from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, judge_part
 from gptcore.config import InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
@@ -101,7 +101,7 @@ def command_line(
     )
     parser.add_argument("--claim", choices=CLAIMS, help="of refute: the claim")
     parser.add_argument("--finds", type=int, default=3, help="of refute: how many to confirm (3)")
-    parser.add_argument("--seeds", type=int, default=8, help="of refute: fresh seeds of each (8)")
+    parser.add_argument("--seeds", type=int, default=9, help="of refute: fresh seeds of each (9)")
     parser.add_argument("--trials-per-gpu", type=int, default=4, help="where there are GPUs (4)")
     add_knobs(parser, "one value, several to choose from, or a range such as 1e-4..1e-2 [default]")
     args, given = parse(parser, argv)
@@ -114,6 +114,13 @@ def command_line(
     for option, low in least.items():
         if getattr(args, option) < low:
             raise InputError(f"--{option.replace('_', '-')} takes a whole number >= {low}")
+    if args.goal == "refute" and args.seeds < (
+        need := seeds_to_contradict(args.claim, ALPHA / args.finds)
+    ):
+        raise InputError(
+            f"--seeds {args.seeds} cannot contradict {args.claim} with --finds {args.finds}: "
+            f"{need} can"
+        )
     return args, given
 
 
@@ -320,17 +327,14 @@ class Tried:
     def table(self) -> Table:
         """The best trials of the study, best first."""
         of = self.question["of"]
-        value = of if self.question["goal"] == "best" else f"{of}: beyond what contradicts it"
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = sorted(complete, key=lambda one: one.values[0])[:SHOWN]
-        knobs = [knob for knob in self.plan.searched if any(knob in one.params for one in best)]
+        value = of if self.question["goal"] == "best" else "beyond contradiction"
         counts = Counter(one.state.name.lower() for one in answered(self.study))
         said = ", ".join(f"{count} {state}" for state, count in counts.items())
-        table = Table("trial", value, *knobs, title=f"the best of {said}")
-        for one in best:
-            own = self.knobs_of(one)
-            row = [spelling(own[knob]) if knob in own else "" for knob in knobs]
-            table.add_row(one.user_attrs["trial_key"], f"{one.values[0]:.4f}", *row)
+        table = Table("trial", value, "suggested", title=f"{of}: the best of {said}")
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for one in sorted(complete, key=lambda one: one.values[0])[:SHOWN]:
+            knobs = spelled(self.knobs_of(one))
+            table.add_row(one.user_attrs["trial_key"], f"{one.values[0]:.4f}", knobs)
         return table
 
     def write(self, found: Mapping[str, Any]) -> list[Path]:
@@ -385,11 +389,26 @@ def distance(rule: Part, value: float) -> float:
     return sign * (value - (bound if rule.against is None else rule.against))
 
 
+def spelled(knobs: Mapping[str, Scalar]) -> str:
+    """`init.scheme normal, init.std 0.02`, what decides about others first."""
+    return ", ".join(f"{knob} {spelling(knobs[knob])}" for knob in in_order(knobs))
+
+
+def seeds_to_contradict(claim: str, alpha: float) -> int:
+    """The fewest seeds that can contradict a claim at the level alpha, where all agree on it."""
+    n = 2
+    for rule in CLAIMS[claim].parts.values():
+        # A part contradicts where its interval does; that of equal values is as narrow as can be.
+        while rule.decides and INTERVALS[rule.centre]([0.0] * n, 1 - alpha)["low"] is None:
+            n += 1
+    return n
+
+
 def sentences(claim: str, finds: Sequence[Mapping[str, Any]], tried: int, seeds: int) -> list[str]:
     """What a search for counterexamples came to."""
     shown = [
         f"  {find['verdict']} on {find['seeds']} fresh seeds: "
-        + ", ".join(f"{knob} {spelling(value)}" for knob, value in find["knobs"].items())
+        + spelled(find["knobs"])
         + "".join(
             f"; {part} {format_estimate(one['estimate'])}"
             for part, one in find["parts"].items()

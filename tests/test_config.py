@@ -63,8 +63,8 @@ def test_the_knob_in_which_trials_differ_is_found(key):
     trials = [config.to_flat() for config in (TrialConfig(), changed(key), TrialConfig())]
     assert varied(trials) == [key]
     named = key in COMPARED and key != "init.scheme"
-    assert compared(trials) == ["init.scheme", *([key] if named else [])]
-    assert (varied(trials[:1]), compared(trials[:1])) == ([], ["init.scheme"])
+    assert compared(varied(trials)) == ["init.scheme", *([key] if named else [])]
+    assert (varied(trials[:1]), compared([])) == ([], ["init.scheme"])
 
 
 def test_key_follows_the_corpus_and_the_experiment_version(monkeypatch):
