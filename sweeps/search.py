@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from rich.table import Table
 from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
 from analysis.runs import read_sweeps, trial_status
-from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, judge_part
+from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
 from gptcore.config import InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
@@ -134,6 +135,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     (choices,), notes = with_corpus([listed])
     domains = {**PARAMETERS, **domains, **choices}
     largest = largest_trial(domains)
+    checked([largest, *each_choice(domains)])
     question = {
         "goal": args.goal,
         "of": args.claim or args.metric or METRICS[0],
@@ -189,6 +191,14 @@ def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
         if takes(knob, flat):
             flat[knob] = value
     return TrialConfig.from_flat(flat)
+
+
+def each_choice(domains: Mapping[str, Domain]) -> Iterator[TrialConfig]:
+    """A trial for every value or end of a range that may be suggested, so that all are checked."""
+    for knob, domain in domains.items():
+        ends = (domain.low, domain.high) if isinstance(domain, Range) else domain
+        for value in ends:
+            yield largest_trial({**domains, knob: [value]})
 
 
 class Tried:
@@ -396,12 +406,15 @@ def spelled(knobs: Mapping[str, Scalar]) -> str:
 
 def seeds_to_contradict(claim: str, alpha: float) -> int:
     """The fewest seeds that can contradict a claim at the level alpha, where all agree on it."""
-    n = 2
-    for rule in CLAIMS[claim].parts.values():
-        # A part contradicts where its interval does; that of equal values is as narrow as can be.
-        while rule.decides and INTERVALS[rule.centre]([0.0] * n, 1 - alpha)["low"] is None:
-            n += 1
-    return n
+
+    def can(rule: Part, n: int) -> bool:
+        found = INTERVALS[rule.centre]([0.0] * n, 1 - alpha)
+        # Of a mean or median it does not matter what is known without doubt.
+        known = found["low"] is not None
+        return decide(rule, found) == CONTRADICTED if rule.centre == "share" else known
+
+    rules = [rule for rule in CLAIMS[claim].parts.values() if rule.decides]
+    return next(n for n in itertools.count(2) if all(can(rule, n) for rule in rules))
 
 
 def sentences(claim: str, finds: Sequence[Mapping[str, Any]], tried: int, seeds: int) -> list[str]:

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ def flags(config: TrialConfig) -> list[str]:
     """The command line that asks for this one trial."""
     flat = config.to_flat()
     return [word for key, value in flat.items() for word in (f"--{key}", spelling(value))]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """The first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+    return found
 
 
 def workers() -> list[int]:

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from analysis.runs import connect, tracking_uri, trial_runs, trial_status
-from conftest import ROOT, TINY, flags, workers
+from conftest import ROOT, TINY, flags, wait_for, workers
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial
 from gptcore.records import TABLES
@@ -47,14 +46,6 @@ def runs_of(runs_dir):
     client = connect(tracking_uri(runs_dir))
     runs = trial_runs(client)
     return {key: client.get_run(run.info.run_id) for key, run in runs.items()}
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-    return found
 
 
 def training(runs_dir):

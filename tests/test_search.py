@@ -1,0 +1,162 @@
+"""Searches on Ray with a real study: what they find, and that they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from analysis.claims import CLAIMS
+from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_status
+from analysis.verdicts import ALPHA, CONTRADICTED, judge_part
+from conftest import ROOT, TINY, flags, wait_for
+from gptcore.config import TrialConfig
+from sweeps.search import distance, main, seeds_to_contradict
+
+SEARCHED = ("init.scheme", "init.std", "init.gain", "init.cut", "init.nu", "optim.lr")
+
+
+def tiny_flags(more, *open_knobs):
+    """The command line of a tiny trial that leaves some knobs to the search."""
+    words = flags(TrialConfig.from_flat({**TINY, **more}))
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for pair in pairs if pair[0][2:] not in (*SEARCHED, *open_knobs) for word in pair]
+
+
+def start(runs_dir, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sweeps" / "search.py"), *arguments,
+         "--runs-dir", str(runs_dir)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(runs_dir, *arguments):
+    process = start(runs_dir, *arguments)
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def runs_of(runs_dir):
+    client = connect(tracking_uri(runs_dir))
+    return [
+        client.get_run(run.info.run_id)
+        for run in search_runs(client, experiment_ids(client), "trial")
+    ]
+
+
+BAD = [
+    ([], "the following arguments are required: goal"),
+    (["worst"], "invalid choice: 'worst'"),
+    (["refute"], "refute takes a --claim: init_table, "),
+    (["refute", "--claim", "huge"], "invalid choice: 'huge'"),
+    (["best", "--claim", "order"], "--claim is an option of refute, not of best"),
+    (["best", "--metric", "accuracy"], "invalid choice: 'accuracy'"),
+    (["best", "--trials", "0"], "--trials takes a whole number >= 1"),
+    (["best", "--optim.lr", "1..0.1"], "optim.lr takes a range from low to high"),
+    (["best", "--init.scheme", "huge"], "init.scheme 'huge' is unknown"),
+    (["best", "--name", "../up"], "--name takes up to 100 letters"),
+    (["refute", "--claim", "order", "--init.seed", "0", "1"], "refute takes one --init.seed"),
+    (
+        ["refute", "--claim", "depth_gradient", "--seeds", "5"],
+        "--seeds 5 cannot contradict depth_gradient with --finds 3: 7 can",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_written(
+    arguments, says, tmp_path, capsys
+):
+    runs_dir = tmp_path / "runs"
+    assert main([*arguments, "--corpus.name", "pydocs", "--runs-dir", str(runs_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+    assert not runs_dir.exists()
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(name):
+    for rule in CLAIMS[name].parts.values():
+        if not rule.decides:
+            continue
+        alpha = ALPHA / 3
+        seeds = seeds_to_contradict(name, alpha)
+        for value in (-3.0, -0.2, 0.0, 0.02, 0.2, 1.0, 3.0):
+            value = float(value > 0) if rule.centre == "share" else value
+            runs = [(seed, "", value) for seed in range(seeds)]
+            contradicts = judge_part(rule, runs, False, alpha)["verdict"] == CONTRADICTED
+            assert contradicts == (distance(rule, value) < 0), (name, value)
+            if seeds > 2 and contradicts:
+                one_less = judge_part(rule, runs[1:], False, alpha)
+                assert one_less["verdict"] != CONTRADICTED
+
+
+@pytest.mark.slow
+def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
+    runs_dir = tmp_path / "runs"
+    arguments = [
+        "best", "--trials", "12", "--no-report", *tiny_flags({"train.steps": 100}),
+        "--probes.text_every", "10", "--init.scheme", "normal", "student_t",
+    ]  # fmt: skip
+    process = start(runs_dir, *arguments)
+    wait_for(
+        lambda: (
+            (runs_dir / "mlflow.db").exists()
+            and any(trial_status(run) == "finished" for run in runs_of(runs_dir))
+        )
+    )
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, output = run(runs_dir, *arguments)
+    assert code == 0, output
+    assert "search best: 12 trials, 0 done" not in output
+    found = json.loads((runs_dir / "reports" / "best" / "search.json").read_text())
+    assert [one["number"] for one in found["trials"]] == list(range(12))
+    states = {one["state"] for one in found["trials"]}
+    assert states <= {"complete", "pruned"}
+    assert "complete" in states
+    runs = {run.data.tags["trial_key"]: run for run in runs_of(runs_dir)}
+    assert len(runs) == len(runs_of(runs_dir)) == 12
+    for one in found["trials"]:
+        run_of_trial = runs[one["trial_key"]]
+        assert run_of_trial.info.status == ("FINISHED" if one["state"] == "complete" else "KILLED")
+        if one["state"] == "complete":
+            assert one["value"] == run_of_trial.data.metrics["loss/val"]
+        else:
+            assert trial_status(run_of_trial) == "pruned"
+            assert "pruned at step" in run_of_trial.data.tags["reason"]
+    assert set(found["importances"]) >= {"init.scheme", "optim.lr"}
+    for name in ("history.png", "importances.png"):
+        assert (runs_dir / "reports" / "best" / name).read_bytes().startswith(b"\x89PNG")
+    started = {run.info.run_id for run in runs.values()}
+    code, output = run(runs_dir, *arguments)
+    assert (code, "Ray:" in output) == (0, False), output
+    assert {run.info.run_id for run in runs_of(runs_dir)} == started
+    code, output = run(runs_dir, *arguments, "--metric", "loss/probe")
+    assert (code, "asks something else already (of differ)" in output) == (2, True), output
+
+
+@pytest.mark.slow
+def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
+    """A learning rate of almost nothing contradicts that rows move; a plain one does not."""
+    runs_dir = tmp_path / "runs"
+    code, output = run(
+        runs_dir, "refute", "--claim", "unused_rows_move", "--trials", "6", "--finds", "2",
+        "--seeds", "2", *tiny_flags({"init.scheme": "gpt2"}), "--init.scheme", "gpt2",
+        "--optim.lr", "1e-8", "1e-2",
+    )  # fmt: skip
+    assert code == 0, output
+    assert "unused_rows_move: 1 counterexamples found in 6 trials" in output
+    found = json.loads((runs_dir / "reports" / "unused_rows_move" / "search.json").read_text())
+    (find,) = found["finds"]
+    assert (find["knobs"], find["verdict"], find["seeds"]) == ({"optim.lr": 1e-8}, CONTRADICTED, 2)
+    seeds = [run.data.params["init.seed"] for run in runs_of(runs_dir)]
+    assert sorted(seeds) == ["0", "0", "1", "2"]
+    assert (runs_dir / "reports" / "unused_rows_move" / "report.html").exists()
