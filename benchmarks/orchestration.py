@@ -1,10 +1,12 @@
 """What does a sweep cost beside its trials?
 
-    python benchmarks/orchestration.py [--trials 200] [--finished 2000]
+    python benchmarks/orchestration.py [--trials 200 2000] [--finished 2000] [--quick 24]
 
-First a sweep of many trials of almost no work: the time it takes beyond the trials' own, a trial,
-with the start of Ray and without, and the most memory that its driver had. Then the same command
-on a finished sweep of many trials, with its report and without.
+First sweeps of many trials of almost no work: the time they take beyond the trials' own, a trial,
+with the start of Ray and without, and the most memory that the driver had. Then the same command on
+a finished sweep of many trials, when its report is built and when that is up to date. Then trials of
+the quick preset: how near the sweep comes to the sum of their times over the cores, and how near its
+own estimate was.
 """
 
 import argparse
@@ -72,7 +74,11 @@ def time_to_go_on(n_trials: int) -> None:
             for one in (model_trial(**{"init.seed": seed}) for seed in range(n_trials))
         }
         make_store(folder, trials, 0)
-        for label, more in (("without its report", ["--no-report"]), ("with it", [])):
+        for label, more in (
+            ("without a report", ["--no-report"]),
+            ("with its report", []),
+            ("with a report that is up to date", []),
+        ):
             seconds, peak = run(folder, config, n_trials, *more)
             print(
                 f"{n_trials} finished trials, {label}: {seconds:.1f} s, {peak:.2f} GB", flush=True
@@ -81,15 +87,41 @@ def time_to_go_on(n_trials: int) -> None:
         shutil.rmtree(folder)
 
 
+def quick_trials(n_trials: int) -> None:
+    from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        seconds, _ = run(folder, TrialConfig(), n_trials, "--no-report")
+        client = connect(tracking_uri(folder))
+        own = sum(float(run.data.tags["seconds"]) for run in trial_runs(client).values())
+        (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+        estimated, took = (
+            float(sweep.data.tags[tag]) for tag in ("estimated_seconds", "took_seconds")
+        )
+        ideal = own / (os.cpu_count() or 1)
+        print(
+            f"{n_trials} quick trials: {ideal:.0f} s of their own on all cores, {took:.0f} s from "
+            f"the first one's start ({ideal / took:.0%}), {seconds:.0f} s in all "
+            f"({ideal / seconds:.0%}); estimated {estimated:.0f} s ({estimated / took - 1:+.0%})",
+            flush=True,
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--trials", type=int, nargs="*", default=[200, 2000])
     parser.add_argument("--finished", type=int, default=2000)
+    parser.add_argument("--quick", type=int, default=24)
     args = parser.parse_args()
-    if args.trials:
-        cost_of_a_trial(args.trials)
+    for n_trials in args.trials:
+        cost_of_a_trial(n_trials)
     if args.finished:
         time_to_go_on(args.finished)
+    if args.quick:
+        quick_trials(args.quick)
 
 
 if __name__ == "__main__":

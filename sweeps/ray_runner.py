@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 from ray._private.services import find_bootstrap_address
 
 from gptcore.config import InputError, TrialConfig
@@ -92,6 +93,9 @@ def start_ray(devices: set[str], console: Console) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+        # What Ray knows a machine of its own by on Windows and macOS: it then listens on loopback
+        # alone. Here it would on every interface.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",
             include_dashboard=False,
