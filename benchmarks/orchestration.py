@@ -3,10 +3,10 @@
     python benchmarks/orchestration.py [--trials 200 2000] [--finished 2000] [--quick 24]
 
 First sweeps of many trials of almost no work: the time they take beyond the trials' own, a trial,
-with the start of Ray and without, and the most memory that the driver had. Then the same command on
-a finished sweep of many trials, when its report is built and when that is up to date. Then trials of
-the quick preset: how near the sweep comes to the sum of their times over the cores, and how near its
-own estimate was.
+with the start of Ray and without, and the most memory that the driver had. Then the same command
+on a finished sweep of many trials, when its report is built and when that is up to date. Then
+trials of the quick preset: how near the sweep comes to the sum of their times over the cores, and
+how near its own estimate was.
 """
 
 import argparse
