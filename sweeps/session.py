@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,8 @@ class Session:
         self.artifacts: list[Path] = []
         self.held = ExitStack()
         self.sweep: tracking.SweepRun | None = None
+        self.looks: Mapping[str, Any] | None = None
+        self.on_ray = False
 
     def __enter__(self) -> Session:
         check_writable(self.runs_dir)
@@ -56,7 +59,7 @@ class Session:
         # A new store takes as long to make as Ray to start.
         with ThreadPoolExecutor(max_workers=1) as beside:
             opening = beside.submit(connect, self.uri)
-            if missing:
+            if missing and not self.on_ray:
                 self._start_ray({plan.trials[key].train.device for key in missing})
             self.client = opening.result()
         self._record(plan)
@@ -74,6 +77,12 @@ class Session:
         stopped = run_on_ray(jobs, store, self.trials_per_gpu, self.runs_dir, self.console)
         self.ledger = ledger_of(plan, self.runs_dir)
         return stopped
+
+    def keep_looks(self, looks: Mapping[str, Any]) -> None:
+        """Record the looks taken and to come, analysis.looks' Record, now or with the plan."""
+        self.looks = looks
+        if self.sweep:
+            self.sweep.keep_looks(looks)
 
     def finish(self, report: bool) -> int:
         """Say how the trials stand, after all have run, and report; -> the exit code."""
@@ -107,6 +116,7 @@ class Session:
 
         self.held.callback(stop_ray)
         start_ray(devices, self.console)
+        self.on_ray = True
 
     def _record(self, plan: Plan) -> None:
         """Make the sweep's experiment and its own run what the plan says; open them first."""
@@ -118,7 +128,9 @@ class Session:
         view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
         self.experiment_id = tracking.open_experiment(self.client, self.name, self.runs_dir, view)
         tracking.close_cut_off(self.client, self.experiment_id)
-        sweep = tracking.SweepRun(self.client, self.experiment_id, said, launched=time.time())
+        sweep = tracking.SweepRun(
+            self.client, self.experiment_id, said, launched=time.time(), looks=self.looks
+        )
         self.held.callback(lambda: sweep.end(self.ended, self.artifacts))
         self.sweep = sweep
 
