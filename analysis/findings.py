@@ -18,11 +18,12 @@ from analysis.claims import (
     rare_by_size,
 )
 from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
+from analysis.looks import Record, level, own_record, standing, waiting
 from analysis.rare_tokens import ORDERS, orders_hold, primary
 from analysis.runs import RunTables, read_some
 from analysis.specifications import SPECIFIED, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
-from analysis.verdicts import UNTESTED, compare, judge
+from analysis.verdicts import ALPHA, UNTESTED, compare, judge
 from gptcore.config import compared, spelling, varied
 from gptcore.records import PRIMARY
 from gptcore.tokenizer import gpt2_encoding
@@ -30,6 +31,12 @@ from gptcore.tokenizer import gpt2_encoding
 RUNS_OF_A_SUBSET = 4
 """As many runs of one scheme and subset are read for what is too large to read of all."""
 TOKENS_FOLLOWED = 12
+
+ELSEWHERE = (
+    "These trials were looked at while seeds were added, and are not judged here as planned: every "
+    "verdict is at the level {:.2g} that the looks leave for it."
+)
+NO_LOOK = "No look has been taken yet: these verdicts are provisional, at the level of the first."
 
 
 def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
@@ -145,11 +152,14 @@ def find(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> dict[str, Any]
     ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
     schemes = sweep.trials["scheme"].unique(maintain_order=True)
     unreadable = sweep.trials.filter(status="unreadable").select("trial_key", "reason")
-    values = {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
+    values = measured(sweep)
+    record, alpha = own_record(sweep), level(sweep.looks)
     return {
         "sweep": sweep.name,
         "notes": [
             *sweep.notes,
+            *([ELSEWHERE.format(alpha)] if sweep.looks and record is None else []),
+            *([NO_LOOK] if record and not record["looks"] else []),
             *(f"Trial {key} is left out: {why}." for key, why in unreadable.rows()),
             *(
                 f"Trial {key} is left out of a figure: {why}."
@@ -157,11 +167,12 @@ def find(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> dict[str, Any]
             ),
         ],
         "trials": {**ended, "unfinished": len(sweep.trials) - sum(ended.values())},
-        "claims": claim_findings(sweep, values),
+        "looks": record and _looks(record),
+        "claims": claim_findings(sweep, values, record, alpha),
         "depth_gradient": {scheme: _depth_findings(by_run, scheme) for scheme in schemes},
         "rare_tokens": {scheme: _token_findings(by_run, scheme) for scheme in schemes},
-        "comparisons": comparisons(sweep, values),
-        "specifications": _counted(specifications(sweep, trials_to_judge(sweep))),
+        "comparisons": comparisons(sweep, values, alpha),
+        "specifications": _counted(specifications(sweep, trials_to_judge(sweep), alpha)),
         "runs": runs(sweep, by_run),
     }
 
@@ -174,12 +185,28 @@ def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def claim_findings(sweep: RunTables, values: Mapping[str, pl.DataFrame]) -> dict[str, Any]:
+def measured(sweep: RunTables) -> dict[str, pl.DataFrame]:
+    """The numbers of every claim."""
+    return {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
+
+
+def look(sweep: RunTables, alpha: float) -> dict[str, dict[str, Any]]:
+    """The finding on each claim for the configurations of this sweep, at the level alpha."""
+    return judge(CLAIMS, measured(sweep), trials_to_judge(sweep), general=False, alpha=alpha)
+
+
+def claim_findings(
+    sweep: RunTables,
+    values: Mapping[str, pl.DataFrame],
+    record: Record | None = None,
+    alpha: float = ALPHA,
+) -> dict[str, Any]:
     """Every claim's verdict for the configurations of this sweep, in general, and in parts of it.
 
     `here` and `by` (scheme, subset, optimiser, where they vary) take seeds as units; `in_general`
     takes configurations as well. In a part of the sweep a claim is tested only if it has all the
-    numbers that it has in the whole.
+    numbers that it has in the whole. All at the level `alpha`; but `here` is what stands in the
+    `record` of looks, where there is one.
     """
     trials = trials_to_judge(sweep)
     by: dict[str, dict[str, Any]] = {}
@@ -193,13 +220,33 @@ def claim_findings(sweep: RunTables, values: Mapping[str, pl.DataFrame]) -> dict
                 else numbers.head(0)
                 for name, numbers in values.items()
             }
-            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some, general=False)
+            by.setdefault(knob, {})[label] = judge(CLAIMS, whole, some, general=False, alpha=alpha)
+    several = trials["config"].n_unique() > 1
+    stands = standing(record) if record else {}
     return {
         "digest": digest(),
         "standing": "confirmatory" if sweep.claims_digest == digest() else "exploratory",
-        "here": judge(CLAIMS, values, trials, general=False),
-        "in_general": judge(CLAIMS, values, trials) if trials["config"].n_unique() > 1 else None,
+        "alpha": alpha,
+        "here": stands or judge(CLAIMS, values, trials, general=False, alpha=alpha),
+        "in_general": judge(CLAIMS, values, trials, alpha=alpha) if several else None,
         "by": by,
+    }
+
+
+def _looks(record: Record) -> dict[str, Any]:
+    """The looks as findings.json names them; the findings of each are among those of `claims`."""
+    return {
+        "schedule": record["schedule"],
+        "taken": [
+            {
+                "seeds": one["seeds"],
+                "alpha": one["alpha"],
+                "decided": {name: one["findings"][name]["verdict"] for name in one["decided"]},
+            }
+            for one in record["looks"]
+        ],
+        "open": waiting(record),
+        "not_waited_for": [name for name in CLAIMS if name not in record["waits_for"]],
     }
 
 
@@ -207,16 +254,20 @@ def _parts_of(values: pl.DataFrame) -> set[str]:
     return set(values["part"])
 
 
-def comparisons(sweep: RunTables, values: Mapping[str, pl.DataFrame]) -> dict[str, Any] | None:
+def comparisons(
+    sweep: RunTables, values: Mapping[str, pl.DataFrame], alpha: float = ALPHA
+) -> dict[str, Any] | None:
     """Every claim's numbers under each scheme, minus those of the first one with the same seed and
-    subset; p-values adjusted for the number of differences (Holm). None where there is one scheme.
+    subset, with intervals of 1 - alpha; p-values adjusted for the number of differences (Holm).
+    None where there is one scheme.
     """
     trials = trials_to_judge(sweep).filter(status="finished")
     reference = str(trials["scheme"].first())
     if trials["scheme"].n_unique() < 2:
         return None
     found = {
-        name: compare(CLAIMS[name], numbers, trials, reference) for name, numbers in values.items()
+        name: compare(CLAIMS[name], numbers, trials, reference, alpha)
+        for name, numbers in values.items()
     }
     cells = [cell for parts in found.values() for part in parts.values() for cell in part.values()]
     for cell, adjusted in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
@@ -325,6 +376,8 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
     text = f"{finding['verdict'].capitalize()}"
     text += f", {finding['course']}" if finding["course"] else ""
     seeds = f"{finding['seeds']} seed{'s' * (finding['seeds'] != 1)}"
+    if "look" in finding:
+        seeds += f" at look {finding['look']}, level {finding['alpha']:.2g}"
     text += f": {numbers} ({claim.unit}; {seeds}, Holm-adjusted p = {finding['p_holm']:.2g})."
     if finding["seeds_needed"]:
         text += f" By these numbers {finding['seeds_needed']} seeds would decide it: "
@@ -339,6 +392,18 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
         text += f" In general, from {general['configurations']} configurations: "
         text += f"{general['verdict']}."
     return text
+
+
+def say_looks(looks: Mapping[str, Any]) -> str:
+    """One sentence on the looks, as `find` gives them."""
+    taken, planned = looks["taken"], looks["schedule"]
+    sizes = ", ".join(str(one["seeds"]) for one in planned)
+    decided = sum(len(one["decided"]) for one in taken)
+    return (
+        f"Seeds were added until claims were decided: {len(taken)} of at most {len(planned)} looks "
+        f"(at {sizes} seeds) were taken, with {decided} claims decided and {len(looks['open'])} "
+        "open; each at the level that it spends of 0.05 (Lan & DeMets 1983)."
+    )
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:

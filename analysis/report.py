@@ -30,7 +30,14 @@ import vl_convert
 
 from analysis.claims import CLAIMS
 from analysis.figures import FIGURES, drawn
-from analysis.findings import find, format_estimate, frames_of_runs, outcome, with_scheme
+from analysis.findings import (
+    find,
+    format_estimate,
+    frames_of_runs,
+    outcome,
+    say_looks,
+    with_scheme,
+)
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, mlflow_command, read_sweeps, tracking_uri
 from gptcore.config import KNOBS, InputError, Parser, spelling, varied
@@ -117,6 +124,7 @@ def summary(findings: Mapping[str, Any], shown: Sequence[str]) -> str:
         "",
         ", ".join(f"{count} {status}" for status, count in findings["trials"].items() if count)
         + f" trials; {claims['standing']} (claims {claims['digest']}).",
+        *([f"\n{say_looks(findings['looks'])}"] if findings["looks"] else []),
         *(f"\nNote: {note}" for note in findings["notes"]),
         "",
         "| claim | verdict | in general |",
@@ -168,6 +176,7 @@ def render(
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},
         outcome=outcome,
+        say_looks=say_looks,
         mlflow_command=mlflow_command(uri),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

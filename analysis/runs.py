@@ -69,6 +69,7 @@ class RunTables:
     """By trial key where its tables lie: where the run left them, or fetched to the cache."""
     uri: str  # of the store
     cache: Path
+    looks: tuple[Mapping[str, Any], ...] = ()  # analysis.looks' Record of each sweep that has one
 
 
 def tracking_uri(runs_dir: Path) -> str:
@@ -259,7 +260,7 @@ def read_sweeps(
     client = connect(uri)
     sweeps = _sweeps_named(client, names)
     name = " + ".join(run.data.tags["sweep"] for run in sweeps)
-    plans = [_plan(client, run) for run in sweeps]
+    plans = [_kept(client, run, "plan.json") for run in sweeps]
     runs = trial_runs(client)
     trials = _trials(plans, runs)
     if where is not None:
@@ -295,6 +296,7 @@ def read_sweeps(
         folders={key: folder for key, folder in folders.items() if key not in unreadable},
         uri=uri,
         cache=cache,
+        looks=tuple(filter(None, (_looks(client, run) for run in sweeps))),
     )
 
 
@@ -315,17 +317,33 @@ def _sweeps_named(client: MlflowClient, names: Sequence[str]) -> list[Run]:
     return [sweeps[name] for name in dict.fromkeys(names or list(sweeps)[-1:])]
 
 
-def _plan(client: MlflowClient, sweep: Run) -> dict[str, Any]:
+def read_looks(uri: str, sweep: str) -> dict[str, Any] | None:
+    """What a sweep keeps of its looks, analysis.looks' Record: empty where it was run without, None
+    where there is no such sweep."""
+    if not has_started(uri):
+        return None
+    client = connect(uri)
+    found = search_runs(client, experiment_ids(client), "sweep")
+    run = next((run for run in found if run.data.tags["sweep"] == sweep), None)
+    return _looks(client, run) if run else None
+
+
+def _looks(client: MlflowClient, sweep: Run) -> dict[str, Any]:
+    return _kept(client, sweep, "looks.json") if "until_decided" in sweep.data.tags else {}
+
+
+def _kept(client: MlflowClient, sweep: Run, name: str) -> dict[str, Any]:
+    """A JSON file that the sweep's run holds."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = client.download_artifacts(sweep.info.run_id, "plan.json", folder)
+            file = client.download_artifacts(sweep.info.run_id, name, folder)
         except (OSError, MlflowException) as error:
             raise InputError(
-                f"the plan of sweep {sweep.data.tags['sweep']} is not at "
+                f"{name} of sweep {sweep.data.tags['sweep']} is not at "
                 f"{sweep.info.artifact_uri}: was the runs folder moved?"
             ) from error
-        plan: dict[str, Any] = json.loads(Path(file).read_text())
-        return plan
+        kept: dict[str, Any] = json.loads(Path(file).read_text())
+        return kept
 
 
 def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.DataFrame:

@@ -16,7 +16,7 @@ import polars as pl
 from analysis.claims import CLAIMS, closed_form, growth_of
 from analysis.depth_gradient import gradient_tau, looked_at
 from analysis.runs import RunTables
-from analysis.verdicts import judge_part
+from analysis.verdicts import ALPHA, judge_part
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Specified:
     """Columns trial_key, the choices, value: a number of each run for each specification."""
 
 
-def specifications(sweep: RunTables, trials: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
+def specifications(
+    sweep: RunTables, trials: pl.DataFrame, alpha: float = ALPHA
+) -> dict[str, list[dict[str, Any]]]:
     """Per claim of SPECIFIED: of each specification its choices, estimate and verdict.
 
-    `trials`: as verdicts.judge takes them. Where a choice leaves a run no number, the run is left
-    out; where it leaves none, the specification is.
+    `trials` and `alpha`: as verdicts.judge takes them. Where a choice leaves a run no number, the
+    run is left out; where it leaves none, the specification is.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for claim, specified in SPECIFIED.items():
@@ -40,7 +42,8 @@ def specifications(sweep: RunTables, trials: pl.DataFrame) -> dict[str, list[dic
         placed = values.join(trials, on="trial_key").sort(*choices, "trial_key")
         found[claim] = []
         for key, rows in placed.group_by(choices, maintain_order=True):
-            one = judge_part(rule, rows.select("seed", "config", "value").rows(), general=False)
+            runs = rows.select("seed", "config", "value").rows()
+            one = judge_part(rule, runs, general=False, alpha=alpha)
             if one is not None:
                 chosen = dict(zip(choices, key, strict=True))
                 found[claim].append({**chosen, **one["estimate"], "verdict": one["verdict"]})

@@ -307,9 +307,8 @@ def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, 
     def can(rule: Part, n: int) -> bool:
         if rule.centre == "mean":
             return True
-        found = INTERVALS[rule.centre](
-            [1.0] * n, 1 - alpha
-        )  # a share of 1, or medians that are known
+        # A share of 1, or medians that are known.
+        found = INTERVALS[rule.centre]([1.0] * n, 1 - alpha)
         bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
         return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < alpha
 
@@ -365,7 +364,8 @@ def compare(
 
     `values` as the claim's measure gives them; `trials`: columns trial_key, scheme, corpus.subset,
     corpus.data_seed, seed. A pair has all of these in common but the scheme. Intervals are of
-    1 - alpha. `p` is two-sided and uncorrected: Student's for means, by flipping signs for medians and shares, which come in steps.
+    1 - alpha. `p` is two-sided and uncorrected: Student's for means, by flipping signs for medians
+    and shares, which come in steps.
     """
     pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
     placed = values.join(trials, on="trial_key").select("scheme", *pair, "value")

@@ -15,7 +15,7 @@ from rich.console import Console
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
-from sweeps.plan import Plan, make_plan, power, with_overrides
+from sweeps.plan import Plan, make_plan, power, seeds_of, with_more_seeds, with_overrides
 from sweeps.spaces import Preset, Space
 
 
@@ -43,6 +43,10 @@ def _main(
     args, overrides = command_line(doc, presets, argv)
     preset = presets[args.preset]
     spaces = with_overrides(args.preset, preset.spaces, overrides)
+    given = None
+    if args.until_decided is not None:
+        given = len(seeds_of(spaces))
+        spaces = with_more_seeds(spaces, args.until_decided)
     plan = make_plan(args.name or args.preset, args.preset, spaces)
     for note in plan.notes:
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
@@ -55,7 +59,7 @@ def _main(
         check_writable(args.runs_dir)
         debug_trial(config, key, args.runs_dir, console)
         return 0
-    return run_sweep(plan, preset, args, console)
+    return run_sweep(plan, preset, args, console, given)
 
 
 def command_line(
@@ -77,6 +81,12 @@ def command_line(
         "--redo", nargs="+", default=[], metavar="KEY|failed|all",
         help="run these trials anew, though they have a run, which is kept and marked",
     )  # fmt: skip
+    parser.add_argument(
+        "--until-decided", type=int, metavar="N",
+        help="add seeds until every claim that N seeds can support is decided, N a configuration "
+        "at most: judged at up to five looks, the first at the fewest seeds, but no fewer than "
+        "given, that can support all of these",
+    )  # fmt: skip
     add_knobs(
         parser, "one value, or several to sweep over [default, where the preset has no other]"
     )
@@ -86,14 +96,30 @@ def command_line(
     return args, {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
 
 
-def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Console) -> int:
-    """Run what is missing of the plan, then report; -> the exit code."""
+def run_sweep(
+    plan: Plan,
+    preset: Preset,
+    args: argparse.Namespace,
+    console: Console,
+    given: int | None = None,
+) -> int:
+    """Run what is missing of the plan, then report; -> the exit code.
+
+    With `given`, the number of seeds asked for by name, it is run until every claim is decided.
+    """
     # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
+    from analysis.runs import tracking_uri
     from sweeps.ledger import holder, to_redo
     from sweeps.session import Session, ledger_of, say_how_far, trial_table
+    from sweeps.until_decided import agreed_looks, follow, next_look, say_schedule
 
     runs_dir = args.runs_dir.resolve()
+    looks, alpha = agreed_looks(plan, given, tracking_uri(runs_dir)), None
+    if looks:
+        say_schedule(looks, console)
     if args.dry_run:
+        if looks:
+            plan, alpha = next_look(plan, looks)
         ledger = ledger_of(plan, runs_dir)
         again = to_redo(ledger, args.redo)
         say_how_far(plan, ledger, again, console)
@@ -105,11 +131,14 @@ def run_sweep(plan: Plan, preset: Preset, args: argparse.Namespace, console: Con
             for key, config in plan.trials.items()
             if key in again or not ledger[key].is_done
         }
-        for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan)]:
+        for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan, alpha)]:
             console.print(line, soft_wrap=True)
         return 0
     with Session(plan.name, runs_dir, preset.trials_per_gpu, console) as session:
-        stopped = session.run(plan, args.redo)
+        if given is None:
+            stopped = session.run(plan, args.redo)
+        else:
+            stopped = follow(session, plan, given, args.redo, console)
         return session.stop() if stopped else session.finish(report=not args.no_report)
 
 

@@ -46,6 +46,11 @@ class Plan:
             },
         }
 
+    def of_seeds(self, seeds: Sequence[int]) -> Plan:
+        """The part of the plan that has these seeds."""
+        trials = {key: one for key, one in self.trials.items() if one.init.seed in seeds}
+        return replace(self, trials=trials)
+
     def varied(self) -> list[str]:
         """The knobs in which the trials differ, or may."""
         differ = varied([config.to_flat() for config in self.trials.values()])
@@ -79,6 +84,30 @@ def with_overrides(preset: str, spaces: Sequence[Space], overrides: Space) -> li
                 "vary it under another preset"
             )
     return [{**space, **overrides} for space in spaces]
+
+
+def seeds_of(spaces: Sequence[Space]) -> list[int]:
+    """The seeds of the spaces. Raises InputError where they differ from one to the next."""
+    default = [TrialConfig().init.seed]
+    seeds = [list(dict.fromkeys(space.get("init.seed", default))) for space in spaces]
+    if any(one != seeds[0] for one in seeds):
+        raise InputError("--until-decided takes a sweep whose parts have the same seeds")
+    return [int(seed) for seed in seeds[0]]
+
+
+def with_more_seeds(spaces: Sequence[Space], most: int) -> list[Space]:
+    """The spaces with so many seeds: theirs, then the whole numbers after the largest.
+
+    Raises InputError where they have more already.
+    """
+    seeds = seeds_of(spaces)
+    if most < max(2, len(seeds)):
+        raise InputError(
+            f"--until-decided takes the most seeds a configuration may have, at least "
+            f"{max(2, len(seeds))} here, not {most}"
+        )
+    more = range(max(seeds) + 1, max(seeds) + 1 + most - len(seeds))
+    return [{**space, "init.seed": [*seeds, *more]} for space in spaces]
 
 
 def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
@@ -142,10 +171,13 @@ def job_of(plan: Plan, key: str) -> dict[str, Any]:
     }
 
 
-def power(plan: Plan) -> list[str]:
-    """What the plan's number of seeds can support, and what it cannot even if every seed agrees."""
+def power(plan: Plan, alpha: float | None = None) -> list[str]:
+    """What the plan's number of seeds can support, and what it cannot even if every seed agrees, at
+    the level alpha."""
     from analysis.claims import CLAIMS
-    from analysis.verdicts import detectable, least_seeds
+    from analysis.verdicts import ALPHA, detectable, least_seeds
+
+    alpha = alpha or ALPHA
 
     configs_of: dict[int, set[str]] = {}
     for config in plan.trials.values():
@@ -155,11 +187,11 @@ def power(plan: Plan) -> list[str]:
     every = set().union(*configs_of.values())
     seeds = sum(some == every for some in configs_of.values())
     needs: dict[int, list[str]] = {}
-    for name, least in least_seeds(CLAIMS).items():
+    for name, least in least_seeds(CLAIMS, alpha).items():
         needs.setdefault(least, []).append(name)
     lines = [f"{seeds} seeds in every configuration, {len(CLAIMS)} claims:"]
     if seeds >= 2:
-        effect = f"{detectable(seeds, len(CLAIMS)):.2g} standard deviations of seeds"
+        effect = f"{detectable(seeds, len(CLAIMS), alpha):.2g} standard deviations of seeds"
         lines.append(
             f"  a mean is found beyond its bound (80% power) where it lies {effect} beyond"
         )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +40,7 @@ class Session:
         self.held = ExitStack()
         self.sweep: tracking.SweepRun | None = None
         self.has_ray = False
+        self.looks: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Session:
         check_writable(self.runs_dir)
@@ -120,6 +122,12 @@ class Session:
         """Where trials record themselves, as sweeps.trainable takes it."""
         return {"uri": self.uri, "experiment_id": self.experiment_id}
 
+    def keep_looks(self, looks: Mapping[str, Any]) -> None:
+        """Record the looks taken and to come, analysis.looks' Record, now or with the plan."""
+        self.looks = looks
+        if self.sweep:
+            self.sweep.keep_looks(looks)
+
     def finish(self, report: bool) -> int:
         """Say how the trials stand, after all have run, and report; -> the exit code."""
         self.console.print(trial_table(self.plan, self.ledger))
@@ -158,7 +166,9 @@ class Session:
         view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
         self.experiment_id = tracking.open_experiment(self.client, self.name, self.runs_dir, view)
         tracking.close_cut_off(self.client, self.experiment_id)
-        sweep = tracking.SweepRun(self.client, self.experiment_id, said, launched=time.time())
+        sweep = tracking.SweepRun(
+            self.client, self.experiment_id, said, launched=time.time(), looks=self.looks
+        )
         self.held.callback(lambda: sweep.end(self.ended, self.artifacts))
         self.sweep = sweep
 

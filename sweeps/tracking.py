@@ -81,11 +81,17 @@ class SweepRun:
     """The sweep's own run: its plan, its report, and whether it is under way."""
 
     def __init__(
-        self, client: MlflowClient, experiment_id: str, plan: Mapping[str, Any], launched: float
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        plan: Mapping[str, Any],
+        launched: float,
+        looks: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the sweep's run for what is about to run.
 
         `launched` is a time in seconds since the epoch, by which the newest sweep is found.
+        `looks`: as `keep_looks` takes them, where the sweep is looked at while it grows.
         """
         name = plan["sweep"]
         self.client = client
@@ -99,6 +105,8 @@ class SweepRun:
             )
         self.run_id = run.info.run_id
         self.plans(plan)
+        if looks:
+            self.keep_looks(looks)
         # A reader sees a sweep by its kind: it has a plan by then.
         set_tags(client, self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
         set_tags(client, self.run_id, kind="sweep")
@@ -107,6 +115,11 @@ class SweepRun:
     def plans(self, plan: Mapping[str, Any]) -> None:
         """Record what is about to run, in place of what was planned before."""
         self.client.log_dict(self.run_id, dict(plan), "plan.json")
+
+    def keep_looks(self, looks: Mapping[str, Any]) -> None:
+        """Record the looks taken and to come, analysis.looks' Record, in place of those before."""
+        self.client.log_dict(self.run_id, dict(looks), "looks.json")
+        set_tags(self.client, self.run_id, until_decided=str(len(looks["seeds"])))
 
     def end(self, status: str, artifacts: Sequence[Path] = ()) -> None:
         for file in artifacts:
