@@ -45,8 +45,9 @@ DOWNLOADS = 16
 VIEW = "sweep"
 """Name of the view that a sweep's experiment opens with, in the address of its page."""
 
-for chatty in ("mlflow.store.db.utils", "alembic"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+# What goes wrong it raises as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +88,10 @@ def connect(uri: str) -> MlflowClient:
     try:
         if not has_started(uri):
             _make_store(Path(uri.removeprefix("sqlite:///")))
+        elif (
+            uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).stat().st_size
+        ):
+            raise ValueError("the file is empty")  # of which MLflow would make a store
         if uri.startswith(("http://", "https://")):
             # MLflow's client would go on trying for minutes.
             requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).raise_for_status()

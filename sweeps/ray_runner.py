@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Ctrl-C is ours to hear: see sweeps.interrupts.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # The workers that Ray starts beforehand have not the environment that Tune wants for its own: they
 # would only stand in the way of those.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
@@ -27,8 +29,10 @@ from ray import tune
 from ray._private.services import find_bootstrap_address
 
 from gptcore.config import InputError
-from sweeps.progress import SweepProgress
-from sweeps.tracking import close_runs
+from sweeps.faults import Fault, saying_when_away
+from sweeps.interrupts import on_interrupt
+from sweeps.progress import Ended, SweepProgress
+from sweeps.tracking import close_runs, wait_no_longer
 from sweeps.trainable import run_batch
 
 RETRIES = 2
@@ -47,9 +51,11 @@ it back and maps it anew, most of all from the second arena that the thread whic
 in would get: up to 9,000 page faults and 8% of a step."""
 
 # That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
-# so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress.
+# so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress; that
+# Tune cannot keep a state of its own loses nothing, for nobody reads it.
 for chatty in (
     "ray._private.authentication",
+    "ray.train._internal.syncer",
     "ray.tune.analysis.experiment_analysis",
     "ray.tune.execution.tune_controller",
     "ray.tune.tune",
@@ -117,7 +123,8 @@ def run_on_ray(
     """Run trials, one core each and a share of a GPU where there are some; -> whether stopped.
 
     A job is a trial as sweeps.trainable takes it. Afterwards no job's MLflow run is RUNNING: one
-    that failed has its reason, one that Ctrl-C stopped is KILLED.
+    that failed has its reason, one that Ctrl-C stopped is KILLED. Raises Fault for what ended the
+    sweep before its trials did.
     """
     resources = {"cpu": 1.0}
     if ray.cluster_resources().get("GPU") and any(
@@ -127,7 +134,7 @@ def run_on_ray(
     progress = SweepProgress(console, {job["key"]: job["params"]["train.steps"] for job in jobs})
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with progress:
+    with progress, saying_when_away(store["uri"], console.print):
         tuner = tune.Tuner(
             tune.with_resources(run_batch, resources),
             param_space={
@@ -150,10 +157,17 @@ def run_on_ray(
         )
         stopped = True
         try:
-            tuner.fit()
+            with on_interrupt(progress.interrupt):
+                tuner.fit()
             stopped = len(progress.finished) + len(progress.failed) < len(jobs)
+        except Ended:
+            pass
         finally:
             if stopped:
                 stop_ray()  # a trial that is being stopped may still write
+            if progress.fault:
+                wait_no_longer()  # a store that does not answer has been waited for
             close_runs(store, jobs, progress.failed, progress.retried)
+    if progress.fault:
+        raise Fault(progress.fault)
     return stopped
