@@ -48,8 +48,9 @@ VIEW = "sweep"
 UNREADABLE = (OSError, pl.exceptions.PolarsError)
 """What reading a table that is damaged or not there raises."""
 
-for chatty in ("mlflow.store.db.utils", "alembic"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+# What goes wrong it raises as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +92,10 @@ def connect(uri: str) -> MlflowClient:
     try:
         if not has_started(uri):
             _make_store(Path(uri.removeprefix("sqlite:///")))
+        elif (
+            uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).stat().st_size
+        ):
+            raise ValueError("the file is empty")  # of which MLflow would make a store
         if uri.startswith(("http://", "https://")):
             # MLflow's client would go on trying for minutes.
             requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).raise_for_status()

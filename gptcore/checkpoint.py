@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from gptcore.config import InputError, Scalar
-from gptcore.files import write_atomically
+from gptcore.files import remove_leftovers, write_atomically
 from gptcore.model import GPT
 from gptcore.records import SCHEMA_VERSION, TABLES, Row
 
@@ -122,3 +122,4 @@ class Checkpoint:
 
     def delete(self) -> None:
         self.file.unlink(missing_ok=True)
+        remove_leftovers(self.file)

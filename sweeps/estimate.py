@@ -29,6 +29,7 @@ from gptcore.records import MemoryRecorder, Row, TrainingRow
 from sweeps.parquet import write_tables
 from sweeps.ray_runner import needs_of, slots
 from sweeps.tracking import chart_points
+from sweeps.units import clock, size
 
 CADENCES = ("every", "text_every", "histogram_every", "spectrum_every")
 SHORTEST = 4
@@ -82,22 +83,6 @@ class Estimate:
         """The estimate for the sweep's run."""
         numbers = {name: value for name, value in asdict(self).items() if name != "unknown"}
         return {f"estimated_{name}": f"{value:.0f}" for name, value in numbers.items()}
-
-
-def clock(seconds: float) -> str:
-    """`1:05:09`, or `5:09` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(count: float) -> str:
-    """Bytes as a reader has them: `1.2 GB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def shape_of(config: TrialConfig) -> TrialConfig:

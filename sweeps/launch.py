@@ -15,6 +15,7 @@ from rich.console import Console
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
+from sweeps.faults import GO_ON, Fault
 from sweeps.plan import Plan, make_plan, power, seeds_of, with_more_seeds, with_overrides
 from sweeps.spaces import Preset, Space
 
@@ -25,15 +26,18 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
 
 
 def guarded(command: Callable[[Console], int]) -> int:
-    """Run a command; -> its exit code: 2 for bad input, 130 for Ctrl-C, else what it gives: 0, or
-    1 where a trial failed."""
+    """Run a command; -> its exit code: 2 for bad input, 1 for what broke on the way, 130 for
+    Ctrl-C, else what it gives: 0, or 1 where a trial failed."""
     try:
         return command(Console(highlight=False, markup=False, emoji=False))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Fault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
 
 

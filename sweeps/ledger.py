@@ -64,6 +64,8 @@ def _entry(key: str, run: Run | None, sweep: str, runs_dir: Path, held: bool) ->
             why.append(run.data.tags["reason"])
     if status not in DONE and checkpoint_file(runs_dir, key).exists():
         why.append("goes on from its checkpoint")
+    elif status in ("stopped", "cut off"):
+        why.append("has no checkpoint: begins anew")
     return Entry(status, "; ".join(why), run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,10 @@ from rich.live import Live
 
 LINE_EVERY = 15.0
 """Seconds between lines where the console is no terminal."""
+
+
+class Ended(Exception):
+    """Ends Tune's loop before all trials have run."""
 
 
 class SweepProgress(tune.Callback):
@@ -34,6 +39,8 @@ class SweepProgress(tune.Callback):
         self.pruned: dict[str, str] = {}  # at which step, by trial key
         self.failed: dict[str, str] = {}  # why, by trial key
         self.retried: dict[str, list[str]] = {}  # why, each time, by trial key
+        self.fault = ""  # of the sweep: every other trial would fail alike
+        self.interrupted = False  # by Ctrl-C
         self.first_report: float | None = None
         self.last_line = time.monotonic()
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -87,6 +94,15 @@ class SweepProgress(tune.Callback):
             self.last_line = time.monotonic()
             self.console.print(self.line(), highlight=False)
 
+    def interrupt(self) -> None:
+        """End at the next step of Tune's loop."""
+        self.interrupted = True
+        self._show("stopping; Ctrl-C again stops at once")
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        if self.fault or self.interrupted:
+            raise Ended
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         (job,) = trial.config["batch"]
         self.running.add(job["key"])
@@ -102,6 +118,8 @@ class SweepProgress(tune.Callback):
         key = key_of(trial.config)
         if result.get("status") == "failed":
             self.failed[key] = result["reason"]
+            if result.get("ends_sweep"):
+                self.fault = result["reason"]
             return
         # Not heard of before its end: it was too short to begin far from there.
         self.begun.setdefault(key, 0 if "status" in result else result["step"])
@@ -137,9 +155,13 @@ class SweepProgress(tune.Callback):
 
 
 def _why(trial: Trial) -> str:
-    """The last line of what Tune knows of an error, which of a dead worker need not say so."""
-    # Tune's own copy: what get_error() reads has not reached the storage yet.
-    text = Path(trial.error_file).read_text().strip()
+    """What Tune knows of its latest error, which of a dead worker need not say that it died."""
+    # Tune's own copy, of all errors so far: what get_error() reads has not reached the storage yet.
+    text = Path(trial.error_file).read_text().rpartition("Failure # ")[2].strip()
+    if memory := re.search("Memory on the node .*", text):
+        held = re.search("Selected to kill:.*actual memory used=([^,]*)", text)
+        its = f"; it held {held[1]}" if held else ""
+        return f"out of memory, the worker was killed by Ray: {memory[0]}{its}"
     why = text.splitlines()[-1].strip()
     return f"the worker died: {why}" if "The actor died" in text else why
 

@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Ctrl-C is ours to hear: see sweeps.interrupts.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # The workers that Ray starts beforehand have not the environment that Tune wants for its own: they
 # would only stand in the way of those.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
@@ -28,8 +30,10 @@ from ray._private import ray_constants
 from ray._private.services import find_bootstrap_address
 
 from gptcore.config import InputError, TrialConfig
-from sweeps.progress import SweepProgress, key_of
-from sweeps.tracking import close_runs
+from sweeps.faults import Fault, saying_when_away
+from sweeps.interrupts import on_interrupt
+from sweeps.progress import Ended, SweepProgress, key_of
+from sweeps.tracking import close_runs, wait_no_longer
 from sweeps.trainable import run_batch
 
 if TYPE_CHECKING:
@@ -51,9 +55,11 @@ it back and maps it anew, most of all from the second arena that the thread whic
 in would get: up to 9,000 page faults and 8% of a step."""
 
 # That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
-# so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress.
+# so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress; that
+# Tune cannot keep a state of its own loses nothing, for nobody reads it.
 for chatty in (
     "ray._private.authentication",
+    "ray.train._internal.syncer",
     "ray.tune.analysis.experiment_analysis",
     "ray.tune.execution.tune_controller",
     "ray.tune.tune",
@@ -152,13 +158,14 @@ def run_on_ray(
 
     A job is a trial as sweeps.trainable takes it; `needs` are those of each, by its key, as
     needs_of. A search adds its jobs as it suggests them. Afterwards no job's MLflow run is RUNNING:
-    one that failed has its reason, one that was pruned or that Ctrl-C stopped is KILLED.
+    one that failed has its reason, one that was pruned or that Ctrl-C stopped is KILLED. Raises
+    Fault for what ended the sweep before its trials did.
     """
     steps = {job["key"]: job["params"]["train.steps"] for job in jobs}
     progress = SweepProgress(console, steps, trials=search.left if search else len(jobs))
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with progress:
+    with progress, saying_when_away(store["uri"], console.print):
         tuner = tune.Tuner(
             tune.with_resources(
                 run_batch, lambda config: tune.PlacementGroupFactory([dict(needs[key_of(config)])])
@@ -188,10 +195,17 @@ def run_on_ray(
         )
         stopped = True
         try:
-            tuner.fit()
+            with on_interrupt(progress.interrupt):
+                tuner.fit()
             stopped = progress.ended < len(jobs)
+        except Ended:
+            pass
         finally:
             if stopped:
                 stop_ray()  # a trial that is being stopped may still write
+            if progress.fault:
+                wait_no_longer()  # a store that does not answer has been waited for
             close_runs(store, jobs, progress.failed, progress.retried, progress.pruned)
+    if progress.fault:
+        raise Fault(progress.fault)
     return stopped

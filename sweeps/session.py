@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,16 +20,20 @@ from analysis.runs import chart_page, connect, has_started, mlflow_command, trac
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
+from sweeps.faults import GO_ON, check_database, naming_faults
+from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
 from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
 from sweeps.plan import Plan, job_of
+from sweeps.units import clock
 
 
 class Session:
     """A sweep while this driver holds it.
 
     Entering raises InputError where another driver works on the sweep, or nothing can be written.
-    On leaving Ray is stopped, and the sweep's run ends as `ended` says.
+    On leaving Ray is stopped, and the sweep's run ends as `ended` says. Inside, Ctrl-C stops
+    cleanly and, pressed again, at once; a fault of the sweep is raised as a Fault that names it.
     """
 
     def __init__(self, name: str, runs_dir: Path, trials_per_gpu: int, console: Console) -> None:
@@ -44,13 +49,20 @@ class Session:
 
     def __enter__(self) -> Session:
         check_writable(self.runs_dir)
+        self.held.enter_context(two_presses())
+        self.held.enter_context(naming_faults(self.uri, self.runs_dir))
         self.held.enter_context(holding(self.runs_dir, self.name))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is KeyboardInterrupt:
             self.ended = "KILLED"
-        self.held.close()
+        self.held.__exit__(kind, error, trace)
 
     def run(
         self, plan: Plan, redo: Sequence[str] = (), only: Collection[str] | None = None
@@ -78,7 +90,8 @@ class Session:
         jobs = [job_of(plan, key) for key in missing]
         with self.estimated({key: plan.trials[key] for key in missing}) as needs:
             stopped = run_on_ray(jobs, self.store, needs, self.runs_dir, self.console)
-        self.ledger = ledger_of(plan, self.runs_dir)
+        # By the client at hand: where the store is away just now, that one waits for it.
+        self.ledger = read_ledger(plan.trials, plan.name, self.client, self.runs_dir)
         return stopped
 
     def open(self, plan: Plan, devices: set[str]) -> None:
@@ -100,7 +113,7 @@ class Session:
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[dict[str, dict[str, float]]]:
         """Around the running of some trials: what they will take is measured, told and recorded
         before, what they took is after. Gives what each trial needs of a node."""
-        from sweeps.estimate import clock, estimate
+        from sweeps.estimate import estimate
         from sweeps.ray_runner import needs_of
 
         assert self.sweep
@@ -152,7 +165,7 @@ class Session:
         """Say what remains after a Ctrl-C; -> the exit code."""
         self.console.print(trial_table(self.plan, self.ledger))
         remain = sum(not entry.is_done for entry in self.ledger.values())
-        self.console.print(f"stopped with {remain} trials to go: the same command goes on")
+        self.console.print(f"stopped with {remain} trials to go: {GO_ON}")
         self.ended = "KILLED"
         return 130
 
@@ -176,6 +189,8 @@ class Session:
 def ledger_of(plan: Plan, runs_dir: Path) -> dict[str, Entry]:
     """How each trial of the plan stands."""
     uri = tracking_uri(runs_dir)
+    if uri.startswith("sqlite:///") and has_started(uri):
+        check_database(Path(uri.removeprefix("sqlite:///")))
     client = connect(uri) if has_started(uri) else None
     return read_ledger(plan.trials, plan.name, client, runs_dir)
 

@@ -11,17 +11,23 @@ import os
 import platform
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# How long a tracking server that does not answer is waited for, by driver and workers alike: every
+# request is tried ten times more, after 0, 4, 8, 16, 32, 64 and then each 120 seconds, ten minutes
+# in all. MLflow takes no higher number; whoever wants less sets it.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 
 from gptcore.config import InputError, Scalar, spelling
+from gptcore.files import remove_leftovers
 from gptcore.records import (
     MemoryRecorder,
     Row,
@@ -36,6 +42,11 @@ from sweeps.parquet import write_tables
 
 FLUSH_AT = 1000
 """Metrics a call: MLflow's own limit for log_batch."""
+
+
+def wait_no_longer() -> None:
+    """From here on in this process, a tracking server that does not answer is not waited for."""
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 
 
 def open_experiment(
@@ -150,6 +161,7 @@ class MlflowRecorder(MemoryRecorder):
             # It stays where it is: that of the sweep that wanted it first.
             tags = {**tags, "sweep": run.data.tags["sweep"]}
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
+        self.artifacts = urllib.parse.urlsplit(run.info.artifact_uri)
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
             self.run_id,
@@ -179,9 +191,16 @@ class MlflowRecorder(MemoryRecorder):
     def close(self, result: TrialResult) -> None:
         super().close(result)
         self._flush()
-        with tempfile.TemporaryDirectory() as folder:
-            write_tables(self.rows, Path(folder))
-            self.client.log_artifacts(self.run_id, folder)
+        if self.artifacts.scheme == "file":
+            # In place: MLflow's copying would leave half a file where it is cut off.
+            in_place = Path(urllib.parse.unquote(self.artifacts.path))
+            for table in self.rows:
+                remove_leftovers(in_place / f"{table}.parquet")
+            write_tables(self.rows, in_place)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                write_tables(self.rows, Path(folder))
+                self.client.log_artifacts(self.run_id, folder)
         set_tags(
             self.client,
             self.run_id,

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
+from sweeps.faults import fault_of_sweep, fault_of_trial
 from sweeps.tracking import MlflowRecorder, chart_points
 
 REPORT_SECONDS = 1.0
@@ -27,25 +29,47 @@ def run_batch(config: dict[str, Any]) -> None:
     in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value
     of `config["metric"]` reported.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
-    would break again. What Tune tries again is a worker that died. A trial that Tune stops (by
+    would break again. What every trial would break on is told to the driver, which ends the sweep
+    and closes the run. What Tune tries again is a worker that died. A trial that Tune stops (by
     SystemExit) is left to the driver.
     """
+    store, runs_dir = config["store"], Path(config["runs_dir"])
     for trial in config["batch"]:
-        recorder = MlflowRecorder(**config["store"], **trial)
+        failed = {"trial_key": trial["key"], "status": "failed"}
         try:
-            config_of_trial = TrialConfig.from_flat(trial["params"])
-            key = config_of_trial.key(check_trial(config_of_trial).digest)
-            if key != trial["key"]:
-                raise InputError(
-                    f"trial {trial['key']} is {key} on this worker: "
-                    "its corpus or its gptcore is not the driver's"
-                )
-            file = checkpoint_file(Path(config["runs_dir"]), key)
-            run_trial(config_of_trial, _Reporting(recorder, key, config.get("metric")), file)
+            if why := _run(trial, store, runs_dir, config.get("metric")):
+                tune.report({**failed, "reason": why})
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            recorder.fail(reason, traceback.format_exc())
-            tune.report({"trial_key": trial["key"], "status": "failed", "reason": reason})
+            ends = fault_of_sweep(error, store["uri"], runs_dir)
+            if ends is None:
+                raise
+            tune.report({**failed, "reason": ends, "ends_sweep": True})
+
+
+def _run(
+    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
+) -> str | None:
+    """Run one trial; -> why it failed, if it did. Raises what is no fault of the trial's own."""
+    recorder = MlflowRecorder(**store, **trial)
+    try:
+        config = TrialConfig.from_flat(trial["params"])
+        key = config.key(check_trial(config).digest)
+        if key != trial["key"]:
+            raise InputError(
+                f"trial {trial['key']} is {key} on this worker: "
+                "its corpus or its gptcore is not the driver's"
+            )
+        run_trial(config, _Reporting(recorder, key, metric), checkpoint_file(runs_dir, key))
+        return None
+    except Exception as error:
+        if fault_of_sweep(error, store["uri"], runs_dir):
+            raise
+        why, details = fault_of_trial(error), traceback.format_exc()
+    # The error is gone by now, and with it the tensors that its frames held.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes may want what this trial leaves
+    recorder.fail(why, details)
+    return why
 
 
 class _Reporting:

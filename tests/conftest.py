@@ -193,34 +193,47 @@ def moved(runs_dir: Path, to: Path) -> Path:
     return to
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def start_server(uri: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A real MLflow server that answers at `uri` and keeps everything in a folder.
+
+    It is a group of processes, to be ended by os.killpg.
+    """
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
+        "--port", uri.rpartition(":")[2], "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination", str(folder / "artifacts"),
+    ]  # fmt: skip
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("a") as log:
+        server = subprocess.Popen(
+            command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            requests.get(f"{uri}/health", timeout=5).raise_for_status()
+            return server
+        except requests.RequestException:
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.5)
+
+
 @pytest.fixture(scope="session")
 def server_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real MLflow server with a sweep `served` of 2 schemes x 2 seeds."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
+    uri = f"http://127.0.0.1:{free_port()}"
+    server = start_server(uri, folder)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                requests.get(f"{uri}/health", timeout=5).raise_for_status()
-                break
-            except requests.RequestException:
-                assert server.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.5)
         knobs: list[dict[str, Scalar]] = [
             {"init.scheme": scheme, "init.seed": seed}
             for scheme in ("model5", "gpt2")

@@ -13,14 +13,12 @@ from sweeps.estimate import (
     OVERHEAD,
     POINT_BYTES,
     Measured,
-    clock,
     cost_of,
     kind_of,
     makespan,
     measure,
     shape_of,
     shortened,
-    size,
 )
 from sweeps.parquet import write_tables
 from sweeps.tracking import chart_points
@@ -126,8 +124,3 @@ def test_the_disk_foretold_is_that_of_the_whole_trial(tmp_path):
 )
 def test_the_last_trial_ends_when_slots_are_filled_in_order(seconds, slots, ends):
     assert makespan(seconds, slots) == ends
-
-
-def test_numbers_are_said_as_people_say_them():
-    assert [clock(9.4), clock(249.6), clock(3909)] == ["0:09", "4:10", "1:05:09"]
-    assert [size(12), size(720e6), size(1.23e9)] == ["12 B", "720 MB", "1.23 GB"]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +14,7 @@ import polars as pl
 import pytest
 
 from analysis.runs import connect, experiment_ids, search_runs, tracking_uri
-from conftest import ROOT, TINY, flags, workers
+from conftest import ROOT, TINY, flags, free_port, start_server, workers
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
@@ -24,20 +25,35 @@ pytestmark = pytest.mark.slow
 WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 
 
-def start(folder, seeds):
+def start(folder, *arguments, **environment):
     """A driver of trials of a few seconds that keep a checkpoint every fifth of one."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--no-report",
-         "--runs-dir", "runs", *flags(drilled(0)), "--init.seed", *map(str, range(seeds))],
+         "--runs-dir", "runs", *flags(drilled(0)), *arguments],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        env={**os.environ, **environment}, start_new_session=True,
     )  # fmt: skip
+
+
+def run(folder, *arguments, **environment):
+    driver = start(folder, *arguments, **environment)
+    output, _ = driver.communicate(timeout=600)
+    assert "Traceback" not in output, output
+    return driver.returncode, output
+
+
+def seeds(count):
+    return ["--init.seed", *map(str, range(count))]
 
 
 def drilled(seed):
     return TrialConfig.from_flat(
         {**TINY, "train.steps": 300, "train.checkpoint_seconds": 0.2, "init.seed": seed}
     )
+
+
+def key_of(config):
+    return config.key(check_trial(config).digest)
 
 
 def undisturbed(seed, folder):
@@ -47,13 +63,67 @@ def undisturbed(seed, folder):
     return folder
 
 
+def runs_of(uri):
+    client = connect(uri)
+    return {
+        run.data.tags["trial_key"]: client.get_run(run.info.run_id)
+        for run in search_runs(client, experiment_ids(client), "trial")
+    }
+
+
+def running(folder):
+    """The trials under way, by what the store in the folder says."""
+    if not (folder / "runs" / "mlflow.db").exists():
+        return []
+    return [run for run in runs_of(tracking_uri(folder / "runs")).values() if is_running(run)]
+
+
+def is_running(run):
+    return run.info.status == "RUNNING"
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def check_whole(tmp_path, uri, database, count):
+    """That so many seeds have run, and what they left is what undisturbed trials leave."""
+    client, runs = connect(uri), runs_of(uri)
+    found = client.search_runs(experiment_ids(client), max_results=1000)
+    assert len(found) == count + 1  # one a key, and the sweep's own
+    assert {run.info.status for run in found} == {"FINISHED"}
+    with sqlite3.connect(database) as store:
+        doubled = store.execute(
+            "select run_uuid, key, step, count(*) from metrics group by 1, 2, 3 having count(*) > 1"
+        )
+        assert doubled.fetchall() == []
+    for seed in range(count):
+        config = drilled(seed)
+        run = runs[key_of(config)]
+        whole = undisturbed(seed, tmp_path / "undisturbed" / str(seed))
+        artifacts = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
+        assert sorted(file.name for file in artifacts.glob("*.parquet")) == sorted(
+            f"{table}.parquet" for table in TABLES
+        )
+        assert not list(artifacts.glob(".*"))  # nothing half-written
+        for table in TABLES:
+            rows = pl.read_parquet(artifacts / f"{table}.parquet")
+            assert rows.equals(pl.read_parquet(whole / f"{table}.parquet")), (seed, table)
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
+        assert steps == list(range(config.train.steps + 1))
+
+
 def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
     dice = random.Random(0)
     killed = {"workers": 0, "drivers": 0}
-    seeds, starts, deadline = 4, 0, time.monotonic() + 1500
+    count, starts, deadline = 4, 0, time.monotonic() + 1500
     while killed["workers"] < WORKERS_KILLED or killed["drivers"] < DRIVERS_KILLED:
         assert time.monotonic() < deadline, killed
-        driver = start(tmp_path, seeds)
+        driver = start(tmp_path, *seeds(count))
         starts += 1
         end = time.monotonic() + dice.uniform(1, 30)
         while driver.poll() is None and time.monotonic() < end:
@@ -68,39 +138,183 @@ def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
         assert driver.returncode in (0, 1, -signal.SIGKILL), output
         assert driver.returncode == -signal.SIGKILL or "Traceback" not in output, output
         if driver.returncode == 0:
-            seeds += 2  # all is done, and not yet enough was killed
+            count += 2  # all is done, and not yet enough was killed
     for _ in range(3):  # a trial may have lost all its workers
-        driver = start(tmp_path, seeds)
+        driver = start(tmp_path, *seeds(count))
         output, _ = driver.communicate(timeout=600)
         if driver.returncode == 0:
             break
     assert driver.returncode == 0, output
     with capsys.disabled():
-        print(f"\n{killed}, {starts} starts, {seeds} trials")
+        print(f"\n{killed}, {starts} starts, {count} trials")
 
-    client = connect(tracking_uri(tmp_path / "runs"))
-    runs = {
-        run.data.tags["trial_key"]: client.get_run(run.info.run_id)
-        for run in search_runs(client, experiment_ids(client), "trial")
-    }
-    found = client.search_runs(experiment_ids(client), max_results=1000)
-    assert len(found) == seeds + 1  # one a key, and the sweep's own
-    assert {run.info.status for run in found} == {"FINISHED"}
-    with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as store:
-        doubled = store.execute(
-            "select run_uuid, key, step, count(*) from metrics group by 1, 2, 3 having count(*) > 1"
-        )
-        assert doubled.fetchall() == []
-    for seed in range(seeds):
-        config = drilled(seed)
-        run = runs[config.key(check_trial(config).digest)]
-        whole = undisturbed(seed, tmp_path / "undisturbed" / str(seed))
-        artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
-        assert sorted(file.name for file in artifacts.iterdir() if file.suffix == ".parquet") == (
-            sorted(f"{table}.parquet" for table in TABLES)
-        )
-        for table in TABLES:
-            rows = pl.read_parquet(artifacts / f"{table}.parquet")
-            assert rows.equals(pl.read_parquet(whole / f"{table}.parquet")), (seed, table)
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
-        assert steps == list(range(config.train.steps + 1))
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", count)
+
+
+def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
+    served = tmp_path / "served"
+    served.mkdir()
+    uri = f"http://127.0.0.1:{free_port()}"
+    server = start_server(uri, served)
+    driver = start(tmp_path, *seeds(4), MLFLOW_TRACKING_URI=uri)
+    try:
+        wait_for(lambda: sum(map(is_running, runs_of(uri).values())) > 0)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        time.sleep(40)
+        server = start_server(uri, served)
+        output, _ = driver.communicate(timeout=300)
+        assert driver.returncode == 0, output
+        place = uri.removeprefix("http://")
+        assert f"the tracking server at {place} does not answer: it is waited for" in output
+        assert f"the tracking server at {place} answers again" in output
+        check_whole(tmp_path, uri, served / "mlflow.db", 4)
+    finally:
+        driver.kill()
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or error
+        pytest.skip(f"a small file system cannot be mounted here: {why}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_path, small_disk):
+    driver = start(small_disk, *seeds(4))
+    wait_for(lambda: list(small_disk.glob("runs/checkpoints/*.pt")))
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+            file.write(bytes(2**26))  # what fits is written
+        with pytest.raises(OSError, match="No space left"):
+            file.write(b"0")
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 1, output
+    assert f"error: no room on the disk of {small_disk}/runs for what was to be written" in output
+    assert "of 41.9 MB are free: make room, then the same command goes on" in output
+    assert "Traceback" not in output, output
+    filler.unlink()
+    code, output = run(small_disk, *seeds(4))
+    assert code == 0, output
+    check_whole(tmp_path, tracking_uri(small_disk / "runs"), small_disk / "runs" / "mlflow.db", 4)
+
+
+def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
+    huge = str(2**20)
+    code, output = run(tmp_path, *seeds(2), "--model.d_model", "16", huge)
+    assert code == 1, output
+    runs = runs_of(tracking_uri(tmp_path / "runs")).values()
+    ended = {(run.data.params["model.d_model"], run.info.status) for run in runs}
+    assert ended == {("16", "FINISHED"), (huge, "FAILED")}
+    for run_ in runs:
+        if run_.info.status == "FAILED":
+            assert re.fullmatch(
+                r"out of memory: 210\.8 GB in one piece were refused; this process held [\d.]+ MB "
+                r"at most, the machine has [\d.]+ GB of [\d.]+ GB free",
+                run_.data.tags["reason"],
+            )
+            assert "retries" not in run_.data.tags
+
+
+def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    code, output = run(tmp_path, *seeds(1), **limits)
+    assert code == 1, output
+    (failed,) = runs_of(tracking_uri(tmp_path / "runs")).values()
+    assert failed.info.status == "FAILED"
+    reason = r"out of memory, the worker was killed by Ray: Memory on the node .* used / .* limit"
+    assert re.match(reason, failed.data.tags["reason"])
+    assert "out of memory, the worker was killed by Ray: " in output
+
+
+def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
+    driver = start(tmp_path, *seeds(4))
+    files = wait_for(lambda: (found := list(tmp_path.glob("runs/checkpoints/*.pt")))[1:] and found)
+    driver.kill()
+    driver.communicate()
+    damaged, deleted = files
+    whole = damaged.read_bytes()
+    middle = len(whole) // 2
+    damaged.write_bytes(whole[:middle] + bytes(9) + whole[middle + 9 :])
+    deleted.unlink()
+    code, output = run(tmp_path, *seeds(4), "--dry-run")
+    assert code == 0, output
+    assert "begins anew" in " ".join(output.split())
+    code, output = run(tmp_path, *seeds(4))
+    assert code == 1, output
+    assert re.search(
+        f"trial {damaged.stem} failed: the checkpoint {re.escape(str(damaged))} is damaged .*: "
+        "delete it to begin from step 0",
+        output,
+    )
+    assert "3 of 4 finished, 0 running, 1 failed" in output
+    damaged.unlink()
+    code, output = run(tmp_path, *seeds(4))
+    assert code == 0, output
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "its head", "its middle"])
+def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage):
+    runs_dir = tmp_path / "runs"
+    runs_dir.mkdir()
+    connect(tracking_uri(runs_dir))
+    file = runs_dir / "mlflow.db"
+    whole, middle = file.read_bytes(), file.stat().st_size // 2
+    noise = random.Random(0).randbytes(20_000)
+    file.write_bytes(
+        {
+            "empty": b"",
+            "cut short": whole[:middle],
+            "its head": noise + whole[len(noise) :],
+            "its middle": whole[:middle] + noise + whole[middle + len(noise) :],
+        }[damage]
+    )
+    before = file.read_bytes()
+    code, output = run(tmp_path, *seeds(1))
+    assert code == 2, output
+    assert re.search(f"error: the database {re.escape(str(file))} is damaged .*: put a", output)
+    assert file.read_bytes() == before
+
+
+def test_of_two_drivers_at_once_one_works_and_the_other_says_which(tmp_path):
+    first = start(tmp_path, *seeds(4))
+    wait_for(lambda: running(tmp_path))
+    code, output = run(tmp_path, *seeds(4))
+    assert code == 2, output
+    assert f"is being run by process {first.pid} on " in output
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, output
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
+    driver = start(tmp_path, *seeds(4))
+    wait_for(lambda: running(tmp_path))
+    # As a terminal does it: to the driver and all that it has started.
+    os.killpg(driver.pid, signal.SIGINT)
+    said = []
+    while "stopping; Ctrl-C again stops at once" not in "".join(said[-1:]):
+        said.append(driver.stdout.readline())
+        assert said[-1], said
+    second = time.monotonic()
+    os.killpg(driver.pid, signal.SIGINT)
+    output, _ = driver.communicate(timeout=60)
+    assert time.monotonic() - second < 2
+    assert driver.returncode == 130, output
+    assert "stopped at once: the same command goes on" in output
+    assert "Traceback" not in output
+    wait_for(lambda: not workers(), seconds=30)
+    code, output = run(tmp_path, *seeds(4))
+    assert code == 0, output
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
