@@ -25,9 +25,7 @@ from mlflow.entities import Run
 from analysis.runs import trial_runs, trial_status
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
-
-DONE = ("finished", "diverged")
-"""A diverged trial has a result."""
+from sweeps.tracking import DONE
 
 
 @dataclass(frozen=True)

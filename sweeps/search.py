@@ -41,7 +41,6 @@ from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.launch import guarded
-from sweeps.ledger import DONE
 from sweeps.plan import Plan, checked, job_of, with_corpus
 from sweeps.session import Session
 from sweeps.study import (
@@ -55,7 +54,7 @@ from sweeps.study import (
     parse_domain,
     takes,
 )
-from sweeps.tracking import find_run
+from sweeps.tracking import DONE, find_run
 
 matplotlib.use("Agg")  # no screen is needed to write a file
 
@@ -168,7 +167,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
                 console.print(line, soft_wrap=True)
         if not args.no_report:
             session.report()
-        session.artifacts += tried.write(found)
+        session.keep(tried.write(found))
         failed = any(one.user_attrs.get("failed") for one in answered(study))
         session.ended = "FAILED" if failed else "FINISHED"
         return 1 if failed else 0

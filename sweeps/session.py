@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,7 +43,6 @@ class Session:
         self.trials_per_gpu = trials_per_gpu
         self.uri = tracking_uri(runs_dir)
         self.ended = "FAILED"
-        self.artifacts: list[Path] = []
         self.held = ExitStack()
         self.sweep: tracking.SweepRun | None = None
         self.has_ray = False
@@ -69,7 +70,7 @@ class Session:
     ) -> bool:
         """Run what is missing of the plan, or `only` of some trials, and anew what `redo` names; ->
         whether stopped."""
-        self.plan, self.ledger = plan, ledger_of(plan, self.runs_dir)
+        self.ledger = ledger_of(plan, self.runs_dir)
         again = to_redo(self.ledger, redo)
         missing = [
             key
@@ -156,10 +157,34 @@ class Session:
         return 1 if remain else 0
 
     def report(self) -> None:
-        """Build the report, and keep it on the sweep's run."""
+        """Build the report, and keep it on the sweep's run, unless it is there and up to date."""
+        assert self.sweep
+        file = self.runs_dir / "reports" / self.name / "report.html"
+        made_of = self._made_of()
+        if file.exists() and self.sweep.report_of() == made_of:
+            self.console.print(f"report: {file}, up to date", soft_wrap=True)
+            return
         folder = build_report(self.uri, [self.name], None, self.runs_dir)
-        self.artifacts += [folder / name for name in ("report.html", "findings.json", "summary.md")]
-        self.console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        names = ("report.html", "findings.json", "summary.md")
+        self.sweep.keep([folder / name for name in names], report_of=made_of)
+        self.console.print(f"report: {file}", soft_wrap=True)
+
+    def keep(self, files: Sequence[Path]) -> None:
+        """Keep files on the sweep's run, beside the report."""
+        assert self.sweep
+        self.sweep.keep(files)
+
+    def _made_of(self) -> str:
+        """Changes with all that the report rests on: the runs that count, claims, looks, code."""
+        ledger = read_ledger(self.plan.trials, self.name, self.client, self.runs_dir)
+        runs = {
+            key: [entry.status, dict(entry.run.info) if entry.run else {}]
+            for key, entry in ledger.items()
+        }
+        rests_on: list[Any] = [runs, digest(), self.plan.tags(), self.looks]
+        if self.plan.tags()["git_commit"].endswith("+"):
+            rests_on.append(time.time())  # what differs from the commit is not known
+        return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:12]
 
     def stop(self) -> int:
         """Say what remains after a Ctrl-C; -> the exit code."""
@@ -171,6 +196,7 @@ class Session:
 
     def record(self, plan: Plan) -> None:
         """Make the sweep's own run what the plan says; the first time open it."""
+        self.plan = plan
         said = {**plan.as_dict(), "claims_digest": digest()}
         if self.sweep:
             self.sweep.plans(said)
@@ -182,7 +208,7 @@ class Session:
         sweep = tracking.SweepRun(
             self.client, self.experiment_id, said, launched=time.time(), looks=self.looks
         )
-        self.held.callback(lambda: sweep.end(self.ended, self.artifacts))
+        self.held.callback(lambda: sweep.end(self.ended))
         self.sweep = sweep
 
 

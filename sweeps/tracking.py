@@ -40,6 +40,8 @@ from gptcore.records import (
 )
 from sweeps.parquet import write_tables
 
+DONE = ("finished", "diverged")
+"""Of a trial's status: a diverged trial has a result."""
 FLUSH_AT = 1000
 """Metrics a call: MLflow's own limit for log_batch."""
 
@@ -132,9 +134,19 @@ class SweepRun:
         self.client.log_dict(self.run_id, dict(looks), "looks.json")
         set_tags(self.client, self.run_id, until_decided=str(len(looks["seeds"])))
 
-    def end(self, status: str, artifacts: Sequence[Path] = ()) -> None:
-        for file in artifacts:
+    def keep(self, files: Sequence[Path], **tags: str) -> None:
+        """Keep files in the run's folder `report`, then tags that say what they are."""
+        for file in files:
             self.client.log_artifact(self.run_id, str(file), "report")
+        if tags:
+            set_tags(self.client, self.run_id, **tags)
+
+    def report_of(self) -> str | None:
+        """The tag that the latest report was kept with."""
+        tag: str | None = self.client.get_run(self.run_id).data.tags.get("report_of")
+        return tag
+
+    def end(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from mlflow import MlflowClient
 from ray import tune
 
 from gptcore.checkpoint import checkpoint_file
-from gptcore.config import InputError, TrialConfig
+from gptcore.config import InputError, TrialConfig, seed_of
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from sweeps.faults import fault_of_sweep, fault_of_trial
-from sweeps.tracking import MlflowRecorder, chart_points
+from sweeps.tracking import DONE, MlflowRecorder, chart_points, find_run
 
 REPORT_SECONDS = 1.0
 
@@ -50,6 +53,31 @@ def _run(
     trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
 ) -> str | None:
     """Run one trial; -> why it failed, if it did. Raises what is no fault of the trial's own."""
+    with alone_with(trial["key"], runs_dir):
+        run = find_run(MlflowClient(store["uri"]), None, "trial", trial_key=trial["key"])
+        status = run.data.tags["trial_status"] if run else "missing"
+        if status in DONE:  # by another sweep, since the driver looked
+            steps = trial["params"]["train.steps"]
+            tune.report({"trial_key": trial["key"], "step": steps, "status": status})
+            return None
+        return _run_alone(trial, store, runs_dir, metric)
+
+
+@contextmanager
+def alone_with(key: str, runs_dir: Path) -> Iterator[None]:
+    """While inside, no other process with this runs folder runs the trial; one that does is waited
+    for. The lock is the operating system's: a worker that dies holds nothing."""
+    file = runs_dir / "locks" / "trials"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        # A byte of the file for each trial, wherever it lies; the file stays empty.
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, seed_of("lock", key) >> 2)
+        yield
+
+
+def _run_alone(
+    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
+) -> str | None:
     recorder = MlflowRecorder(**store, **trial)
     try:
         config = TrialConfig.from_flat(trial["params"])

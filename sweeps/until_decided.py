@@ -16,9 +16,9 @@ from analysis.claims import CLAIMS
 from analysis.findings import look, with_scheme
 from analysis.runs import read_looks, read_sweeps
 from gptcore.config import InputError
-from sweeps.ledger import DONE
 from sweeps.plan import Plan
 from sweeps.session import Session
+from sweeps.tracking import DONE
 
 
 def agreed_looks(plan: Plan, given: int | None, uri: str) -> dict[str, Any] | None:

@@ -219,7 +219,7 @@ def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
     for run_ in runs:
         if run_.info.status == "FAILED":
             assert re.fullmatch(
-                r"out of memory: 210\.8 GB in one piece were refused; this process held [\d.]+ MB "
+                r"out of memory: 211 GB in one piece were refused; this process held [\d.]+ MB "
                 r"at most, the machine has [\d.]+ GB of [\d.]+ GB free",
                 run_.data.tags["reason"],
             )

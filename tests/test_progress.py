@@ -9,7 +9,8 @@ from sweeps.progress import SweepProgress
 
 
 def trial(key, **last_result):
-    return SimpleNamespace(config={"batch": [{"key": key}]}, last_result=last_result)
+    job = {"key": key, "params": {"train.steps": 100}}
+    return SimpleNamespace(config={"batch": [job]}, last_result=last_result)
 
 
 @pytest.fixture
@@ -104,5 +105,21 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
 
 def test_nothing_is_foretold_when_every_trial_has_ended(shown):
     for key in ("a", "b", "c"):
-        shown.on_trial_complete(0, [], trial(key))
+        shown.on_trial_complete(0, [], trial(key, status="finished"))
     assert shown.line() == "3 of 3 finished, 0 running, 0 failed"
+
+
+def test_a_search_tells_what_it_pruned_and_counts_trials_that_are_yet_to_be_suggested(clock):
+    searching = SweepProgress(Console(file=io.StringIO(), width=200), {}, trials=4)
+    for key in ("a", "b"):
+        searching.on_trial_start(0, [], trial(key))
+        result(searching, key, 0)
+    clock.seconds += 10
+    result(searching, "a", 50)
+    searching.on_trial_complete(0, [], trial("a", step=50))
+    result(searching, "b", 50)
+    # 100 steps in 10 s; half of b and two trials to go.
+    assert searching.line() == "0 of 4 finished, 1 pruned, 1 running, 0 failed, 0:25 left"
+    assert searching.pruned == {"a": "pruned at step 50"}
+    searching.on_trial_complete(0, [], trial("b", status="finished"))
+    assert (searching.ended, searching.finished) == (2, {"b"})

@@ -84,8 +84,13 @@ def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
     client = MlflowClient(store["uri"])
     runs = trial_runs(client)
     assert trial_status(runs[key]) == "running"
-    jobs = [job(key, tiny), job("begun not", tiny), job("broken", tiny)]
-    close_runs(store, jobs, {"broken": "killed"}, {key: ["it died", "it died again"]})
+    recorder(store, "behind", tiny)
+    jobs = [job(name, tiny) for name in (key, "begun not", "broken", "behind")]
+    died, pruned = {key: ["it died", "it died again"]}, {"behind": "pruned at step 50"}
+    close_runs(store, jobs, {"broken": "killed"}, died, pruned)
+    behind = trial_runs(client)["behind"]
+    assert (behind.info.status, trial_status(behind)) == ("KILLED", "pruned")
+    assert behind.data.tags["reason"] == "pruned at step 50"
     closed = trial_runs(client)[key]
     assert (closed.info.status, trial_status(closed)) == ("KILLED", "stopped")
     assert closed.data.tags["retries"] == "2"

@@ -1,3 +1,5 @@
+import multiprocessing
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
 from sweeps import trainable
 from sweeps.parquet import write_tables
-from sweeps.tracking import open_experiment
+from sweeps.tracking import MlflowRecorder, open_experiment
 from sweeps.trainable import run_batch
 
 
@@ -85,3 +87,40 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
             for folder in (artifacts, tmp_path / "whole")
         )
         assert resumed.equals(expected), table
+
+
+def _hold(key, runs_dir, held, release):
+    with trainable.alone_with(key, runs_dir):
+        held.set()
+        release.wait(60)
+
+
+def test_a_trial_that_another_process_runs_is_waited_for_and_not_run_again(
+    tiny, tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(trainable.tune, "report", told.append)
+    key = tiny.key(check_trial(tiny).digest)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    job = {"key": key, "name": "a trial", "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+    config = {"store": store, "runs_dir": str(tmp_path), "batch": [job]}
+    spawn = multiprocessing.get_context("spawn")
+    held, release = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(key, tmp_path, held, release))
+    other.start()
+    assert held.wait(60)
+    waiting = threading.Thread(target=run_batch, args=[config])
+    waiting.start()
+    waiting.join(3)
+    assert waiting.is_alive()
+    assert trial_runs(client) == {}
+    # The other one is done with it: the trial is run once.
+    recorder = MlflowRecorder(**store, **job)
+    run_trial(tiny, recorder)
+    release.set()
+    waiting.join(60)
+    other.join(60)
+    assert told == [{"trial_key": key, "step": tiny.train.steps, "status": "finished"}]
+    assert trial_runs(client)[key].info.run_id == recorder.run_id
