@@ -34,7 +34,7 @@ from rich.table import Table
 
 from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
-from analysis.runs import read_sweeps, trial_status
+from analysis.runs import read_looks, read_sweeps, tracking_uri, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
 from gptcore.config import InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
@@ -144,6 +144,8 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         },
     }
     runs_dir, name = args.runs_dir.resolve(), args.name or args.claim or args.goal
+    if read_looks(tracking_uri(runs_dir), name):
+        raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
     for note in notes:
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
     with Session(name, runs_dir, args.trials_per_gpu, console) as session:
