@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
 
 SHOW_CURSOR = b"\x1b[?25h"
 """For the terminal whose cursor a progress line has hidden."""
@@ -15,18 +17,15 @@ SHOW_CURSOR = b"\x1b[?25h"
 def two_presses() -> Iterator[None]:
     """Inside, the first Ctrl-C raises KeyboardInterrupt and the second leaves the process at once.
 
-    Nothing is lost by that: all that is on disk is whole, Ray's processes end with their driver,
-    and the next driver closes the runs that are left open.
+    Nothing is lost by that: all that is on disk is whole, and the next driver closes the runs that
+    are left open.
     """
     pressed = False
 
     def press(*_: object) -> None:
         nonlocal pressed
         if pressed:
-            os.write(2, b"stopped at once: the same command goes on\n")
-            if os.isatty(1):
-                os.write(1, SHOW_CURSOR)
-            os._exit(130)
+            _leave()
         pressed = True
         _first()
 
@@ -35,6 +34,31 @@ def two_presses() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _leave() -> NoReturn:
+    """End this process and all that it has started, without another step."""
+    # Ray's agents outlive their raylet where that dies while they begin.
+    for pid in _descendants(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os.write(2, b"stopped at once: the same command goes on\n")
+    if os.isatty(1):
+        os.write(1, SHOW_CURSOR)
+    os._exit(130)
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have, where /proc tells."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
 
 
 def _interrupt() -> None:
