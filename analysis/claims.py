@@ -52,6 +52,7 @@ class Claim:
     section: str  # of the report: a key of its SECTIONS
     version: int = 1  # raised when `measure` gives other numbers
     course: bool = False  # its parts are one number at several steps, the last step's last
+    over_subsets: bool = False  # a run has a number only beside runs on other subsets
 
     def rule(self, part: str) -> Part:
         return self.parts.get(part) or self.parts["*"]
@@ -358,7 +359,7 @@ CLAIMS: dict[str, Claim] = {
     ),
     "rare_flips": Claim(
         says="Rare tokens rise on a text so short that calibration alone predicts it, else fall.",
-        source=B, unit="share of runs", measure=rare_flips, section="rare",
+        source=B, unit="share of runs", measure=rare_flips, section="rare", over_subsets=True,
         parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
     ),
     "never_suppressed": Claim(

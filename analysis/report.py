@@ -84,7 +84,7 @@ def build_report(
         note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all of them."
         sweep = replace(sweep, notes=(*sweep.notes, note))
     # A part of a sweep, or a control, does not take the place of its report.
-    kind = "-selected" * bool(where) + "-shuffled" * (shuffle is not None)
+    kind = "-selected" * bool(where or claims) + "-shuffled" * (shuffle is not None)
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
     by_run = frames_of_runs(sweep)
     findings = find(sweep, by_run)

@@ -211,7 +211,7 @@ def trial_runs(client: MlflowClient) -> dict[str, Run]:
 
 
 def trial_status(run: Run | None) -> str:
-    """finished, diverged, failed, stopped, running, or missing where there is no run."""
+    """finished, diverged, failed, pruned, stopped, running; missing where there is no run."""
     return "missing" if run is None else run.data.tags["trial_status"]
 
 

@@ -89,11 +89,14 @@ def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
     return Estimate(seeds=n, value=p, low=max(0.0, middle - half), high=min(1.0, middle + half))
 
 
+EXACT_FLIPS, FLIPS = 14, 4001
+
+
 def sign_flip_p(values: Sequence[float]) -> float:
     """One-sided p of values whose distribution is symmetric about 0 if the null holds.
 
     The share of all ways to flip their signs that give a mean at least as large (Fisher 1935,
-    section 21): exact up to 14 values, then from 4,000 draws and the values themselves.
+    section 21): exact up to EXACT_FLIPS values, then from FLIPS, the values themselves among them.
     """
     found = np.asarray(values, dtype=np.float64)
     sums = _signs(len(found)) @ found
@@ -102,12 +105,17 @@ def sign_flip_p(values: Sequence[float]) -> float:
     return float((sums >= found.sum() - slack).mean())
 
 
+def least_sign_flip_p(n: int) -> float:
+    """What sign_flip_p gives where all of n values have the sign that it looks for."""
+    return 2.0**-n if n <= EXACT_FLIPS else 1 / FLIPS
+
+
 @functools.lru_cache(maxsize=4)
 def _signs(n: int) -> NDArray[np.float64]:
     """Ways to give n values a sign, a row each: all of them, or the first and draws."""
-    if n <= 14:
+    if n <= EXACT_FLIPS:
         return np.array(1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1), dtype=np.float64)
-    draws = np.random.default_rng(n).integers(0, 2, size=(4001, n))
+    draws = np.random.default_rng(n).integers(0, 2, size=(FLIPS, n))
     draws[0] = 0
     return np.array(1 - 2 * draws, dtype=np.float64)
 

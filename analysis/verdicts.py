@@ -24,6 +24,7 @@ from analysis.stats import (
     LEVEL,
     Estimate,
     holm,
+    least_sign_flip_p,
     mean_interval,
     median_interval,
     share_interval,
@@ -293,10 +294,10 @@ def _seeds_needed(
 
 def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, int]:
     """The fewest seeds that can support each claim at the level `alpha`, where every seed agrees on
-    all of them.
+    all of them; more than MOST_SEEDS where none can.
 
-    The exact p of a median or a share is then 2^-n, which Holm's correction multiplies by the
-    number of claims on those: a mean's can be smaller than any of them.
+    The p of a median or a share is then the least it can be, which Holm's correction multiplies by
+    the number of claims on those: a mean's can be smaller than any of them.
     """
     exact = [
         name
@@ -310,13 +311,16 @@ def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, 
         # A share of 1, or medians that are known.
         found = INTERVALS[rule.centre]([1.0] * n, 1 - alpha)
         bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
-        return decide(bounded, found) == SUPPORTED and 2.0**-n * len(exact) < alpha
+        return decide(bounded, found) == SUPPORTED and _least_p(rule, n) * len(exact) < alpha
 
     return {
         name: next(
-            n
-            for n in range(2, MOST_SEEDS + 1)
-            if all(can(rule, n) for rule in claim.parts.values() if rule.decides)
+            (
+                n
+                for n in range(2, MOST_SEEDS + 1)
+                if all(can(rule, n) for rule in claim.parts.values() if rule.decides)
+            ),
+            MOST_SEEDS + 1,
         )
         for name, claim in claims.items()
     }
@@ -333,10 +337,15 @@ def detectable(n_seeds: int, n_claims: int, alpha: float = ALPHA) -> float:
     return float(optimize.brentq(misses, 0.0, 1000.0))
 
 
+def _least_p(rule: Part, n: int) -> float:
+    """The p of n units that all agree, of a median or a share."""
+    return least_sign_flip_p(n) if rule.centre == "median" else 2.0**-n
+
+
 def _expected_p(rule: Part, estimate: Mapping[str, Any], n: int) -> float:
     """The p-value of n units as those seen: with medians and shares the least that n can have."""
     if rule.centre != "mean":
-        return float(2.0**-n)
+        return _least_p(rule, n)
     error = (estimate["sd"] or 1e-300) / math.sqrt(n)
     return max(
         float(stats.t.sf(sign * (estimate["value"] - null) / error, n - 1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import resource
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from gptcore.records import MemoryRecorder, Row, TrainingRow
 from sweeps.parquet import write_tables
 from sweeps.ray_runner import needs_of, slots
 from sweeps.tracking import chart_points
-from sweeps.units import clock, size
+from sweeps.units import clock, peak_memory, size
 
 CADENCES = ("every", "text_every", "histogram_every", "spectrum_every")
 SHORTEST = 4
@@ -192,7 +191,7 @@ def measure(params: Mapping[str, Scalar]) -> Measured:
             for _, step, _ in chart_points(row)
         ],
         bytes=sizes,
-        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory=peak_memory(),
         gpu_memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
     )
 

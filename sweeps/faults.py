@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import errno
 import re
-import resource
 import shutil
 import sqlite3
-import sys
 import tempfile
 import threading
 import urllib.parse
@@ -23,9 +21,11 @@ import requests
 import torch
 
 from gptcore.config import InputError
-from sweeps.units import size
+from sweeps.units import peak_memory, size
 
 GO_ON = "the same command goes on"
+
+DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 LOOK_EVERY = 5.0
 """Seconds between looks at a tracking server."""
@@ -36,10 +36,19 @@ class Fault(Exception):
 
 
 @contextmanager
-def naming_faults(uri: str, runs_dir: Path) -> Iterator[None]:
-    """Turn what ends a sweep into a Fault that names it; anything else is raised as it is."""
+def sound_store(runs_dir: Path) -> Iterator[str]:
+    """Inside, what ends a sweep is raised as a Fault that names it; gives the store's address.
+
+    Raises InputError for a damaged store, before anything is done.
+    """
+    # Not at the top: a plan and --debug need no MLflow.
+    from analysis.runs import has_started, tracking_uri
+
+    uri = tracking_uri(runs_dir)
+    if uri.startswith("sqlite:///") and has_started(uri):
+        check_database(Path(uri.removeprefix("sqlite:///")))
     try:
-        yield
+        yield uri
     except Exception as error:
         if isinstance(error, (InputError, Fault)) or not (
             why := fault_of_sweep(error, uri, runs_dir)
@@ -72,12 +81,11 @@ def fault_of_sweep(error: BaseException, uri: str, runs_dir: Path) -> str | None
         "RESOURCE_DOES_NOT_EXIST",
     ):
         return None  # the store is well, and refuses what this trial wants of it
-    said = re.sub(r"//[^/\s@]*@", "//", str(causes[-1]).strip().splitlines()[0])
-    place = urllib.parse.urlsplit(uri)
-    if place.scheme in ("http", "https"):
-        return f"the tracking server at {place.hostname}:{place.port} fails ({said}): then {GO_ON}"
-    file = uri.removeprefix("sqlite:///")
-    if codes & {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+    said = _without_password(str(causes[-1]).strip().splitlines()[0])
+    if uri.startswith(("http://", "https://")):
+        return f"the tracking server at {_server(uri)} fails ({said}): then {GO_ON}"
+    file = _without_password(uri).removeprefix("sqlite:///")
+    if codes & DAMAGE:
         return _damaged(file, said)
     return f"the database {file} cannot be used ({said}): then {GO_ON}"
 
@@ -102,9 +110,22 @@ def check_database(file: Path) -> None:
         try:
             said = store.execute("pragma quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            raise InputError(_damaged(file, str(error))) from error
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_CORRUPT,
+                sqlite3.SQLITE_NOTADB,
+            ):
+                raise InputError(_damaged(file, str(error))) from error
+            raise InputError(f"the database {file} cannot be read: {error}") from error
     if said != "ok":
         raise InputError(_damaged(file, said.splitlines()[-1]))
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/\s@]*@", "//", text)
+
+
+def _server(uri: str) -> str:
+    return urllib.parse.urlsplit(_without_password(uri)).netloc
 
 
 def _damaged(file: object, how: str) -> str:
@@ -120,8 +141,7 @@ def saying_when_away(uri: str, say: Callable[[str], object]) -> Iterator[None]:
     if not uri.startswith("http"):
         yield
         return
-    place, over = urllib.parse.urlsplit(uri), threading.Event()
-    server = f"the tracking server at {place.hostname}:{place.port}"
+    over, server = threading.Event(), f"the tracking server at {_server(uri)}"
 
     def watch() -> None:
         away = False
@@ -178,12 +198,10 @@ def _host_memory() -> str:
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_used_memory
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
     total = int(get_system_memory())
     free = total - int(get_used_memory())
     return (
-        f"this process held {size(peak)} at most, the machine has {size(free)} of "
+        f"this process held {size(peak_memory())} at most, the machine has {size(free)} of "
         f"{size(total)} free"
     )
 

@@ -112,38 +112,48 @@ def run_sweep(
     With `given`, the number of seeds asked for by name, it is run until every claim is decided.
     """
     # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
-    from analysis.runs import tracking_uri
-    from sweeps.ledger import holder, to_redo
-    from sweeps.session import Session, ledger_of, say_how_far, trial_table
+    from sweeps.faults import sound_store
+    from sweeps.session import Session
     from sweeps.until_decided import agreed_looks, follow, next_look, say_schedule
 
     runs_dir = args.runs_dir.resolve()
-    looks, alpha = agreed_looks(plan, given, tracking_uri(runs_dir)), None
-    if looks:
-        say_schedule(looks, console)
-    if args.dry_run:
+    with sound_store(runs_dir) as uri:
+        looks = agreed_looks(plan, given, uri)
         if looks:
-            plan, alpha = next_look(plan, looks)
-        ledger = ledger_of(plan, runs_dir)
-        again = to_redo(ledger, args.redo)
-        say_how_far(plan, ledger, again, console)
-        if by := holder(runs_dir, plan.name):
-            console.print(f"it is being run by {by}", soft_wrap=True)
-        console.print(trial_table(plan, ledger, again))
-        missing = {
-            key: config
-            for key, config in plan.trials.items()
-            if key in again or not ledger[key].is_done
-        }
-        for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan, alpha)]:
-            console.print(line, soft_wrap=True)
-        return 0
-    with Session(plan.name, runs_dir, preset.trials_per_gpu, console) as session:
-        if given is None:
-            stopped = session.run(plan, args.redo)
-        else:
-            stopped = follow(session, plan, given, args.redo, console)
-        return session.stop() if stopped else session.finish(report=not args.no_report)
+            say_schedule(looks, console)
+        if args.dry_run:
+            wanted, alpha = next_look(plan, looks) if looks else (plan, None)
+            return dry_run(wanted, alpha, preset, args, console)
+        with Session(plan.name, runs_dir, preset.trials_per_gpu, console) as session:
+            if given is None:
+                stopped = session.run(plan, args.redo)
+            else:
+                stopped = follow(session, plan, given, args.redo, console)
+            return session.stop() if stopped else session.finish(report=not args.no_report)
+
+
+def dry_run(
+    plan: Plan, alpha: float | None, preset: Preset, args: argparse.Namespace, console: Console
+) -> int:
+    """Say what is done, what is missing, and what that will take; -> the exit code."""
+    from sweeps.ledger import holder, to_redo
+    from sweeps.session import ledger_of, say_how_far, trial_table
+
+    runs_dir = args.runs_dir.resolve()
+    ledger = ledger_of(plan, runs_dir)
+    again = to_redo(ledger, args.redo)
+    say_how_far(plan, ledger, again, console)
+    if by := holder(runs_dir, plan.name):
+        console.print(f"it is being run by {by}", soft_wrap=True)
+    console.print(trial_table(plan, ledger, again))
+    missing = {
+        key: config
+        for key, config in plan.trials.items()
+        if key in again or not ledger[key].is_done
+    }
+    for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan, alpha)]:
+        console.print(line, soft_wrap=True)
+    return 0
 
 
 def expected(

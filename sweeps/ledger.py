@@ -104,13 +104,17 @@ def holding(runs_dir: Path, sweep: str) -> Iterator[None]:
     file = _lock_file(runs_dir, sweep)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"sweep {sweep} is being run by {holder(runs_dir, sweep)}: wait for it, stop it, "
-                "or take another --name"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                # None where it was only somebody who asked who holds it.
+                if by := holder(runs_dir, sweep):
+                    raise InputError(
+                        f"sweep {sweep} is being run by {by}: wait for it, stop it, or take "
+                        "another --name"
+                    ) from error
         me = {
             "host": platform.node(),
             "pid": os.getpid(),

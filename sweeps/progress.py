@@ -41,6 +41,7 @@ class SweepProgress(tune.Callback):
         self.retried: dict[str, list[str]] = {}  # why, each time, by trial key
         self.fault = ""  # of the sweep: every other trial would fail alike
         self.interrupted = False  # by Ctrl-C
+        self.errors: list[Exception] = []  # raised where Tune keeps them to itself
         self.first_report: float | None = None
         self.last_line = time.monotonic()
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -100,6 +101,8 @@ class SweepProgress(tune.Callback):
         self._show("stopping; Ctrl-C again stops at once")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        if self.errors:
+            raise self.errors[0]
         if self.fault or self.interrupted:
             raise Ended
 

@@ -163,6 +163,7 @@ def run_on_ray(
     """
     steps = {job["key"]: job["params"]["train.steps"] for job in jobs}
     progress = SweepProgress(console, steps, trials=search.left if search else len(jobs))
+    progress.errors = search.errors if search else []
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress, saying_when_away(store["uri"], console.print):
@@ -197,7 +198,7 @@ def run_on_ray(
         try:
             with on_interrupt(progress.interrupt):
                 tuner.fit()
-            stopped = progress.ended < len(jobs)
+            stopped = False
         except Ended:
             pass
         finally:

@@ -54,7 +54,7 @@ from sweeps.study import (
     parse_domain,
     takes,
 )
-from sweeps.tracking import DONE, find_run
+from sweeps.tracking import DONE, close_run, find_run
 
 matplotlib.use("Agg")  # no screen is needed to write a file
 
@@ -76,6 +76,8 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "importances": optuna.visualization.matplotlib.plot_param_importances,
 }
 METRICS = ("loss/val", "loss/probe", "loss/train")
+REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
+"""The claims that one trial alone has a number for."""
 SHOWN = 10
 """Trials in the table that a search ends with."""
 FEW = 20
@@ -99,7 +101,7 @@ def command_line(
         choices=METRICS,
         help="of best: what is made small (loss/val, of the held-out text)",
     )
-    parser.add_argument("--claim", choices=CLAIMS, help="of refute: the claim")
+    parser.add_argument("--claim", choices=REFUTABLE, help="of refute: the claim")
     parser.add_argument("--finds", type=int, default=3, help="of refute: how many to confirm (3)")
     parser.add_argument("--seeds", type=int, default=9, help="of refute: fresh seeds of each (9)")
     parser.add_argument("--trials-per-gpu", type=int, default=4, help="where there are GPUs (4)")
@@ -109,7 +111,7 @@ def command_line(
         if getattr(args, option) and args.goal != goal:
             raise InputError(f"--{option} is an option of {goal}, not of {args.goal}")
     if args.goal == "refute" and not args.claim:
-        raise InputError(f"refute takes a --claim: {', '.join(CLAIMS)}")
+        raise InputError(f"refute takes a --claim: {', '.join(REFUTABLE)}")
     least = {"trials": 1, "finds": 1, "seeds": 2, "trials_per_gpu": 1}
     for option, low in least.items():
         if getattr(args, option) < low:
@@ -133,6 +135,15 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     listed = {knob: domain for knob, domain in domains.items() if not isinstance(domain, Range)}
     (choices,), notes = with_corpus([listed])
     domains = {**PARAMETERS, **domains, **choices}
+    for knob in given:
+        schemes, optimizers = (choices.get(name, [""]) for name in ("init.scheme", "optim.name"))
+        flats = [
+            {"init.scheme": scheme, **({"optim.name": optimizer} if optimizer else {})}
+            for scheme in schemes
+            for optimizer in optimizers
+        ]
+        if not any(takes(knob, flat) for flat in flats):
+            raise InputError(f"{knob} is taken by nothing that may be suggested: leave it out")
     largest = largest_trial(domains)
     checked([largest, *each_choice(domains)])
     question = {
@@ -159,18 +170,19 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
             session.ended = "KILLED"
             return 130
         found: dict[str, Any] = {}
+        failed = any(one.user_attrs.get("failed") for one in answered(study))
         if args.goal == "refute":
             contrary = tried.contrary(args.finds)
             fresh = tried.on_fresh_seeds(contrary, args.seeds)
             if fresh and session.run(tried.plan, only=fresh):
                 return session.stop()
+            failed = failed or any(not session.ledger[key].is_done for key in fresh)
             found["finds"] = tried.confirmed(contrary, args.seeds)
-            for line in sentences(args.claim, found["finds"], len(answered(study)), args.seeds):
+            for line in sentences(args.claim, found["finds"], len(answered(study))):
                 console.print(line, soft_wrap=True)
+        session.keep(tried.write(found))
         if not args.no_report:
             session.report()
-        session.keep(tried.write(found))
-        failed = any(one.user_attrs.get("failed") for one in answered(study))
         session.ended = "FAILED" if failed else "FINISHED"
         return 1 if failed else 0
 
@@ -240,7 +252,7 @@ class Tried:
         store, runs_dir = self.session.store, self.session.runs_dir
         common = {"store": store, "runs_dir": str(runs_dir), "metric": metric}
         suggestions = Suggestions(
-            self.study, trials, self.domains, self.prepared, self.answer, common
+            self.study, trials, self.domains, self.prepared, self.answer, self.prune, common
         )
         with self.session.estimated({f"trial {i}": largest for i in range(left)}) as needs:
             need = next(iter(needs.values()))
@@ -260,6 +272,11 @@ class Tried:
         run = find_run(self.session.client, None, "trial", trial_key=key)
         return job_of(self.plan, key), trial_status(run) in DONE
 
+    def prune(self, key: str, why: str) -> None:
+        """Close the run of a trial that was given up."""
+        if run := find_run(self.session.client, None, "trial", trial_key=key):
+            close_run(self.session.client, run, "pruned", why)
+
     def answer(self, key: str) -> float | None:
         """What a trial that has been run is worth, the less the better; None where it diverged or
         has no such number."""
@@ -275,17 +292,25 @@ class Tried:
         )
 
     def numbers(self, keys: Sequence[str]) -> list[tuple[str, str, float]]:
-        """(trial key, part, value) of the numbers that decide the claim."""
+        """(trial key, part, value) of the numbers that decide the claim, of finished trials."""
         session, claim = self.session, CLAIMS[self.question["of"]]
-        sweep = read_sweeps(session.uri, [session.name], None, session.runs_dir / "cache", keys)
+        try:
+            sweep = read_sweeps(session.uri, [session.name], None, session.runs_dir / "cache", keys)
+        except InputError as error:  # none has finished, or none can be read
+            session.console.print(str(error), soft_wrap=True)
+            return []
         rows = claim.measure(sweep).select("trial_key", "part", "value").rows()
         return [(key, part, value) for key, part, value in rows if claim.rule(part).decides]
 
     def contrary(self, most: int) -> list[FrozenTrial]:
-        """The trials whose numbers lie on the other side of what the claim says, farthest first."""
+        """The trials whose numbers lie on the other side of what the claim says, farthest first;
+        and all that were tried again before, when the study had fewer trials."""
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         by_key = {one.user_attrs["trial_key"]: one for one in complete if one.values[0] < 0}
-        return sorted(by_key.values(), key=lambda one: one.values[0])[:most]
+        farthest = sorted(by_key, key=lambda key: by_key[key].values[0])[:most]
+        keys = list(dict.fromkeys([*self.study.user_attrs.get("tried_again", []), *farthest]))
+        self.study.set_user_attr("tried_again", keys)
+        return [by_key[key] for key in keys]
 
     def fresh_seeds(self, one: FrozenTrial, seeds: int) -> list[TrialConfig]:
         """The trial's configuration with the seeds that follow its own."""
@@ -418,7 +443,7 @@ def seeds_to_contradict(claim: str, alpha: float) -> int:
     return next(n for n in itertools.count(2) if all(can(rule, n) for rule in rules))
 
 
-def sentences(claim: str, finds: Sequence[Mapping[str, Any]], tried: int, seeds: int) -> list[str]:
+def sentences(claim: str, finds: Sequence[Mapping[str, Any]], tried: int) -> list[str]:
     """What a search for counterexamples came to."""
     shown = [
         f"  {find['verdict']} on {find['seeds']} fresh seeds: "

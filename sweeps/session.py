@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from analysis.runs import chart_page, connect, has_started, mlflow_command, trac
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
-from sweeps.faults import GO_ON, check_database, naming_faults
+from sweeps.faults import GO_ON
 from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
 from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
@@ -35,7 +36,7 @@ class Session:
 
     Entering raises InputError where another driver works on the sweep, or nothing can be written.
     On leaving Ray is stopped, and the sweep's run ends as `ended` says. Inside, Ctrl-C stops
-    cleanly and, pressed again, at once; a fault of the sweep is raised as a Fault that names it.
+    cleanly and, pressed again, at once.
     """
 
     def __init__(self, name: str, runs_dir: Path, trials_per_gpu: int, console: Console) -> None:
@@ -51,8 +52,11 @@ class Session:
     def __enter__(self) -> Session:
         check_writable(self.runs_dir)
         self.held.enter_context(two_presses())
-        self.held.enter_context(naming_faults(self.uri, self.runs_dir))
-        self.held.enter_context(holding(self.runs_dir, self.name))
+        try:
+            self.held.enter_context(holding(self.runs_dir, self.name))
+        except InputError:
+            self.held.close()
+            raise
         return self
 
     def __exit__(
@@ -146,9 +150,7 @@ class Session:
         """Say how the trials stand, after all have run, and report; -> the exit code."""
         self.console.print(trial_table(self.plan, self.ledger))
         remain = sum(not entry.is_done for entry in self.ledger.values())
-        if not any(entry.status == "finished" for entry in self.ledger.values()):
-            self.console.print("no trial finished, so there is nothing to report")
-        elif report:
+        if report:
             self.report()
         self.console.print(f"MLflow: {mlflow_command(self.uri)}", soft_wrap=True)
         page = chart_page(self.uri, self.experiment_id)
@@ -160,7 +162,11 @@ class Session:
         """Build the report, and keep it on the sweep's run, unless it is there and up to date."""
         assert self.sweep
         file = self.runs_dir / "reports" / self.name / "report.html"
-        made_of = self._made_of()
+        ledger = read_ledger(self.plan.trials, self.name, self.client, self.runs_dir)
+        if not any(entry.status == "finished" for entry in ledger.values()):
+            self.console.print("no trial finished, so there is nothing to report")
+            return
+        made_of = self._made_of(ledger)
         if file.exists() and self.sweep.report_of() == made_of:
             self.console.print(f"report: {file}, up to date", soft_wrap=True)
             return
@@ -174,16 +180,15 @@ class Session:
         assert self.sweep
         self.sweep.keep(files)
 
-    def _made_of(self) -> str:
+    def _made_of(self, ledger: Mapping[str, Entry]) -> str:
         """Changes with all that the report rests on: the runs that count, claims, looks, code."""
-        ledger = read_ledger(self.plan.trials, self.name, self.client, self.runs_dir)
         runs = {
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
         rests_on: list[Any] = [runs, digest(), self.plan.tags(), self.looks]
-        if self.plan.tags()["git_commit"].endswith("+"):
-            rests_on.append(time.time())  # what differs from the commit is not known
+        if not re.fullmatch("[0-9a-f]+", self.plan.tags()["git_commit"]):
+            rests_on.append(time.time())  # which code this is is not known
         return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:12]
 
     def stop(self) -> int:
@@ -215,8 +220,6 @@ class Session:
 def ledger_of(plan: Plan, runs_dir: Path) -> dict[str, Entry]:
     """How each trial of the plan stands."""
     uri = tracking_uri(runs_dir)
-    if uri.startswith("sqlite:///") and has_started(uri):
-        check_database(Path(uri.removeprefix("sqlite:///")))
     client = connect(uri) if has_started(uri) else None
     return read_ledger(plan.trials, plan.name, client, runs_dir)
 

@@ -73,7 +73,8 @@ def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
     low, dots, high = texts[0].partition("..")
     if len(texts) > 1 or not dots or knob_type(knob) not in (int, float):
         return [parse_value(knob, text) for text in texts]
-    found = Range(*(float(parse_value(knob, end)) for end in (low, high)))
+    kind = knob_type(knob)
+    found = Range(*(kind(parse_value(knob, end)) for end in (low, high)))
     if found.low >= found.high:
         raise InputError(f"{knob} takes a range from low to high, not {texts[0]!r}")
     return found
@@ -113,7 +114,7 @@ def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
             flat[knob] = trial.suggest_int(knob, int(domain.low), int(domain.high), log=domain.log)
         else:
             value = trial.suggest_float(knob, domain.low, domain.high, log=domain.log)
-            flat[knob] = float(f"{value:.3g}")
+            flat[knob] = min(max(float(f"{value:.3g}"), domain.low), domain.high)
     return flat
 
 
@@ -159,8 +160,10 @@ def open_study(
 class Suggestions(Searcher):
     """What Tune asks for the next trial, and tells how one went.
 
-    `answer` gives the value of a finished trial by its key, None where it has none; `prepare`
-    makes a job of a suggested trial, or None where it cannot be one, and says how it stands.
+    `prepare` makes a job of a suggested trial, and says whether it has been run already; `answer`
+    gives the value of a finished trial by its key, None where it has none; `prune` is told the key
+    of a trial that is given up, and why. Tune keeps to itself what is raised in here, so it is put
+    into `errors` for whoever runs it.
     """
 
     def __init__(
@@ -170,16 +173,17 @@ class Suggestions(Searcher):
         domains: Mapping[str, Domain],
         prepare: Callable[[TrialConfig], tuple[dict[str, Any], bool]],
         answer: Callable[[str], float | None],
+        prune: Callable[[str, str], None],
         common: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.study, self.domains = study, domains
-        self.prepare, self.answer = prepare, answer
+        self.study, self.trials, self.domains = study, trials, domains
+        self.prepare, self.answer, self.prune = prepare, answer, prune
         self.common = common
         self.jobs: list[dict[str, Any]] = []
-        self.asked: dict[str, Trial] = {}  # by Tune's id
-        self.keys: dict[str, str] = {}  # of those that run, by Tune's id
-        self.trials = trials
+        self.errors: list[Exception] = []
+        self.asked: dict[str, Trial] = {}  # that run, by Tune's id
+        self.keys: dict[str, str] = {}  # of these, by Tune's id
         self.unanswered = [
             Trial(study, one._trial_id)
             for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -193,25 +197,14 @@ class Suggestions(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next job that has to be run: what is known already is answered at once."""
-        while trial := self._next():
-            try:
-                config = TrialConfig.from_flat(suggested(trial, self.domains))
-                job, is_done = self.prepare(config)
-            except InputError as error:
-                trial.set_user_attr("why", str(error))
-                self.study.tell(trial, state=TrialState.FAIL)
-                continue
-            trial.set_user_attr("trial_key", job["key"])
-            trial.set_user_attr("params", job["params"])
-            if is_done:
-                self._tell(trial, job["key"])
-            elif job["key"] in self.keys.values():
-                trial.set_user_attr("why", "suggested twice at a time")
-                self.study.tell(trial, state=TrialState.FAIL)
-            else:
-                self.asked[trial_id], self.keys[trial_id] = trial, job["key"]
-                self.jobs.append(job)
-                return {**self.common, "batch": [job]}
+        try:
+            while trial := self._next():
+                if job := self._job(trial):
+                    self.asked[trial_id], self.keys[trial_id] = trial, job["key"]
+                    self.jobs.append(job)
+                    return {**self.common, "batch": [job]}
+        except Exception as error:
+            self.errors.append(error)
         return Searcher.FINISHED
 
     def _next(self) -> Trial | None:
@@ -221,27 +214,56 @@ class Suggestions(Searcher):
             return self.study.ask()
         return None
 
+    def _job(self, trial: Trial) -> dict[str, Any] | None:
+        """The job of a suggestion; None where it could be answered at once."""
+        try:
+            job, is_done = self.prepare(TrialConfig.from_flat(suggested(trial, self.domains)))
+        except InputError as error:
+            self._tell(trial, TrialState.FAIL, str(error))
+            return None
+        key = job["key"]
+        before = {one.user_attrs.get("trial_key"): one.state for one in answered(self.study)}
+        trial.set_user_attr("trial_key", key)
+        trial.set_user_attr("params", job["params"])
+        if is_done:
+            self._tell_value(trial, key)
+        elif key in before:
+            self._tell(trial, before[key], "suggested before, and did not finish then either")
+        elif key in self.keys.values():
+            self._tell(trial, TrialState.FAIL, "suggested twice at a time")
+        else:
+            return job
+        return None
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         trial, key = self.asked.pop(trial_id), self.keys.pop(trial_id)
         status = (result or {}).get("status")
-        if error or status == "failed":
-            trial.set_user_attr("failed", True)
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif status:
-            self._tell(trial, key)
-        elif trial_id in self.prunes.pruned:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        # Else Ctrl-C: it is not answered, and the next driver takes it up.
+        try:
+            if error or status == "failed":
+                trial.set_user_attr("failed", True)
+                self._tell(trial, TrialState.FAIL, "failed")
+            elif status:
+                self._tell_value(trial, key)
+            elif trial_id in self.prunes.pruned:
+                why = f"pruned at step {self.prunes.pruned[trial_id]}"
+                self.prune(key, why)
+                self._tell(trial, TrialState.PRUNED, why)
+            # Else Ctrl-C: it is not answered, and the next driver takes it up.
+        except Exception as raised:
+            self.errors.append(raised)
 
-    def _tell(self, trial: Trial, key: str) -> None:
+    def _tell_value(self, trial: Trial, key: str) -> None:
         value = self.answer(key)
         if value is not None and math.isfinite(value):
             self.study.tell(trial, value)
         else:  # as bad as can be, and no value to learn from
-            trial.set_user_attr("why", "diverged")
-            self.study.tell(trial, state=TrialState.PRUNED)
+            self._tell(trial, TrialState.PRUNED, "diverged, or has no such number")
+
+    def _tell(self, trial: Trial, state: TrialState, why: str) -> None:
+        trial.set_user_attr("why", why)
+        self.study.tell(trial, state=state)
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
@@ -258,21 +280,23 @@ class Pruning(tune.Stopper):
 
     def __init__(self, suggestions: Suggestions) -> None:
         self.suggestions = suggestions
-        self.pruned: set[str] = set()
+        self.pruned: dict[str, int] = {}  # the step, by Tune's id
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         trial = self.suggestions.asked.get(trial_id)
         if trial is None or "value" not in result:
             return False
-        frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
-        told = result["step"] in frozen.intermediate_values  # by the driver before this one
-        if told or result["step"] == frozen.user_attrs["params"]["train.steps"]:
-            return False
-        trial.report(result["value"], result["step"])
-        if trial.should_prune():
-            self.pruned.add(trial_id)
-            return True
-        return False
+        try:
+            frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
+            told = result["step"] in frozen.intermediate_values  # by the driver before this one
+            if told or result["step"] == frozen.user_attrs["params"]["train.steps"]:
+                return False
+            trial.report(result["value"], result["step"])
+            if trial.should_prune():
+                self.pruned[trial_id] = result["step"]
+        except Exception as error:
+            self.suggestions.errors.append(error)
+        return trial_id in self.pruned
 
     def stop_all(self) -> bool:
         return False

@@ -285,8 +285,17 @@ def close_cut_off(client: MlflowClient, experiment_id: str) -> None:
         [experiment_id], "tags.kind = 'trial' and attributes.status = 'RUNNING'", max_results=50_000
     )
     for run in running:
-        set_tags(client, run.info.run_id, trial_status="stopped")
-        client.set_terminated(run.info.run_id, "KILLED")
+        close_run(client, run, "stopped")
+
+
+def close_run(client: MlflowClient, run: Run, status: str, reason: str = "") -> None:
+    """End a run that nobody works on: as failed, pruned or stopped, with the reason; one that has
+    its result, and died before it could say so, as finished."""
+    if run.data.tags["trial_status"] in DONE:
+        client.set_terminated(run.info.run_id, "FINISHED")
+        return
+    set_tags(client, run.info.run_id, trial_status=status, reason=reason)
+    client.set_terminated(run.info.run_id, "FAILED" if status == "failed" else "KILLED")
 
 
 def close_runs(
@@ -313,9 +322,8 @@ def close_runs(
         if run is None and key in failed:
             MlflowRecorder(store["uri"], store["experiment_id"], **job).fail(failed[key])
         elif run and run.info.status == "RUNNING" and key in failed:
-            set_tags(client, run.info.run_id, trial_status="failed", reason=failed[key])
-            client.set_terminated(run.info.run_id, "FAILED")
+            close_run(client, run, "failed", failed[key])
+        elif run and run.info.status == "RUNNING" and key in pruned:
+            close_run(client, run, "pruned", pruned[key])
         elif run and run.info.status == "RUNNING":
-            status = "pruned" if key in pruned else "stopped"
-            set_tags(client, run.info.run_id, trial_status=status, reason=pruned.get(key, ""))
-            client.set_terminated(run.info.run_id, "KILLED")
+            close_run(client, run, "stopped")

@@ -26,7 +26,7 @@ REPORT_SECONDS = 1.0
 
 
 def run_batch(config: dict[str, Any]) -> None:
-    """Run `config["batch"]`, a list of {key, params, tags}, and tell Tune how far each one is.
+    """Run `config["batch"]`, a list of {key, name, params, tags}, and tell Tune how far each is.
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
     in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value

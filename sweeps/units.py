@@ -1,6 +1,9 @@
-"""Numbers as people say them."""
+"""Numbers as people say them, and what this process takes."""
 
 from __future__ import annotations
+
+import resource
+import sys
 
 
 def clock(seconds: float) -> str:
@@ -8,6 +11,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most."""
+    # In kB, but for macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size(count: float) -> str:

@@ -81,6 +81,14 @@ def follow(session: Session, plan: Plan, given: int, redo: Sequence[str], consol
             console.print("the look is not taken: it waits for the results of all its trials")
             return False
         sweep = read_sweeps(session.uri, [plan.name], None, session.runs_dir / "cache")
+        unreadable = sweep.trials.filter(status="unreadable")["trial_key"].to_list()
+        if unreadable:
+            console.print(
+                f"the look is not taken: the tables of {', '.join(unreadable)} cannot be read; "
+                "--redo runs such trials anew",
+                soft_wrap=True,
+            )
+            return False
         found = look(replace(sweep, trials=with_scheme(sweep.trials)), alpha)
         record = looks.take(record, found)
         session.keep_looks(record)

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from analysis.runs import connect, experiment_ids, search_runs, tracking_uri
-from conftest import ROOT, TINY, flags, free_port, start_server, workers
+from conftest import ROOT, TINY, flags, free_port, start_server, wait_for, workers
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
@@ -81,14 +81,6 @@ def running(folder):
 
 def is_running(run):
     return run.info.status == "RUNNING"
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
 
 
 def check_whole(tmp_path, uri, database, count):

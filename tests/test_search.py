@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -39,6 +40,16 @@ def run(runs_dir, *arguments):
     return process.returncode, output
 
 
+def has_answers(file):
+    """Whether the study in the file has a trial that is answered."""
+    try:
+        with sqlite3.connect(file) as store:
+            (count,) = store.execute("select count(*) from trial_values").fetchone()
+    except sqlite3.OperationalError:  # it is being made
+        return False
+    return count > 0
+
+
 def runs_of(runs_dir):
     client = connect(tracking_uri(runs_dir))
     return [
@@ -57,6 +68,12 @@ BAD = [
     (["best", "--trials", "0"], "--trials takes a whole number >= 1"),
     (["best", "--optim.lr", "1..0.1"], "optim.lr takes a range from low to high"),
     (["best", "--init.scheme", "huge"], "init.scheme 'huge' is unknown"),
+    (["best", "--model.n_layer", "1..x"], "model.n_layer takes a whole number >= 1, not 'x'"),
+    (
+        ["best", "--init.scheme", "gpt2", "--init.std", "0.01..0.1"],
+        "init.std is taken by nothing that may be suggested: leave it out",
+    ),
+    (["refute", "--claim", "rare_flips"], "invalid choice: 'rare_flips'"),
     (["best", "--name", "../up"], "--name takes up to 100 letters"),
     (["refute", "--claim", "order", "--init.seed", "0", "1"], "refute takes one --init.seed"),
     (
@@ -102,16 +119,13 @@ def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(n
 def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = [
-        "best", "--trials", "12", "--no-report", *tiny_flags({"train.steps": 100}),
+        "best", "--trials", "12", "--no-report",
+        *tiny_flags({"train.steps": 100}, "model.n_layer", "probes.text_every"),
         "--probes.text_every", "10", "--init.scheme", "normal", "student_t",
+        "--model.n_layer", "1..2",
     ]  # fmt: skip
     process = start(runs_dir, *arguments)
-    wait_for(
-        lambda: (
-            (runs_dir / "mlflow.db").exists()
-            and any(trial_status(run) == "finished" for run in runs_of(runs_dir))
-        )
-    )
+    wait_for(lambda: has_answers(runs_dir / "optuna.db"))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     code, output = run(runs_dir, *arguments)

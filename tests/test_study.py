@@ -32,7 +32,13 @@ def suggestions(study, trials=4, done=(), answer=lambda key: 1.0, domains=DOMAIN
         key = config.key("digest")
         return {"key": key, "params": config.to_flat()}, key in done
 
-    return Suggestions(study, trials, domains, prepare, answer, {"store": {}, "metric": "loss/val"})
+    common = {"store": {}, "metric": "loss/val"}
+    pruned = []
+    asked = Suggestions(
+        study, trials, domains, prepare, answer, lambda *told: pruned.append(told), common
+    )
+    asked.told = pruned
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -143,10 +149,37 @@ def test_trials_that_fall_behind_are_pruned_at_a_rung_and_never_at_the_end(tmp_p
         ]
         # The first rung is at step 100, a ninth of all, where b is not in the best third.
         assert pruned == ([False, False, True, True, False] if name == "b" else [False] * 5), name
-    assert asked.prunes.pruned == {"b"}
-    asked.on_trial_complete("b", {"step": 100})
+    assert asked.prunes.pruned == {"b": 300}
+    key = asked.keys["b"]
+    asked.on_trial_complete("b", {"step": 300})
+    assert asked.told == [(key, "pruned at step 300")]
     assert answered(asked.study)[0].state.name == "PRUNED"
     assert not asked.prunes("a", {"step": 100, "status": "finished"})
+
+
+def test_what_was_given_up_once_is_not_begun_again(tmp_path):
+    domains = {"init.scheme": ["gpt2", "mup"]}
+    asked = suggestions(study_in(tmp_path), trials=8, domains=domains)
+    for name in "ab":
+        if asked.suggest(name) == Searcher.FINISHED:
+            break
+        asked.prunes.pruned[name] = 50
+        asked.on_trial_complete(name, {"step": 50})
+    while asked.suggest("c") != Searcher.FINISHED:
+        asked.on_trial_complete("c", {"status": "failed"})
+    assert len(asked.jobs) == len({job["key"] for job in asked.jobs})
+    assert len(answered(asked.study)) == 8
+    assert not asked.errors
+
+
+def test_what_is_raised_is_kept_for_whoever_runs_the_search(tmp_path):
+    def answer(key):
+        raise OSError("no room")
+
+    asked = suggestions(study_in(tmp_path), answer=answer)
+    asked.suggest("a")
+    asked.on_trial_complete("a", {"status": "finished"})
+    assert [str(error) for error in asked.errors] == ["no room"]
 
 
 def test_another_question_under_the_same_name_is_refused(tmp_path):
