@@ -35,28 +35,6 @@ class Fault(Exception):
     """What ended a sweep though its input is good; says how to go on."""
 
 
-@contextmanager
-def sound_store(runs_dir: Path) -> Iterator[str]:
-    """Inside, what ends a sweep is raised as a Fault that names it; gives the store's address.
-
-    Raises InputError for a damaged store, before anything is done.
-    """
-    # Not at the top: a plan and --debug need no MLflow.
-    from analysis.runs import has_started, tracking_uri
-
-    uri = tracking_uri(runs_dir)
-    if uri.startswith("sqlite:///") and has_started(uri):
-        check_database(Path(uri.removeprefix("sqlite:///")))
-    try:
-        yield uri
-    except Exception as error:
-        if isinstance(error, (InputError, Fault)) or not (
-            why := fault_of_sweep(error, uri, runs_dir)
-        ):
-            raise
-        raise Fault(why) from error
-
-
 def fault_of_sweep(error: BaseException, uri: str, runs_dir: Path) -> str | None:
     """The sentence for a fault that other trials would meet as well; None for any other error.
 

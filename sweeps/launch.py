@@ -112,8 +112,7 @@ def run_sweep(
     With `given`, the number of seeds asked for by name, it is run until every claim is decided.
     """
     # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
-    from sweeps.faults import sound_store
-    from sweeps.session import Session
+    from sweeps.session import Session, sound_store
     from sweeps.until_decided import agreed_looks, follow, next_look, say_schedule
 
     runs_dir = args.runs_dir.resolve()

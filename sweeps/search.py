@@ -34,7 +34,7 @@ from rich.table import Table
 
 from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
-from analysis.runs import read_looks, read_sweeps, tracking_uri, trial_status
+from analysis.runs import read_looks, read_sweeps, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
 from gptcore.config import InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
@@ -42,7 +42,7 @@ from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.launch import guarded
 from sweeps.plan import Plan, checked, job_of, with_corpus
-from sweeps.session import Session
+from sweeps.session import Session, sound_store
 from sweeps.study import (
     PARAMETERS,
     Domain,
@@ -155,36 +155,43 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         },
     }
     runs_dir, name = args.runs_dir.resolve(), args.name or args.claim or args.goal
-    if read_looks(tracking_uri(runs_dir), name):
-        raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
     for note in notes:
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
-    with Session(name, runs_dir, args.trials_per_gpu, console) as session:
-        study = open_study(runs_dir, name, question, largest)
-        tried = Tried(session, study, question, domains, notes)
-        stopped = tried.go_on(args.trials, largest)
-        console.print(tried.table())
-        if stopped:
-            left = args.trials - len(answered(study))
-            console.print(f"stopped with {left} trials to go: the same command goes on")
-            session.ended = "KILLED"
-            return 130
-        found: dict[str, Any] = {}
-        failed = any(one.user_attrs.get("failed") for one in answered(study))
-        if args.goal == "refute":
-            contrary = tried.contrary(args.finds)
-            fresh = tried.on_fresh_seeds(contrary, args.seeds)
-            if fresh and session.run(tried.plan, only=fresh):
-                return session.stop()
-            failed = failed or any(not session.ledger[key].is_done for key in fresh)
-            found["finds"] = tried.confirmed(contrary, args.seeds)
-            for line in sentences(args.claim, found["finds"], len(answered(study))):
-                console.print(line, soft_wrap=True)
-        session.keep(tried.write(found))
-        if not args.no_report:
-            session.report()
-        session.ended = "FAILED" if failed else "FINISHED"
-        return 1 if failed else 0
+    with sound_store(runs_dir) as uri:
+        if read_looks(uri, name):
+            raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
+        with Session(name, runs_dir, args.trials_per_gpu, console) as session:
+            study = open_study(runs_dir, name, question, largest)
+            tried = Tried(session, study, question, domains, notes)
+            return try_and_tell(tried, args, largest)
+
+
+def try_and_tell(tried: Tried, args: argparse.Namespace, largest: TrialConfig) -> int:
+    """Go on with a search to its end, and say what it found; -> the exit code."""
+    session, study, console = tried.session, tried.study, tried.session.console
+    stopped = tried.go_on(args.trials, largest)
+    console.print(tried.table())
+    if stopped:
+        left = args.trials - len(answered(study))
+        console.print(f"stopped with {left} trials to go: the same command goes on")
+        session.ended = "KILLED"
+        return 130
+    found: dict[str, Any] = {}
+    failed = any(one.user_attrs.get("failed") for one in answered(study))
+    if args.goal == "refute":
+        contrary = tried.contrary(args.finds)
+        fresh = tried.on_fresh_seeds(contrary, args.seeds)
+        if fresh and session.run(tried.plan, only=fresh):
+            return session.stop()
+        failed = failed or any(not session.ledger[key].is_done for key in fresh)
+        found["finds"] = tried.confirmed(contrary, args.seeds)
+        for line in sentences(args.claim, found["finds"], len(answered(study))):
+            console.print(line, soft_wrap=True)
+    session.keep(tried.write(found))
+    if not args.no_report:
+        session.report()
+    session.ended = "FAILED" if failed else "FINISHED"
+    return 1 if failed else 0
 
 
 def is_fixed(domain: Domain) -> bool:

@@ -23,7 +23,7 @@ from analysis.runs import chart_page, connect, has_started, mlflow_command, trac
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
-from sweeps.faults import GO_ON
+from sweeps.faults import GO_ON, Fault, check_database, fault_of_sweep
 from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
 from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
@@ -215,6 +215,25 @@ class Session:
         )
         self.held.callback(lambda: sweep.end(self.ended))
         self.sweep = sweep
+
+
+@contextmanager
+def sound_store(runs_dir: Path) -> Iterator[str]:
+    """Inside, what ends a sweep is raised as a Fault that names it; gives the store's address.
+
+    Raises InputError for a damaged store, before anything is done.
+    """
+    uri = tracking_uri(runs_dir)
+    if uri.startswith("sqlite:///") and has_started(uri):
+        check_database(Path(uri.removeprefix("sqlite:///")))
+    try:
+        yield uri
+    except Exception as error:
+        if isinstance(error, (InputError, Fault)) or not (
+            why := fault_of_sweep(error, uri, runs_dir)
+        ):
+            raise
+        raise Fault(why) from error
 
 
 def ledger_of(plan: Plan, runs_dir: Path) -> dict[str, Entry]:
