@@ -61,11 +61,11 @@ def fault_of_sweep(error: BaseException, uri: str, runs_dir: Path) -> str | None
         return None  # the store is well, and refuses what this trial wants of it
     said = _without_password(str(causes[-1]).strip().splitlines()[0])
     if uri.startswith(("http://", "https://")):
-        return f"the tracking server at {_server(uri)} fails ({said}): then {GO_ON}"
+        return f"the tracking server at {_server(uri)} fails ({said}): once it works, {GO_ON}"
     file = _without_password(uri).removeprefix("sqlite:///")
     if codes & DAMAGE:
         return _damaged(file, said)
-    return f"the database {file} cannot be used ({said}): then {GO_ON}"
+    return f"the database {file} cannot be used ({said}): once it can, {GO_ON}"
 
 
 def fault_of_trial(error: BaseException) -> str:
@@ -128,7 +128,7 @@ def saying_when_away(uri: str, say: Callable[[str], object]) -> Iterator[None]:
                 requests.get(f"{uri.rstrip('/')}/health", timeout=LOOK_EVERY).raise_for_status()
             except requests.RequestException:
                 if not away:
-                    say(f"{server} does not answer: it is waited for, up to ten minutes")
+                    say(f"{server} does not answer: it is waited for")
                 away = True
             else:
                 if away:

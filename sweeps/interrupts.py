@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from sweeps.faults import GO_ON
+
 SHOW_CURSOR = b"\x1b[?25h"
 """For the terminal whose cursor a progress line has hidden."""
 
@@ -42,7 +44,7 @@ def _leave() -> NoReturn:
     for pid in _descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    os.write(2, b"stopped at once: the same command goes on\n")
+    os.write(2, f"stopped at once: {GO_ON}\n".encode())
     if os.isatty(1):
         os.write(1, SHOW_CURSOR)
     os._exit(130)

@@ -169,6 +169,8 @@ class MlflowRecorder(MemoryRecorder):
             # All that a reader goes by is there from the start: the worker may die at any moment.
             first = {"kind": "trial", "trial_key": key, "trial_status": "running", **cut(tags)}
             run = self.client.create_run(experiment_id, run_name=f"{name} {key}", tags=first)
+            if uri.startswith("http"):
+                self._delete_twins(run)
         else:
             # It stays where it is: that of the sweep that wanted it first.
             tags = {**tags, "sweep": run.data.tags["sweep"]}
@@ -191,6 +193,15 @@ class MlflowRecorder(MemoryRecorder):
             reason="",
         )
         self.metrics: list[Metric] = []
+
+    def _delete_twins(self, run: Run) -> None:
+        """What a server makes that dies before it can say so: MLflow then asks for another run."""
+        key = run.data.tags["trial_key"]
+        for twin in self.client.search_runs(
+            [run.info.experiment_id], f"tags.kind = 'trial' and tags.trial_key = '{key}'"
+        ):
+            if twin.info.run_id != run.info.run_id:
+                self.client.delete_run(twin.info.run_id)
 
     def log(self, rows: Sequence[Row]) -> None:
         super().log(rows)

@@ -1,5 +1,6 @@
 """A fault drill: real sweeps whose processes are killed at random, and what is left of them."""
 
+import functools
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +21,9 @@ from conftest import ROOT, TINY, flags, free_port, start_server, wait_for, worke
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
+from sweeps.launch import main
 from sweeps.parquet import write_tables
+from sweeps.spaces import PRESETS
 
 pytestmark = pytest.mark.slow
 
@@ -57,11 +61,14 @@ def key_of(config):
     return config.key(check_trial(config).digest)
 
 
-def undisturbed(seed, folder):
+@functools.cache
+def undisturbed(seed):
+    """The tables of a trial that nothing has happened to."""
     recorder = MemoryRecorder()
     run_trial(drilled(seed), recorder)
-    write_tables(recorder.rows, folder)
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_tables(recorder.rows, Path(folder))
+        return {file.stem: pl.read_parquet(file) for file in files}
 
 
 def runs_of(uri):
@@ -97,15 +104,13 @@ def check_whole(tmp_path, uri, database, count):
     for seed in range(count):
         config = drilled(seed)
         run = runs[key_of(config)]
-        whole = undisturbed(seed, tmp_path / "undisturbed" / str(seed))
         artifacts = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
         assert sorted(file.name for file in artifacts.glob("*.parquet")) == sorted(
             f"{table}.parquet" for table in TABLES
         )
         assert not list(artifacts.glob(".*"))  # nothing half-written
-        for table in TABLES:
-            rows = pl.read_parquet(artifacts / f"{table}.parquet")
-            assert rows.equals(pl.read_parquet(whole / f"{table}.parquet")), (seed, table)
+        for table, rows in undisturbed(seed).items():
+            assert rows.equals(pl.read_parquet(artifacts / f"{table}.parquet")), (seed, table)
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
         assert steps == list(range(config.train.steps + 1))
 
@@ -149,7 +154,7 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
     served.mkdir()
     uri = f"http://127.0.0.1:{free_port()}"
     server = start_server(uri, served)
-    driver = start(tmp_path, *seeds(4), MLFLOW_TRACKING_URI=uri)
+    driver = start(tmp_path, *seeds(2), MLFLOW_TRACKING_URI=uri)
     try:
         wait_for(lambda: sum(map(is_running, runs_of(uri).values())) > 0)
         os.killpg(server.pid, signal.SIGKILL)
@@ -161,7 +166,7 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
         place = uri.removeprefix("http://")
         assert f"the tracking server at {place} does not answer: it is waited for" in output
         assert f"the tracking server at {place} answers again" in output
-        check_whole(tmp_path, uri, served / "mlflow.db", 4)
+        check_whole(tmp_path, uri, served / "mlflow.db", 2)
     finally:
         driver.kill()
         os.killpg(server.pid, signal.SIGTERM)
@@ -189,7 +194,7 @@ def fill(file):
 
 
 def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_path, small_disk):
-    driver = start(small_disk, *seeds(4))
+    driver = start(small_disk, *seeds(2))
     wait_for(lambda: list(small_disk.glob("runs/checkpoints/*.pt")))
     filler = small_disk / "filler"
     fill(filler)
@@ -199,9 +204,9 @@ def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_p
     assert "of 101 MB are free: make room, then the same command goes on" in output
     assert "Traceback" not in output, output
     filler.unlink()
-    code, output = run(small_disk, *seeds(4))
+    code, output = run(small_disk, *seeds(2))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(small_disk / "runs"), small_disk / "runs" / "mlflow.db", 4)
+    check_whole(tmp_path, tracking_uri(small_disk / "runs"), small_disk / "runs" / "mlflow.db", 2)
 
 
 def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
@@ -233,7 +238,7 @@ def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
 
 
 def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
-    driver = start(tmp_path, *seeds(4))
+    driver = start(tmp_path, *seeds(3))
     files = wait_for(lambda: (found := list(tmp_path.glob("runs/checkpoints/*.pt")))[1:] and found)
     driver.kill()
     driver.communicate()
@@ -242,25 +247,22 @@ def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
     middle = len(whole) // 2
     damaged.write_bytes(whole[:middle] + bytes(9) + whole[middle + 9 :])
     deleted.unlink()
-    code, output = run(tmp_path, *seeds(4), "--dry-run")
-    assert code == 0, output
-    assert "begins anew" in " ".join(output.split())
-    code, output = run(tmp_path, *seeds(4))
+    code, output = run(tmp_path, *seeds(3))
     assert code == 1, output
     assert re.search(
         f"trial {damaged.stem} failed: the checkpoint {re.escape(str(damaged))} is damaged .*: "
         "delete it to begin from step 0",
         output,
     )
-    assert "3 of 4 finished, 0 running, 1 failed" in output
+    assert "2 of 3 finished, 0 running, 1 failed" in output
     damaged.unlink()
-    code, output = run(tmp_path, *seeds(4))
+    code, output = run(tmp_path, *seeds(3))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 3)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut short", "its head", "its middle"])
-def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage):
+def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage, capsys):
     runs_dir = tmp_path / "runs"
     runs_dir.mkdir()
     connect(tracking_uri(runs_dir))
@@ -276,25 +278,25 @@ def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage):
         }[damage]
     )
     before = file.read_bytes()
-    code, output = run(tmp_path, *seeds(1))
-    assert code == 2, output
-    assert re.search(f"error: the database {re.escape(str(file))} is damaged .*: put a", output)
+    assert main("", PRESETS, ["--runs-dir", str(runs_dir), *flags(drilled(0))]) == 2
+    named = f"error: the database {re.escape(str(file))} is damaged .*: put a"
+    assert re.search(named, capsys.readouterr().err)
     assert file.read_bytes() == before
 
 
 def test_of_two_drivers_at_once_one_works_and_the_other_says_which(tmp_path):
-    first = start(tmp_path, *seeds(4))
+    first = start(tmp_path, *seeds(2))
     wait_for(lambda: running(tmp_path))
-    code, output = run(tmp_path, *seeds(4))
+    code, output = run(tmp_path, *seeds(2))
     assert code == 2, output
     assert f"is being run by process {first.pid} on " in output
     output, _ = first.communicate(timeout=300)
     assert first.returncode == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 2)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
-    driver = start(tmp_path, *seeds(4))
+    driver = start(tmp_path, *seeds(2))
     wait_for(lambda: running(tmp_path))
     # As a terminal does it: to the driver and all that it has started.
     os.killpg(driver.pid, signal.SIGINT)
@@ -310,6 +312,6 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
     assert "stopped at once: the same command goes on" in output
     assert "Traceback" not in output
     wait_for(lambda: not workers(), seconds=30)
-    code, output = run(tmp_path, *seeds(4))
+    code, output = run(tmp_path, *seeds(2))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 4)
+    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 2)

@@ -103,6 +103,37 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     assert (shown.finished, shown.failed) == ({"a"}, {})
 
 
+def test_a_worker_that_ray_killed_for_its_memory_leaves_rays_numbers(shown, tmp_path):
+    lost = trial("a")
+    lost.error_file = tmp_path / "error.txt"
+    lost.error_file.write_text(
+        "Failure # 1 (occurred at 2026-11-22_19-23-09)\n1 worker(s) were killed due to the node "
+        "running low on memory. Memory on the node (IP: 127.0.0.1) was 1.42GB used / 23.54GB limit "
+        "(0.060126)\nConsidered workers: [\nSelected to kill: (Task: job ID=1, pid=17103, "
+        "actual memory used=0.04GB, worker ID=9)\n]\nRefer to the documentation on how to\n"
+        "Failure # 2 (occurred at 2026-11-22_19-23-11)\nThe actor died.\nIt was killed.\n"
+    )
+    shown.on_trial_recover(0, [], lost)
+    text = lost.error_file.read_text()
+    lost.error_file.write_text(text[: text.index("Failure # 2")])
+    shown.on_trial_recover(0, [], lost)
+    assert shown.retried["a"] == [
+        "the worker died: It was killed.",
+        "out of memory, the worker was killed by Ray: Memory on the node (IP: 127.0.0.1) was "
+        "1.42GB used / 23.54GB limit (0.060126); it held 0.04GB",
+    ]
+
+
+def test_a_fault_of_the_sweep_ends_it(shown):
+    shown.on_step_end(0, [])
+    shown.on_trial_result(
+        0, [], trial("a"), {"status": "failed", "reason": "no room", "ends_sweep": True}
+    )
+    with pytest.raises(progress.Ended):
+        shown.on_step_end(0, [])
+    assert (shown.fault, shown.failed) == ("no room", {"a": "no room"})
+
+
 def test_nothing_is_foretold_when_every_trial_has_ended(shown):
     for key in ("a", "b", "c"):
         shown.on_trial_complete(0, [], trial(key, status="finished"))

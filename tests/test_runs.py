@@ -66,6 +66,13 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
         connect(tracking_uri(tmp_path))
 
 
+def test_an_empty_file_is_no_store_and_none_is_made_of_it(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(InputError, match=r"mlflow.db does not answer: the file is empty"):
+        connect(tracking_uri(tmp_path))
+    assert (tmp_path / "mlflow.db").stat().st_size == 0
+
+
 def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
     code = (
         "import sys; from pathlib import Path; from analysis.runs import connect, tracking_uri; "

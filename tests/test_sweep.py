@@ -10,7 +10,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.runs import connect, tracking_uri, trial_runs, trial_status
+from analysis.runs import (
+    connect,
+    experiment_ids,
+    search_runs,
+    tracking_uri,
+    trial_runs,
+    trial_status,
+)
 from conftest import ROOT, TINY, flags, wait_for, workers
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial
@@ -189,4 +196,7 @@ def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, poli
     assert "stopped with 2 trials to go: the same command goes on" in output
     runs = runs_of(runs_dir).values()
     assert {(run.info.status, trial_status(run)) for run in runs} == {("KILLED", "stopped")}
+    client = connect(tracking_uri(runs_dir))
+    (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+    assert sweep.info.status == "KILLED"
     wait_for(lambda: not workers(), seconds=30)

@@ -1,11 +1,21 @@
 """The writer of MLflow against a real store."""
 
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
 import pytest
 from mlflow import MlflowClient
 
 from analysis.runs import connect, read_sweeps, trial_runs, trial_status
+from conftest import ROOT
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
+from gptcore.records import MemoryRecorder
+from sweeps.parquet import write_tables
 from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
 
 
@@ -69,6 +79,50 @@ def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, key, tin
     assert first.run_id == again.run_id
     history = MlflowClient(store["uri"]).get_metric_history(first.run_id, "loss/train")
     assert len(history) == 6
+
+
+KILLED_AS_IT_CLOSES = """
+import json, os, signal, sys
+import polars as pl
+from gptcore.config import TrialConfig
+from gptcore.experiment import run_trial
+from sweeps.tracking import MlflowRecorder
+
+write, written = pl.DataFrame.write_parquet, []
+
+def write_four_and_a_half(frame, file, **options):
+    write(frame, file, **options)
+    written.append(file)
+    if len(written) == 5:
+        os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pl.DataFrame.write_parquet = write_four_and_a_half
+trial = json.loads(sys.argv[1])
+run_trial(TrialConfig.from_flat(trial["params"]), MlflowRecorder(**trial))
+"""
+
+
+def test_tables_are_whole_or_absent_and_right_after_a_kill_among_them(store, key, tiny, tmp_path):
+    trial = json.dumps({**store, **job(key, tiny)})
+    killed = subprocess.run([sys.executable, "-c", KILLED_AS_IT_CLOSES, trial], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    whole = MemoryRecorder()
+    run_trial(tiny, whole)
+    expected = {file.name: pl.read_parquet(file) for file in write_tables(whole.rows, tmp_path)}
+
+    def left(run):
+        folder = Path(run.info.artifact_uri.removeprefix("file://"))
+        for file in folder.glob("*.parquet"):
+            assert pl.read_parquet(file).equals(expected[file.name])
+        return {file.name for file in folder.iterdir()}
+
+    client = MlflowClient(store["uri"])
+    cut_off = trial_runs(client)[key]
+    assert trial_status(cut_off) == "running"
+    assert len(left(cut_off) & expected.keys()) == 4
+    run_trial(tiny, recorder(store, key, tiny))
+    assert left(trial_runs(client)[key]) == expected.keys()
 
 
 def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
