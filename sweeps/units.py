@@ -22,8 +22,8 @@ def peak_memory() -> int:
 
 def size(count: float) -> str:
     """Bytes: `1.23 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.3g} PB"
