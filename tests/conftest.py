@@ -89,7 +89,7 @@ def flags(config: TrialConfig) -> list[str]:
     return [word for key, value in flat.items() for word in (f"--{key}", spelling(value))]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     """The first true value of a condition."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -199,4 +199,4 @@ def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, poli
     client = connect(tracking_uri(runs_dir))
     (sweep,) = search_runs(client, experiment_ids(client), "sweep")
     assert sweep.info.status == "KILLED"
-    wait_for(lambda: not workers(), seconds=30)
+    wait_for(lambda: not workers(), seconds=120)
