@@ -36,7 +36,7 @@ from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
 from analysis.runs import read_looks, read_sweeps, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
-from gptcore.config import InputError, Scalar, TrialConfig, spelling
+from gptcore.config import KNOBS, InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
@@ -136,6 +136,8 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     (choices,), notes = with_corpus([listed])
     domains = {**PARAMETERS, **domains, **choices}
     for knob in given:
+        if domains[knob] == [KNOBS[knob].default]:
+            continue  # as if it were not given, as everywhere
         schemes, optimizers = (choices.get(name, [""]) for name in ("init.scheme", "optim.name"))
         flats = [
             {"init.scheme": scheme, **({"optim.name": optimizer} if optimizer else {})}
