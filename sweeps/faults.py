@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -111,6 +112,19 @@ def _damaged(file: object, how: str) -> str:
         f"the database {file} is damaged ({how}): put a copy of it in its place, or move it away "
         "to begin anew"
     )
+
+
+def answers_again(uri: str) -> bool:
+    """Wait ten minutes at most for a tracking server; -> whether it answers. False of a file."""
+    if not uri.startswith("http"):
+        return False
+    for _ in range(int(600 / LOOK_EVERY)):
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=LOOK_EVERY).raise_for_status()
+            return True
+        except requests.RequestException:
+            time.sleep(LOOK_EVERY)
+    return False
 
 
 @contextmanager

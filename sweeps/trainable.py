@@ -19,7 +19,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, seed_of
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
-from sweeps.faults import fault_of_sweep, fault_of_trial
+from sweeps.faults import answers_again, fault_of_sweep, fault_of_trial
 from sweeps.tracking import DONE, MlflowRecorder, chart_points, find_run
 
 REPORT_SECONDS = 1.0
@@ -39,14 +39,19 @@ def run_batch(config: dict[str, Any]) -> None:
     store, runs_dir = config["store"], Path(config["runs_dir"])
     for trial in config["batch"]:
         failed = {"trial_key": trial["key"], "status": "failed"}
-        try:
-            if why := _run(trial, store, runs_dir, config.get("metric")):
-                tune.report({**failed, "reason": why})
-        except Exception as error:
-            ends = fault_of_sweep(error, store["uri"], runs_dir)
-            if ends is None:
-                raise
-            tune.report({**failed, "reason": ends, "ends_sweep": True})
+        for again in (True, False):
+            try:
+                if why := _run(trial, store, runs_dir, config.get("metric")):
+                    tune.report({**failed, "reason": why})
+                break
+            except Exception as error:
+                ends = fault_of_sweep(error, store["uri"], runs_dir)
+                if ends is None:
+                    raise
+                # Not every request of MLflow's waits: the trial goes on from its checkpoint.
+                if again and answers_again(store["uri"]):
+                    continue
+                tune.report({**failed, "reason": ends, "ends_sweep": True})
 
 
 def _run(
