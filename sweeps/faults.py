@@ -89,10 +89,7 @@ def check_database(file: Path) -> None:
         try:
             said = store.execute("pragma quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-                sqlite3.SQLITE_CORRUPT,
-                sqlite3.SQLITE_NOTADB,
-            ):
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE:
                 raise InputError(_damaged(file, str(error))) from error
             raise InputError(f"the database {file} cannot be read: {error}") from error
     if said != "ok":
@@ -118,13 +115,19 @@ def answers_again(uri: str) -> bool:
     """Wait ten minutes at most for a tracking server; -> whether it answers. False of a file."""
     if not uri.startswith("http"):
         return False
-    for _ in range(int(600 / LOOK_EVERY)):
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=LOOK_EVERY).raise_for_status()
-            return True
-        except requests.RequestException:
-            time.sleep(LOOK_EVERY)
-    return False
+    deadline = time.monotonic() + 600
+    while not (answers := _answers(uri)) and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY)
+    return answers
+
+
+def _answers(uri: str) -> bool:
+    """Whether a tracking server does."""
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=LOOK_EVERY).raise_for_status()
+    except requests.RequestException:
+        return False
+    return True
 
 
 @contextmanager
@@ -138,16 +141,13 @@ def saying_when_away(uri: str, say: Callable[[str], object]) -> Iterator[None]:
     def watch() -> None:
         away = False
         while not over.wait(LOOK_EVERY):
-            try:
-                requests.get(f"{uri.rstrip('/')}/health", timeout=LOOK_EVERY).raise_for_status()
-            except requests.RequestException:
-                if not away:
-                    say(f"{server} does not answer: it is waited for")
-                away = True
-            else:
-                if away:
-                    say(f"{server} answers again")
-                away = False
+            was_away, away = away, not _answers(uri)
+            if away != was_away:
+                say(
+                    f"{server} does not answer: it is waited for"
+                    if away
+                    else f"{server} answers again"
+                )
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()

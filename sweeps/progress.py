@@ -13,6 +13,8 @@ from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.live import Live
 
+from sweeps.units import clock
+
 LINE_EVERY = 15.0
 """Seconds between lines where the console is no terminal."""
 
@@ -84,7 +86,7 @@ class SweepProgress(tune.Callback):
         )
         remain += (self.trials - len(self.steps)) * max(self.steps.values())
         seconds = int(remain * (time.monotonic() - self.first_report) / made)
-        return f"{counts}, {seconds // 60}:{seconds % 60:02d} left"
+        return f"{counts}, {clock(seconds)} left"
 
     def _show(self, event: str = "") -> None:
         if event:

@@ -48,7 +48,8 @@ def run_batch(config: dict[str, Any]) -> None:
                 ends = fault_of_sweep(error, store["uri"], runs_dir)
                 if ends is None:
                     raise
-                # Not every request of MLflow's waits: the trial goes on from its checkpoint.
+                # MLflow asks again where a server does not answer, but not where it died in the
+                # middle of its answer: then the trial goes on from its checkpoint.
                 if again and answers_again(store["uri"]):
                     continue
                 tune.report({**failed, "reason": ends, "ends_sweep": True})

@@ -98,6 +98,42 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     return found
 
 
+def start(
+    script: str, runs_dir: Path, *arguments: str, **environment: str
+) -> subprocess.Popen[str]:
+    """A command of sweeps/, under way in another folder than the checkout, as a user may stand in.
+
+    It is a group of processes of its own.
+    """
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sweeps" / script), "--runs-dir", runs_dir.name, *arguments],
+        cwd=runs_dir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code of a command, once it ends, and what it has printed."""
+    output, _ = process.communicate(timeout=600)
+    assert "Traceback" not in output, output
+    return process.returncode, output
+
+
+def runs_of(uri: str) -> dict[str, Any]:
+    """The trials' runs in a store, each whole, by trial key: there is one of each."""
+    from analysis.runs import connect, experiment_ids, search_runs
+
+    client = connect(uri)
+    found = search_runs(client, experiment_ids(client), "trial")
+    runs = {run.data.tags["trial_key"]: client.get_run(run.info.run_id) for run in found}
+    assert len(runs) == len(found)
+    return runs
+
+
 def workers() -> list[int]:
     """Process ids of our own Ray workers in the middle of a trial."""
     found = []

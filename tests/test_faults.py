@@ -7,7 +7,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -16,8 +15,18 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.runs import connect, experiment_ids, search_runs, tracking_uri
-from conftest import ROOT, TINY, flags, free_port, start_server, wait_for, workers
+from analysis.runs import connect, experiment_ids, tracking_uri
+from conftest import (
+    TINY,
+    flags,
+    free_port,
+    outcome,
+    runs_of,
+    start,
+    start_server,
+    wait_for,
+    workers,
+)
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
@@ -30,21 +39,14 @@ pytestmark = pytest.mark.slow
 WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 
 
-def start(folder, *arguments, **environment):
+def drive(folder, *arguments, **environment):
     """A driver of trials of a few seconds that keep a checkpoint every fifth of one."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--no-report",
-         "--runs-dir", "runs", *flags(drilled(0)), *arguments],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **environment}, start_new_session=True,
-    )  # fmt: skip
+    arguments = ["--no-report", *flags(drilled(0)), *arguments]
+    return start("init_sweep.py", folder / "runs", *arguments, **environment)
 
 
 def run(folder, *arguments, **environment):
-    driver = start(folder, *arguments, **environment)
-    output, _ = driver.communicate(timeout=600)
-    assert "Traceback" not in output, output
-    return driver.returncode, output
+    return outcome(drive(folder, *arguments, **environment))
 
 
 def seeds(count):
@@ -69,14 +71,6 @@ def undisturbed(seed):
     with tempfile.TemporaryDirectory() as folder:
         files = write_tables(recorder.rows, Path(folder))
         return {file.stem: pl.read_parquet(file) for file in files}
-
-
-def runs_of(uri):
-    client = connect(uri)
-    return {
-        run.data.tags["trial_key"]: client.get_run(run.info.run_id)
-        for run in search_runs(client, experiment_ids(client), "trial")
-    }
 
 
 def running(folder):
@@ -121,7 +115,7 @@ def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
     count, starts, deadline = 4, 0, time.monotonic() + 1500
     while killed["workers"] < WORKERS_KILLED or killed["drivers"] < DRIVERS_KILLED:
         assert time.monotonic() < deadline, killed
-        driver = start(tmp_path, *seeds(count))
+        driver = drive(tmp_path, *seeds(count))
         starts += 1
         if dice.random() < 0.8:  # else it may be killed before it has a trial
             wait_for(lambda driver=driver: workers() or driver.poll() is not None)
@@ -140,11 +134,10 @@ def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
         if driver.returncode == 0:
             count += 2  # all is done, and not yet enough was killed
     for _ in range(3):  # a trial may have lost all its workers
-        driver = start(tmp_path, *seeds(count))
-        output, _ = driver.communicate(timeout=600)
-        if driver.returncode == 0:
+        code, output = run(tmp_path, *seeds(count))
+        if code == 0:
             break
-    assert driver.returncode == 0, output
+    assert code == 0, output
     with capsys.disabled():
         print(f"\n{killed}, {starts} starts, {count} trials")
 
@@ -156,15 +149,15 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
     served.mkdir()
     uri = f"http://127.0.0.1:{free_port()}"
     server = start_server(uri, served)
-    driver = start(tmp_path, *seeds(2), MLFLOW_TRACKING_URI=uri)
+    driver = drive(tmp_path, *seeds(2), MLFLOW_TRACKING_URI=uri)
     try:
         wait_for(lambda: sum(map(is_running, runs_of(uri).values())) > 0)
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         time.sleep(40)
         server = start_server(uri, served)
-        output, _ = driver.communicate(timeout=600)
-        assert driver.returncode == 0, output
+        code, output = outcome(driver)
+        assert code == 0, output
         place = uri.removeprefix("http://")
         assert f"the tracking server at {place} does not answer: it is waited for" in output
         assert f"the tracking server at {place} answers again" in output
@@ -196,12 +189,12 @@ def fill(file):
 
 
 def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_path, small_disk):
-    driver = start(small_disk, *seeds(2))
+    driver = drive(small_disk, *seeds(2))
     wait_for(lambda: list(small_disk.glob("runs/checkpoints/*.pt")))
     filler = small_disk / "filler"
     fill(filler)
-    output, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 1, output
+    code, output = outcome(driver)
+    assert code == 1, output
     assert f"error: no room on the disk of {small_disk}/runs for what was to be written" in output
     assert "of 101 MB are free: make room, then the same command goes on" in output
     assert "Traceback" not in output, output
@@ -240,7 +233,7 @@ def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
 
 
 def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
-    driver = start(tmp_path, *seeds(3))
+    driver = drive(tmp_path, *seeds(3))
     files = wait_for(lambda: (found := list(tmp_path.glob("runs/checkpoints/*.pt")))[1:] and found)
     driver.kill()
     driver.communicate()
@@ -287,18 +280,18 @@ def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage, capsys):
 
 
 def test_of_two_drivers_at_once_one_works_and_the_other_says_which(tmp_path):
-    first = start(tmp_path, *seeds(2))
+    first = drive(tmp_path, *seeds(2))
     wait_for(lambda: running(tmp_path))
     code, output = run(tmp_path, *seeds(2))
     assert code == 2, output
     assert f"is being run by process {first.pid} on " in output
-    output, _ = first.communicate(timeout=600)
-    assert first.returncode == 0, output
+    code, output = outcome(first)
+    assert code == 0, output
     check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 2)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
-    driver = start(tmp_path, *seeds(2))
+    driver = drive(tmp_path, *seeds(2))
     wait_for(lambda: running(tmp_path))
     # As a terminal does it: to the driver and all that it has started.
     os.killpg(driver.pid, signal.SIGINT)
@@ -308,9 +301,9 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
         assert said[-1], said
     second = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
-    output, _ = driver.communicate(timeout=300)
+    code, output = outcome(driver)
     assert time.monotonic() - second < 10
-    assert driver.returncode == 130, output
+    assert code == 130, output
     assert "stopped at once: the same command goes on" in output
     assert "Traceback" not in output
     wait_for(lambda: not workers(), seconds=120)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -29,7 +27,7 @@ from analysis.report import main as report
 from analysis.runs import tracking_uri
 from analysis.stats import holm
 from analysis.verdicts import SUPPORTED, UNDERPOWERED, judge, p_value
-from conftest import ROOT, TINY, flags, make_sweep
+from conftest import TINY, flags, make_sweep, outcome, start
 from gptcore.config import InputError, TrialConfig
 from sweeps.launch import main
 from sweeps.plan import seeds_of, with_more_seeds
@@ -210,25 +208,15 @@ def test_a_budget_below_the_seeds_given_is_refused(tmp_path, capsys, most):
     assert not list(tmp_path.iterdir())
 
 
-SWEEP = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py")]
 KNOBS = [*flags(TrialConfig.from_flat(TINY)), "--init.seed", "0", "1", "--name", "grows"]
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [*SWEEP, "--runs-dir", "runs", *KNOBS, *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def drive(folder, *arguments):
+    return start("init_sweep.py", folder / "runs", *KNOBS, *arguments)
 
 
 def run(folder, *arguments):
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return outcome(drive(folder, *arguments))
 
 
 def findings_of(folder):
@@ -310,7 +298,7 @@ def test_a_part_of_a_grown_sweep_is_judged_at_the_level_that_is_left(grown, tmp_
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
-    process = start(tmp_path, "--until-decided", "4")
+    process = drive(tmp_path, "--until-decided", "4")
     for line in process.stdout:
         if line.startswith("look 1 of 3"):
             break

@@ -4,15 +4,13 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 
 from analysis.claims import CLAIMS
-from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_status
+from analysis.runs import tracking_uri, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, judge_part
-from conftest import ROOT, TINY, flags, wait_for
+from conftest import TINY, flags, outcome, runs_of, start, wait_for
 from gptcore.config import TrialConfig
 from sweeps.search import distance, main, seeds_to_contradict
 
@@ -26,18 +24,8 @@ def tiny_flags(more, *open_knobs):
     return [word for pair in pairs if pair[0][2:] not in (*SEARCHED, *open_knobs) for word in pair]
 
 
-def start(runs_dir, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sweeps" / "search.py"), *arguments,
-         "--runs-dir", str(runs_dir)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
 def run(runs_dir, *arguments):
-    process = start(runs_dir, *arguments)
-    output, _ = process.communicate(timeout=400)
-    return process.returncode, output
+    return outcome(start("search.py", runs_dir, *arguments))
 
 
 def has_answers(file):
@@ -48,14 +36,6 @@ def has_answers(file):
     except sqlite3.OperationalError:  # it is being made
         return False
     return count > 0
-
-
-def runs_of(runs_dir):
-    client = connect(tracking_uri(runs_dir))
-    return [
-        client.get_run(run.info.run_id)
-        for run in search_runs(client, experiment_ids(client), "trial")
-    ]
 
 
 BAD = [
@@ -124,7 +104,7 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
         "--probes.text_every", "10", "--init.scheme", "normal", "student_t",
         "--model.n_layer", "1..2",
     ]  # fmt: skip
-    process = start(runs_dir, *arguments)
+    process = start("search.py", runs_dir, *arguments)
     wait_for(lambda: has_answers(runs_dir / "optuna.db"))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -136,8 +116,8 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     states = {one["state"] for one in found["trials"]}
     assert states <= {"complete", "pruned"}
     assert "complete" in states
-    runs = {run.data.tags["trial_key"]: run for run in runs_of(runs_dir)}
-    assert len(runs) == len(runs_of(runs_dir)) == 12
+    runs = runs_of(tracking_uri(runs_dir))
+    assert len(runs) == 12
     for one in found["trials"]:
         run_of_trial = runs[one["trial_key"]]
         assert run_of_trial.info.status == ("FINISHED" if one["state"] == "complete" else "KILLED")
@@ -152,7 +132,7 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     started = {run.info.run_id for run in runs.values()}
     code, output = run(runs_dir, *arguments)
     assert (code, "Ray:" in output) == (0, False), output
-    assert {run.info.run_id for run in runs_of(runs_dir)} == started
+    assert {run.info.run_id for run in runs_of(tracking_uri(runs_dir)).values()} == started
     code, output = run(runs_dir, *arguments, "--metric", "loss/probe")
     assert (code, "asks something else already (of differ)" in output) == (2, True), output
 
@@ -171,6 +151,7 @@ def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
     found = json.loads((runs_dir / "reports" / "unused_rows_move" / "search.json").read_text())
     (find,) = found["finds"]
     assert (find["knobs"], find["verdict"], find["seeds"]) == ({"optim.lr": 1e-8}, CONTRADICTED, 2)
-    seeds = [run.data.params["init.seed"] for run in runs_of(runs_dir)]
+    runs = runs_of(tracking_uri(runs_dir)).values()
+    seeds = [run.data.params["init.seed"] for run in runs]
     assert sorted(seeds) == ["0", "0", "1", "2"]
     assert (runs_dir / "reports" / "unused_rows_move" / "report.html").exists()

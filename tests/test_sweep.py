@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
@@ -15,10 +13,9 @@ from analysis.runs import (
     experiment_ids,
     search_runs,
     tracking_uri,
-    trial_runs,
     trial_status,
 )
-from conftest import ROOT, TINY, flags, wait_for, workers
+from conftest import TINY, flags, outcome, runs_of, start, wait_for, workers
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial
 from gptcore.records import TABLES
@@ -26,40 +23,27 @@ from sweeps.ray_runner import RETRIES
 
 pytestmark = pytest.mark.slow
 
-SWEEP = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py")]
 LONG = 5000
 """Steps of a trial that is still under way when the test gets to it."""
 
 
-def start(runs_dir, *arguments):
-    # Another folder than the checkout, as a user might stand in.
-    return subprocess.Popen(
-        [*SWEEP, "--runs-dir", "runs", "--name", "e2e", *arguments],
-        cwd=runs_dir.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def drive(runs_dir, *arguments):
+    return start("init_sweep.py", runs_dir, "--name", "e2e", *arguments)
 
 
 def run(runs_dir, *arguments):
-    process = start(runs_dir, *arguments)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return outcome(drive(runs_dir, *arguments))
 
 
-def runs_of(runs_dir):
-    client = connect(tracking_uri(runs_dir))
-    runs = trial_runs(client)
-    return {key: client.get_run(run.info.run_id) for key, run in runs.items()}
+def runs_in(runs_dir):
+    return runs_of(tracking_uri(runs_dir))
 
 
 def training(runs_dir):
     """The keys of trials that have a run and are running."""
     if not (runs_dir / "mlflow.db").exists():
         return []
-    return [key for key, run in runs_of(runs_dir).items() if trial_status(run) == "running"]
+    return [key for key, run in runs_in(runs_dir).items() if trial_status(run) == "running"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +59,7 @@ def swept(tmp_path_factory):
 
 def test_a_sweep_goes_from_one_command_to_a_report(swept):
     runs_dir, output = swept
-    runs = runs_of(runs_dir)
+    runs = runs_in(runs_dir)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert {run.data.params["init.scheme"] for run in runs.values()} == {"model5", "gpt2"}
     for run in runs.values():
@@ -90,7 +74,7 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
 
 def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
     runs_dir, _ = swept
-    for key, swept_run in runs_of(runs_dir).items():
+    for key, swept_run in runs_in(runs_dir).items():
         scheme = swept_run.data.params["init.scheme"]
         config = TrialConfig.from_flat({**TINY, "init.scheme": scheme})
         assert config.key(check_trial(config).digest) == key
@@ -104,7 +88,7 @@ def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
 
 def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     runs_dir, _ = swept
-    before = {key: run.info.run_id for key, run in runs_of(runs_dir).items()}
+    before = {key: run.info.run_id for key, run in runs_in(runs_dir).items()}
     arguments = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2"]
     code, output = run(runs_dir, *arguments, "--no-report")
     assert code == 0
@@ -113,7 +97,7 @@ def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     code, output = run(runs_dir, *arguments, "--init.seed", "0", "1")
     assert code == 0
     assert "4 trials, 2 done, 2 missing" in output
-    after = {key: run.info.run_id for key, run in runs_of(runs_dir).items()}
+    after = {key: run.info.run_id for key, run in runs_in(runs_dir).items()}
     assert len(after) == 4
     assert before.items() <= after.items()
 
@@ -121,13 +105,13 @@ def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
 def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 150}))
-    process = start(runs_dir, *arguments, "--init.seed", "0", "1", "2")
+    process = drive(runs_dir, *arguments, "--init.seed", "0", "1", "2")
     wait_for(lambda: training(runs_dir))
     os.kill(workers()[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    code, output = outcome(process)
+    assert code == 0, output
     assert "goes on with another worker: " in output
-    runs = runs_of(runs_dir)
+    runs = runs_in(runs_dir)
     assert {trial_status(run) for run in runs.values()} == {"finished"}
     (lost,) = (run for run in runs.values() if "retries" in run.data.tags)
     assert lost.data.tags["retries"] == "1"
@@ -140,15 +124,15 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
 def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_on(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
-    process = start(runs_dir, *arguments, "--init.seed", "0")
+    process = drive(runs_dir, *arguments, "--init.seed", "0")
     wait_for(lambda: training(runs_dir))
     for _ in range(RETRIES + 1):
         victim = wait_for(workers)[0]
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda victim=victim: victim not in workers())
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
-    (failed,) = runs_of(runs_dir).values()
+    code, output = outcome(process)
+    assert code == 1, output
+    (failed,) = runs_in(runs_dir).values()
     assert (trial_status(failed), failed.info.status) == ("failed", "FAILED")
     assert failed.data.tags["reason"].startswith("the worker died: ")
     assert failed.data.tags["retries"] == str(RETRIES)
@@ -164,8 +148,8 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
     killed, whole = tmp_path / "killed" / "runs", tmp_path / "whole" / "runs"
     for runs_dir in (killed, whole):
         runs_dir.mkdir(parents=True)
-    undisturbed = start(whole, *arguments)
-    process = start(killed, *arguments)
+    undisturbed = drive(whole, *arguments)
+    process = drive(killed, *arguments)
     checkpoint = wait_for(lambda: list(killed.glob("checkpoints/*.pt")))[0]
     first = checkpoint.stat().st_mtime_ns
     wait_for(lambda: checkpoint.stat().st_mtime_ns > first)  # that of step 0 would prove little
@@ -188,13 +172,13 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
 def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, politely):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
-    process = start(runs_dir, *arguments, "--init.seed", "0", "1")
+    process = drive(runs_dir, *arguments, "--init.seed", "0", "1")
     wait_for(lambda: training(runs_dir))
     os.kill(process.pid, politely)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    code, output = outcome(process)
+    assert code == 130, output
     assert "stopped with 2 trials to go: the same command goes on" in output
-    runs = runs_of(runs_dir).values()
+    runs = runs_in(runs_dir).values()
     assert {(run.info.status, trial_status(run)) for run in runs} == {("KILLED", "stopped")}
     client = connect(tracking_uri(runs_dir))
     (sweep,) = search_runs(client, experiment_ids(client), "sweep")

@@ -1,10 +1,13 @@
 import multiprocessing
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import polars as pl
 import pytest
+import requests
 
 from analysis.runs import connect, trial_runs
 from gptcore import checkpoint
@@ -87,6 +90,67 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
             for folder in (artifacts, tmp_path / "whole")
         )
         assert resumed.equals(expected), table
+
+
+@contextmanager
+def cutting_one_answer(server, what):
+    """An address that hands everything on to the server, but breaks off in the middle of the first
+    answer to a request whose path has `what` in it."""
+    cut = threading.Event()
+
+    class Between(BaseHTTPRequestHandler):
+        def hand_on(self):
+            answer = requests.request(
+                self.command,
+                server + self.path,
+                data=self.rfile.read(int(self.headers.get("Content-Length", 0))),
+                headers={"Content-Type": self.headers.get("Content-Type", "")},
+            )
+            self.send_response(answer.status_code)
+            self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+            self.send_header("Content-Length", str(len(answer.content)))
+            self.end_headers()
+            breaks_off = what in self.path and not cut.is_set()
+            self.wfile.write(answer.content[:-1] if breaks_off else answer.content)
+            if breaks_off:
+                cut.set()
+
+        do_GET = do_POST = do_PUT = do_PATCH = hand_on
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Between) as between:
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{between.server_port}"
+        between.shutdown()
+    assert cut.is_set()
+
+
+@pytest.mark.parametrize(
+    ("seed", "what"),
+    enumerate(["runs/search", "runs/create", "runs/log-batch", "mlflow-artifacts", "runs/update"]),
+)
+def test_an_answer_that_a_server_did_not_end_is_asked_for_again(
+    server_sweep, tiny, tmp_path, monkeypatch, seed, what
+):
+    """MLflow by itself asks again where a server does not answer at all."""
+    told = []
+    monkeypatch.setattr(trainable.tune, "report", told.append)
+    config = replace(tiny, init=replace(tiny.init, seed=90 + seed))
+    key = config.key(check_trial(config).digest)
+    with cutting_one_answer(server_sweep, what) as uri:
+        store = {"uri": uri, "experiment_id": open_experiment(connect(uri), "cut off", tmp_path)}
+        job = {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {"sweep": "cut"}}
+        run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
+    assert told[-1] == {"trial_key": key, "step": 5, "status": "finished"}
+    client = connect(server_sweep)
+    (run,) = client.search_runs([store["experiment_id"]], f"tags.trial_key = '{key}'")
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "loss/train")
+    assert [point.step for point in points] == [0, 1, 2, 3, 4, 5]
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {f"{table}.parquet" for table in TABLES}
 
 
 def _hold(key, runs_dir, held, release):
