@@ -22,13 +22,14 @@ def two_presses() -> Iterator[None]:
     Nothing is lost by that: all that is on disk is whole, and the next driver closes the runs that
     are left open.
     """
-    pressed = False
+    global _pressed
+    _pressed = False
 
     def press(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
+        global _pressed
+        if _pressed:
             _leave()
-        pressed = True
+        _pressed = True
         _first()
 
     before = signal.signal(signal.SIGINT, press)
@@ -67,6 +68,7 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
+_pressed = False
 _first: Callable[[], object] = _interrupt
 
 
@@ -74,6 +76,8 @@ _first: Callable[[], object] = _interrupt
 def on_interrupt(first: Callable[[], object]) -> Iterator[None]:
     """Inside, the first Ctrl-C calls `first` in place of raising KeyboardInterrupt."""
     global _first
+    if _pressed:  # and an import of Ray's has swallowed what was raised
+        raise KeyboardInterrupt
     _first = first
     try:
         yield
