@@ -311,11 +311,14 @@ class Tried:
         rows = claim.measure(sweep).select("trial_key", "part", "value").rows()
         return [(key, part, value) for key, part, value in rows if claim.rule(part).decides]
 
+    def complete(self) -> list[FrozenTrial]:
+        """The trials of the study that have a value."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
     def contrary(self, most: int) -> list[FrozenTrial]:
         """The trials whose numbers lie on the other side of what the claim says, farthest first;
         and all that were tried again before, when the study had fewer trials."""
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        by_key = {one.user_attrs["trial_key"]: one for one in complete if one.values[0] < 0}
+        by_key = {one.user_attrs["trial_key"]: one for one in self.complete() if one.values[0] < 0}
         farthest = sorted(by_key, key=lambda key: by_key[key].values[0])[:most]
         keys = list(dict.fromkeys([*self.study.user_attrs.get("tried_again", []), *farthest]))
         self.study.set_user_attr("tried_again", keys)
@@ -376,8 +379,7 @@ class Tried:
         counts = Counter(one.state.name.lower() for one in answered(self.study))
         said = ", ".join(f"{count} {state}" for state, count in counts.items())
         table = Table("trial", value, "suggested", title=f"{of}: the best of {said}")
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        for one in sorted(complete, key=lambda one: one.values[0])[:SHOWN]:
+        for one in sorted(self.complete(), key=lambda one: one.values[0])[:SHOWN]:
             knobs = spelled(self.knobs_of(one))
             table.add_row(one.user_attrs["trial_key"], f"{one.values[0]:.4f}", knobs)
         return table
@@ -386,7 +388,7 @@ class Tried:
         """search.json with every trial, and Optuna's figures where there are trials enough, into
         the report's folder; -> the files."""
         folder = self.session.runs_dir / "reports" / self.session.name
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        complete = self.complete()
         importances: dict[str, float] = {}
         files = []
         if len({one.values[0] for one in complete}) > 1:
