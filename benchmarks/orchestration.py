@@ -29,9 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(folder: Path, config: TrialConfig, seeds: int, *more: str) -> tuple[float, float]:
     """Seconds that the command takes for so many seeds, and the peak of its driver in GB."""
-    defaults = TrialConfig().to_flat()  # of which the corpus, not to be had, has a stand-in
-    differ = {knob: value for knob, value in config.to_flat().items() if value != defaults[knob]}
-    flags = [word for knob, value in differ.items() for word in (f"--{knob}", spelling(value))]
+    flat = config.to_flat()
+    if config.corpus.name == TrialConfig().corpus.name:
+        del flat["corpus.name"]  # then it may have a stand-in
+    flags = [word for knob, value in flat.items() for word in (f"--{knob}", spelling(value))]
     command = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", str(folder)]
     command += ["--name", "scale", *flags, "--init.seed", *map(str, range(seeds)), *more]
     start = time.perf_counter()

@@ -62,13 +62,10 @@ class Plan:
 
     def tags(self) -> dict[str, str]:
         """What the driver knows and every run of the sweep should keep."""
-        packages = ("torch", "ray", "mlflow", "polars", "numpy")
-        versions = [f"python {platform.python_version()}"]
-        versions += [f"{name} {version(name)}" for name in packages]
         return {
             "notes": " ".join(self.notes),
             "git_commit": git_commit(),
-            "versions": ", ".join(versions),
+            "versions": versions(),
         }
 
 
@@ -200,6 +197,14 @@ def power(plan: Plan, alpha: float | None = None) -> list[str]:
         + ("" if seeds >= least else f": {least} seeds can")
         for least, names in sorted(needs.items())
     ]
+
+
+@functools.cache
+def versions() -> str:
+    """Of what numbers may depend on."""
+    packages = ("torch", "ray", "mlflow", "polars", "numpy")
+    told = [f"python {platform.python_version()}"]
+    return ", ".join(told + [f"{name} {version(name)}" for name in packages])
 
 
 @functools.cache
