@@ -153,19 +153,19 @@ def checked(
     return trials, corpora
 
 
-def job_of(plan: Plan, key: str) -> dict[str, Any]:
-    """A trial as sweeps.trainable takes it."""
-    corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
+def jobs_of(plan: Plan, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Trials of the plan as sweeps.trainable takes them."""
+    jobs, tags = [], {"sweep": plan.name, **plan.tags()}
     scheme, *others = plan.compared()
-    name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
-    name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
-    tags = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
-    return {
-        "key": key,
-        "name": ", ".join(map(str, name)),
-        "params": flat,
-        "tags": {"sweep": plan.name, **plan.tags(), **tags},
-    }
+    for key in keys:
+        corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
+        name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
+        name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
+        its = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
+        jobs.append(
+            {"key": key, "name": ", ".join(map(str, name)), "params": flat, "tags": {**tags, **its}}
+        )
+    return jobs
 
 
 def power(plan: Plan, alpha: float | None = None) -> list[str]:

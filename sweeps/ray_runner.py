@@ -120,6 +120,10 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
+PORTION, ROUNDS = 500, 20
+"""So many trials are Tune's at a time, or as many as fill every slot so many times: it keeps 70 kB
+of each, finished or not, and goes through all of them again and again."""
+
 HEADROOM = 1.1
 """Of memory: what a trial is given over what it was seen to need."""
 
@@ -166,18 +170,13 @@ def run_on_ray(
     progress.errors = search.errors if search else []
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with progress, saying_when_away(store["uri"], console.print):
-        tuner = tune.Tuner(
+
+    def tune_trials(space: dict[str, Any] | None) -> None:
+        tune.Tuner(
             tune.with_resources(
                 run_batch, lambda config: tune.PlacementGroupFactory([dict(needs[key_of(config)])])
             ),
-            param_space=None
-            if search
-            else {
-                "store": dict(store),
-                "runs_dir": str(runs_dir),
-                "batch": tune.grid_search([[dict(job)] for job in jobs]),
-            },
+            param_space=space,
             tune_config=tune.TuneConfig(
                 reuse_actors=True,
                 trial_name_creator=lambda trial: key_of(trial.config),
@@ -186,18 +185,32 @@ def run_on_ray(
                 num_samples=search.left if search else 1,
             ),
             run_config=tune.RunConfig(
-                name=time.strftime("%Y%m%d-%H%M%S"),
+                name=f"{time.time():.3f}",
                 storage_path=str(runs_dir / "ray"),
                 stop=search.prunes if search else None,
                 callbacks=[progress],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
             ),
-        )
+        ).fit()
+
+    with progress, saying_when_away(store["uri"], console.print):
         stopped = True
         try:
             with on_interrupt(progress.interrupt):
-                tuner.fit()
+                if search:
+                    tune_trials(None)
+                else:
+                    most = max(PORTION, ROUNDS * slots(needs[jobs[0]["key"]]))
+                    for start in range(0, len(jobs), most):
+                        batches = [[dict(job)] for job in jobs[start : start + most]]
+                        tune_trials(
+                            {
+                                "store": dict(store),
+                                "runs_dir": str(runs_dir),
+                                "batch": tune.grid_search(batches),
+                            }
+                        )
             stopped = False
         except Ended:
             pass

@@ -41,7 +41,7 @@ from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.launch import guarded
-from sweeps.plan import Plan, checked, job_of, with_corpus
+from sweeps.plan import Plan, checked, jobs_of, with_corpus
 from sweeps.session import Session, sound_store
 from sweeps.study import (
     PARAMETERS,
@@ -279,7 +279,8 @@ class Tried:
             self.corpora |= corpora
             self.session.record(self.plan)
         run = find_run(self.session.client, None, "trial", trial_key=key)
-        return job_of(self.plan, key), trial_status(run) in DONE
+        (job,) = jobs_of(self.plan, [key])
+        return job, trial_status(run) in DONE
 
     def prune(self, key: str, why: str) -> None:
         """Close the run of a trial that was given up."""

@@ -27,7 +27,7 @@ from sweeps.faults import GO_ON, Fault, check_database, fault_of_sweep
 from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
 from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
-from sweeps.plan import Plan, job_of
+from sweeps.plan import Plan, jobs_of
 from sweeps.units import clock
 
 
@@ -92,7 +92,7 @@ class Session:
             return False
         from sweeps.ray_runner import run_on_ray
 
-        jobs = [job_of(plan, key) for key in missing]
+        jobs = jobs_of(plan, missing)
         with self.estimated({key: plan.trials[key] for key in missing}) as needs:
             stopped = run_on_ray(jobs, self.store, needs, self.runs_dir, self.console)
         # By the client at hand: where the store is away just now, that one waits for it.
