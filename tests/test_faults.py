@@ -237,6 +237,7 @@ def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
     files = wait_for(lambda: (found := list(tmp_path.glob("runs/checkpoints/*.pt")))[1:] and found)
     driver.kill()
     driver.communicate()
+    wait_for(lambda: not workers())  # which outlive their driver for a moment, and save
     damaged, deleted = files
     whole = damaged.read_bytes()
     middle = len(whole) // 2

@@ -129,7 +129,13 @@ def cutting_one_answer(server, what):
 
 @pytest.mark.parametrize(
     ("seed", "what"),
-    enumerate(["runs/search", "runs/create", "runs/log-batch", "mlflow-artifacts", "runs/update"]),
+    [
+        (0, "runs/search"),
+        (1, "runs/create"),
+        (2, "runs/log-batch"),
+        (3, "mlflow-artifacts"),
+        (4, "runs/update"),
+    ],
 )
 def test_an_answer_that_a_server_did_not_end_is_asked_for_again(
     server_sweep, tiny, tmp_path, monkeypatch, seed, what
