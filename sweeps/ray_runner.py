@@ -54,9 +54,6 @@ MALLOC = {
 it back and maps it anew, most of all from the second arena that the thread which Tune runs a trial
 in would get: up to 9,000 page faults and 8% of a step."""
 
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""With which MLflow's client asks a server; trials on other machines need them too."""
-
 # That Ray made itself a token is no news to anyone here; that Tune keeps no files of results is
 # so because MLflow and Parquet have them; why a trial failed is told once, by SweepProgress; that
 # Tune cannot keep a state of its own loses nothing, for nobody reads it.
@@ -81,10 +78,9 @@ def start_ray(devices: set[str], console: Console) -> None:
     # end with it.
     address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
     if address and address != "local":
-        known = {name: os.environ[name] for name in CREDENTIALS if name in os.environ}
         code = {
             "py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")],
-            "env_vars": {**MALLOC, **known},
+            "env_vars": MALLOC,
         }
         try:
             # Ray itself would go on trying for minutes.
