@@ -201,7 +201,8 @@ def run_on_ray(
                 if search:
                     tune_trials(None)
                 else:
-                    most = max(PORTION, ROUNDS * slots(needs[jobs[0]["key"]]))
+                    kinds = {str(needs[job["key"]]): job for job in jobs}.values()
+                    most = max(PORTION, ROUNDS * max(slots(needs[job["key"]]) for job in kinds))
                     for start in range(0, len(jobs), most):
                         batches = [[dict(job)] for job in jobs[start : start + most]]
                         tune_trials(
