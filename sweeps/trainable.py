@@ -39,20 +39,27 @@ def run_batch(config: dict[str, Any]) -> None:
     store, runs_dir = config["store"], Path(config["runs_dir"])
     for trial in config["batch"]:
         failed = {"trial_key": trial["key"], "status": "failed"}
-        for again in (True, False):
-            try:
-                if why := _run(trial, store, runs_dir, config.get("metric")):
-                    tune.report({**failed, "reason": why})
-                break
-            except Exception as error:
-                ends = fault_of_sweep(error, store["uri"], runs_dir)
-                if ends is None:
-                    raise
-                # MLflow asks again where a server does not answer, but not where it died in the
-                # middle of its answer: then the trial goes on from its checkpoint.
-                if again and answers_again(store["uri"]):
-                    continue
-                tune.report({**failed, "reason": ends, "ends_sweep": True})
+        try:
+            if why := _run_again_if_cut_off(trial, store, runs_dir, config.get("metric")):
+                tune.report({**failed, "reason": why})
+        except Exception as error:
+            ends = fault_of_sweep(error, store["uri"], runs_dir)
+            if ends is None:
+                raise
+            tune.report({**failed, "reason": ends, "ends_sweep": True})
+
+
+def _run_again_if_cut_off(
+    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
+) -> str | None:
+    """As _run, but once more, from the trial's checkpoint, where a tracking server failed that
+    answers again. MLflow asks again by itself, but not where a server died in its answer."""
+    try:
+        return _run(trial, store, runs_dir, metric)
+    except Exception as error:
+        if not (fault_of_sweep(error, store["uri"], runs_dir) and answers_again(store["uri"])):
+            raise
+    return _run(trial, store, runs_dir, metric)
 
 
 def _run(

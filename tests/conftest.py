@@ -116,9 +116,9 @@ def start(
     )
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code of a command, once it ends, and what it has printed."""
-    output, _ = process.communicate(timeout=600)
+def outcome(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
+    """The exit code of a command, which ends within so many seconds, and what it has printed."""
+    output, _ = process.communicate(timeout=seconds)
     assert "Traceback" not in output, output
     return process.returncode, output
 

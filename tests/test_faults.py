@@ -302,7 +302,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
         assert said[-1], said
     second = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
-    code, output = outcome(driver)
+    code, output = outcome(driver, 300)
     assert time.monotonic() - second < 10
     assert code == 130, output
     assert "stopped at once: the same command goes on" in output

@@ -216,7 +216,7 @@ def drive(folder, *arguments):
 
 
 def run(folder, *arguments):
-    return outcome(drive(folder, *arguments))
+    return outcome(drive(folder, *arguments), 300)
 
 
 def findings_of(folder):

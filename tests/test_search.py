@@ -25,7 +25,7 @@ def tiny_flags(more, *open_knobs):
 
 
 def run(runs_dir, *arguments):
-    return outcome(start("search.py", runs_dir, *arguments))
+    return outcome(start("search.py", runs_dir, *arguments), 400)
 
 
 def has_answers(file):

@@ -32,7 +32,7 @@ def drive(runs_dir, *arguments):
 
 
 def run(runs_dir, *arguments):
-    return outcome(drive(runs_dir, *arguments))
+    return outcome(drive(runs_dir, *arguments), 300)
 
 
 def runs_in(runs_dir):
@@ -108,7 +108,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     process = drive(runs_dir, *arguments, "--init.seed", "0", "1", "2")
     wait_for(lambda: training(runs_dir))
     os.kill(workers()[0], signal.SIGKILL)
-    code, output = outcome(process)
+    code, output = outcome(process, 300)
     assert code == 0, output
     assert "goes on with another worker: " in output
     runs = runs_in(runs_dir)
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, poli
     process = drive(runs_dir, *arguments, "--init.seed", "0", "1")
     wait_for(lambda: training(runs_dir))
     os.kill(process.pid, politely)
-    code, output = outcome(process)
+    code, output = outcome(process, 120)
     assert code == 130, output
     assert "stopped with 2 trials to go: the same command goes on" in output
     runs = runs_in(runs_dir).values()
