@@ -1,0 +1,91 @@
+"""What a cluster file for AWS may say: rules that are checked before AWS is asked for anything."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import boto3
+
+TOKEN = "~/.ray/auth_token"
+ENVIRONMENT = "sweeps/clusters/environment"
+WIDEST = 16
+"""The shortest prefix of a network that may log in: 65,536 addresses."""
+SECRET = re.compile(
+    r"(AKIA|ASIA)[0-9A-Z]{16}|PRIVATE KEY|(secret\w*|password|token)['\"]?\s*[:=]\s*['\"]?[\w+]",
+    re.I,
+)
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
+    """What a cluster file for AWS, as YAML gives it, does not say rightly: a sentence each."""
+    for place, text in _texts(cluster):
+        if placeholder := re.search("<[a-z-]+>", text):
+            yield f"{place} still has {placeholder[0]}: put your own there"
+        if SECRET.search(f"{place}: {text}"):
+            yield f"{place} looks like a secret: the file takes none, those of AWS stay in ~/.aws"
+    provider = cluster["provider"]
+    region, bucket, ssh_from = (provider.get(key) for key in ("region", "bucket", "ssh_from"))
+    if region not in _regions():
+        yield f"provider.region takes a region of AWS such as us-west-2, not {region!r}"
+    if not BUCKET.fullmatch(str(bucket)):
+        yield f"provider.bucket takes the name of an S3 bucket, not {bucket!r}"
+    try:
+        network = ipaddress.IPv4Network(str(ssh_from), strict=False)
+        if network.prefixlen < WIDEST:
+            yield (
+                f"provider.ssh_from {network} lets {network.num_addresses:,} addresses try to log "
+                f"in: take /{WIDEST} or less of the world"
+            )
+    except ValueError:
+        yield f"provider.ssh_from takes a CIDR such as 203.0.113.7/32, not {ssh_from!r}"
+    for name, kind in workers(cluster):
+        least, most = kind.get("min_workers", 0), kind.get("max_workers", cluster["max_workers"])
+        if least != 0 or not all(
+            isinstance(limit, int) and limit >= 1 for limit in (most, cluster["max_workers"])
+        ):
+            yield (
+                f"{name} takes min_workers 0, or machines cost money between sweeps, and "
+                f"max_workers of 1 or more, as the cluster does, not {least} and {most}"
+            )
+    if TOKEN not in cluster.get("file_mounts", {}):
+        yield f"file_mounts takes {TOKEN}: {TOKEN}, which Ray and MLflow let people in by"
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        for command in cluster.get(commands, ()):
+            if "ray start" in command and (
+                ENVIRONMENT not in command or "RAY_AUTH_MODE" in command
+            ):
+                yield (
+                    f"{commands} takes `ray start` after sourcing {ENVIRONMENT} alone, without "
+                    "which Ray is open to everyone"
+                )
+            if re.search(r"--dashboard-host[= ](?!127\.0\.0\.1\b)", command):
+                yield f"{commands} takes --dashboard-host=127.0.0.1: `ray dashboard` leads there"
+
+
+@functools.cache
+def _regions() -> list[str]:
+    return list(boto3.Session().get_available_regions("ec2"))
+
+
+def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text and number in what YAML gives, with the place where it stands."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, place)
+    else:
+        yield place, str(value)
+
+
+def workers(cluster: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kinds of machines that trials run on, by name."""
+    for name, kind in cluster["available_node_types"].items():
+        if name != cluster["head_node_type"]:
+            yield name, kind
