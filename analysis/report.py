@@ -200,9 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--name", nargs="+", default=[], metavar="NAME",
         help="of the sweep, or of several to be read as one; by default the one launched last",
     )  # fmt: skip
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="where runs are (./runs)"
-    )
+    parser.add_runs_dir()
     parser.add_argument(
         "--where", help="only these trials: a condition such as \"init.scheme = 'gpt2'\""
     )

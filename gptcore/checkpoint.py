@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,19 @@ class Progress:
 class Checkpoint:
     """The file of one trial, which stands for as long as the trial is unfinished."""
 
-    def __init__(self, file: Path, identity: dict[str, Scalar], pause: float) -> None:
+    def __init__(
+        self,
+        file: Path,
+        identity: dict[str, Scalar],
+        pause: float,
+        keep: Callable[[Path], object] | None = None,
+    ) -> None:
         """`identity`, as TrialConfig.identity gives it, is what decides the trial's numbers.
 
-        `pause` is the least number of seconds between two savings.
+        `pause` is the least number of seconds between two savings. `keep` is called with the file
+        each time it was written.
         """
+        self.keep = keep
         self.file, self.least_pause = file, pause
         self.identity = {**identity, "schema_version": SCHEMA_VERSION}
         self.next = time.perf_counter() + pause
@@ -76,6 +85,8 @@ class Checkpoint:
             write_atomically(self.file, lambda file: file.write_bytes(state.getbuffer()))
         except OSError as error:
             raise InputError(f"the checkpoint {self.file} cannot be written: {error}") from error
+        if self.keep:
+            self.keep(self.file)
         end = time.perf_counter()
         self.next = end + max(self.least_pause, (end - start) / SHARE_OF_TIME)
 

@@ -121,9 +121,7 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
     unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
     """
-    text, origin = (
-        CORPORA[config.name].read() if config.name in CORPORA else _read_file(config.name)
-    )
+    text, origin = read_text(config.name)
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokens = _tokenised(text, digest)
     start, stop = _subset_bounds(config, text, tokens)
@@ -142,6 +140,17 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
         context=context,
         windows=config.windows,
     )
+
+
+GIVEN: dict[str, tuple[str, str]] = {}
+"""By corpus.name, the (text, origin) that this process was given: it does not look for those."""
+
+
+def read_text(name: str) -> tuple[str, str]:
+    """(text, origin) of a corpus; raises as load_corpus does."""
+    if name in GIVEN:
+        return GIVEN[name]
+    return CORPORA[name].read() if name in CORPORA else _read_file(name)
 
 
 def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) -> tuple[int, int]:

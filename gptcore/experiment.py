@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +35,16 @@ def check_knobs(config: TrialConfig) -> None:
     check_optim(config.optim)
 
 
-def run_trial(config: TrialConfig, recorder: Recorder, file: Path | None = None) -> TrialResult:
+def run_trial(
+    config: TrialConfig,
+    recorder: Recorder,
+    file: Path | None = None,
+    keep: Callable[[Path], object] | None = None,
+) -> TrialResult:
     """Run one trial from its config to its last row; the recorder is closed with the result.
 
     Where a `file` is named, a trial that is cut off leaves its state there, and one that finds it
-    there goes on from it.
+    there goes on from it. `keep` is called with the file each time it was written.
 
     A loss that diverges is a result; InputError and faults are raised, the recorder left open.
     On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
@@ -49,7 +54,7 @@ def run_trial(config: TrialConfig, recorder: Recorder, file: Path | None = None)
     checkpoint = None
     if file:
         identity = config.identity(corpus.digest)
-        checkpoint = Checkpoint(file, identity, config.train.checkpoint_seconds)
+        checkpoint = Checkpoint(file, identity, config.train.checkpoint_seconds, keep)
     device = device_of(config)
     with one_thread():
         model = GPT(config.model)

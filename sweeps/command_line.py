@@ -6,7 +6,6 @@ import argparse
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gptcore.config import KNOBS, InputError, Parser, TrialConfig, spelling
@@ -23,9 +22,7 @@ def sweep_parser(doc: str) -> Parser:
     parser.add_argument(
         "--name", help="of the sweep, by default the preset's; runs are kept under it"
     )
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="where everything goes (./runs)"
-    )
+    parser.add_runs_dir()
     parser.add_argument("--no-report", action="store_true", help="end without building the report")
     return parser
 

@@ -8,32 +8,45 @@ own will be; each stops after a few steps, and what they took is scaled to whole
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
+import math
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, quantiles
 
 import ray
 import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
 
 from gptcore.config import Scalar, TrialConfig
+from gptcore.corpus import GIVEN
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder, Row, TrainingRow
+from sweeps.cluster import fit, machines, needs_of, slots, there
 from sweeps.parquet import write_tables
-from sweeps.ray_runner import needs_of, slots
 from sweeps.tracking import chart_points
 from sweeps.units import clock, peak_memory, size
+
+Texts = Mapping[str, tuple[str, str]]
+"""As gptcore.corpus.GIVEN."""
 
 CADENCES = ("every", "text_every", "histogram_every", "spectrum_every")
 SHORTEST = 4
 """The shortest cadence of a trial that is measured: between two looks there are plain steps."""
 SECONDS_A_SHAPE = 20.0
+FILL = 0.9
+"""Of a GPU's memory: how much of it trials may fill."""
+WORTH = 1.1
+"""How much faster a GPU has to become with twice the trials on it to be given those."""
+CONTEXT = 600 * 2**20
+"""Bytes of a GPU that CUDA takes of it for a process, beside what PyTorch reserves."""
 OVERHEAD = 0.3
 """Seconds that Tune and MLflow take of a trial beside its own: benchmarks/orchestration.py."""
 POINT_BYTES = 270
@@ -60,6 +73,7 @@ class Estimate:
     trials: int
     steps: int
     concurrent: int  # trials at a time
+    per_gpu: int  # of them on one GPU, at most; 0 without any
     seconds: float
     low: float
     high: float
@@ -71,8 +85,10 @@ class Estimate:
     def lines(self) -> list[str]:
         """The estimate for a reader."""
         gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
+        on_gpu = f", {self.per_gpu} on a GPU" if self.per_gpu else ""
+        at_once = f"{self.concurrent} at a time{on_gpu}"
         return [
-            f"{self.trials} trials of {self.steps:,} steps in all, {self.concurrent} at a time: "
+            f"{self.trials} trials of {self.steps:,} steps in all, {at_once}: "
             f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)})",
             f"  {size(self.memory)} of memory{gpu} a trial, {size(self.disk)} of disk for all",
             *(f"  not measured, and not counted: {why}" for why in self.unknown),
@@ -150,7 +166,7 @@ def timed(config: TrialConfig) -> Stopwatch:
 class Measured:
     """What one shortened trial took."""
 
-    began: float  # seconds since the epoch; the process was warm
+    began: float  # seconds after it was asked for, since the epoch at first; the process was warm
     steps: list[float]  # seconds; the first step's are those of all that comes before as well
     writing: float  # seconds
     rows: Mapping[str, list[int | None]]  # by table, the step of each row
@@ -158,14 +174,16 @@ class Measured:
     bytes: Mapping[str, int]  # by table
     memory: int
     gpu_memory: int
+    gpu_size: int
 
 
-def measure(params: Mapping[str, Scalar]) -> Measured:
+def measure(params: Mapping[str, Scalar], texts: Texts) -> Measured:
     """Run a trial as long as it is worth while; in a process of its own.
 
     The first trial of a process is slower by some seconds, once: a short one is run again, and what
     it took then is what the next ones will.
     """
+    GIVEN.update(texts)
     entered, config = time.time(), TrialConfig.from_flat(params)
     first = stopwatch = timed(config)
     if first.seconds < SECONDS_A_SHAPE / 4:
@@ -175,6 +193,7 @@ def measure(params: Mapping[str, Scalar]) -> Measured:
         sizes = {
             file.stem: file.stat().st_size for file in write_tables(stopwatch.rows, Path(folder))
         }
+    gpu_memory, gpu_size = peak_gpu_memory()
     moments = [stopwatch.begun, *stopwatch.ends]
     return Measured(
         began=entered + first.seconds - stopwatch.seconds,
@@ -192,8 +211,16 @@ def measure(params: Mapping[str, Scalar]) -> Measured:
         ],
         bytes=sizes,
         memory=peak_memory(),
-        gpu_memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        gpu_memory=gpu_memory,
+        gpu_size=gpu_size,
     )
+
+
+def peak_gpu_memory() -> tuple[int, int]:
+    """Bytes of its GPU that this process held at most, and that the GPU has; 0 where unused."""
+    if not torch.cuda.is_initialized():
+        return 0, 0
+    return CONTEXT + torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
 
 
 def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
@@ -243,52 +270,108 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(ends)
 
 
+def side_by_side(config: TrialConfig, texts: ray.ObjectRef[Texts], count: int) -> list[Measured]:
+    """What so many trials of a shape take beside each other on one machine, and on one GPU where
+    they use any. Raises Ray's error for what they break on."""
+    needs = needs_of(config, per_gpu=count)
+    together = {name: math.ceil(count * need) for name, need in needs.items()}
+    group = ray.util.placement_group([together])
+    # A worker ends with its trial: the peak of its memory is that trial's.
+    task = ray.remote(
+        num_cpus=needs["CPU"],
+        num_gpus=needs.get("GPU", 0),
+        max_calls=1,
+        max_retries=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+    )(measure)
+    params = shortened(config).to_flat()
+    try:
+        while not group.wait(1):
+            pass  # a cluster may have to start a machine
+        asked = time.time()
+        measured = ray.get([task.remote(params, texts) for _ in range(count)])
+        return [replace(one, began=one.began - asked) for one in measured]
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def share_of_gpu(
+    config: TrialConfig, trials: int, beside: Callable[[int], list[Measured]]
+) -> tuple[int, list[Measured]]:
+    """How many trials of a shape a GPU is to have at a time, and what they then take.
+
+    One at first, then twice as many each time, `beside` each other, while that makes the GPU faster
+    by more than WORTH, the machine has the cores, the GPU the memory, and there are trials for it.
+    """
+    gpus = [machine for machine in machines() if machine.get("GPU")]
+    cores = min(machine.get("CPU", 0) / machine["GPU"] for machine in gpus)
+    most = min(cores, math.ceil(trials / sum(machine["GPU"] for machine in gpus)))
+    count, measured = 1, beside(1)
+    while 2 * count <= most:
+        if any(2 * count * one.gpu_memory > FILL * one.gpu_size for one in measured):
+            break
+        try:
+            more = beside(2 * count)
+        except ray.exceptions.RayError:
+            break  # what fits is known only then
+        seconds, before = (cost_of(config, some).seconds for some in (more, measured))
+        if before / count < WORTH * seconds / (2 * count):
+            break
+        count, measured = 2 * count, more
+    return count, measured
+
+
 def estimate(
-    trials: Mapping[str, TrialConfig], trials_per_gpu: int, console: Console
-) -> tuple[Estimate, dict[str, Cost]]:
-    """What these trials take on the Ray that runs, and by key what each one does."""
+    trials: Mapping[str, TrialConfig], texts: Texts, console: Console
+) -> tuple[Estimate, dict[str, dict[str, float]]]:
+    """What these trials take on the Ray that runs, and by key what each needs of a machine."""
     shapes: defaultdict[TrialConfig, list[str]] = defaultdict(list)
     for key, config in trials.items():
         shapes[shape_of(config)].append(key)
-    costs: dict[str, Cost] = {}
+    costs: list[Cost] = []
+    needs: dict[str, dict[str, float]] = {}
     unknown, beginning = [], 0.0
+    given = ray.put(texts)
     with console.status("") as status:
         for done, (shape, keys) in enumerate(shapes.items()):
-            status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
-            needs = needs_of(shape, trials_per_gpu)
-            # A worker ends with its trial: the peak of its memory is that trial's.
-            task = ray.remote(
-                num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=0
-            )(measure)
-            params, begun = shortened(shape).to_flat(), time.time()
-            pending = [task.remote(params) for _ in range(min(slots(needs), len(keys)))]
+            some = any(fit(one, needs_of(shape)) for one in there())
+            status.update(
+                f"a few steps of each of {len(shapes)} shapes, {done} measured"
+                + ("" if some else ": waiting for a machine of the cluster")
+            )
+            per_gpu = 1
             try:
-                measured = ray.get(pending)
+                if "GPU" in needs_of(shape):
+                    per_gpu, measured = share_of_gpu(
+                        shape, len(keys), functools.partial(side_by_side, shape, given)
+                    )
+                else:
+                    fits = max(fit(machine, needs_of(shape)) for machine in machines())
+                    measured = side_by_side(shape, given, max(1, min(fits, len(keys))))
             except ray.exceptions.RayError as error:
                 why = str(error).strip().splitlines()[-1].strip()
                 unknown.append(f"{len(keys)} trials such as {keys[0]}: {why}")
+                needs |= dict.fromkeys(keys, needs_of(shape))
                 continue
-            beginning = max(beginning, *(one.began - begun for one in measured))
-            costs |= dict.fromkeys(keys, cost_of(shape, measured))
-    known = list(costs.values())
-    memory = max((cost.memory for cost in known), default=0)
-    concurrent = min(
-        len(trials),
-        *(slots(needs_of(shape, trials_per_gpu, memory)) for shape in shapes),
-    )
+            cost = cost_of(shape, measured)
+            costs += [cost] * len(keys)
+            needs |= dict.fromkeys(keys, needs_of(shape, cost.memory, per_gpu))
+            beginning = max(beginning, *(one.began for one in measured))
+    concurrent = min(len(trials), *(slots(needs[keys[0]]) for keys in shapes.values()))
 
     def whole(name: str) -> float:
-        return beginning + makespan([getattr(cost, name) for cost in known], concurrent)
+        return beginning + makespan([getattr(cost, name) for cost in costs], concurrent)
 
     return Estimate(
         trials=len(trials),
         steps=sum(config.train.steps for config in trials.values()),
         concurrent=concurrent,
+        per_gpu=max((round(1 / one["GPU"]) for one in needs.values() if "GPU" in one), default=0),
         seconds=whole("seconds"),
         low=whole("low"),
         high=whole("high"),
-        memory=memory,
-        gpu_memory=max((cost.gpu_memory for cost in known), default=0),
-        disk=sum(cost.disk for cost in known),
+        memory=max((cost.memory for cost in costs), default=0),
+        gpu_memory=max((cost.gpu_memory for cost in costs), default=0),
+        disk=sum(cost.disk for cost in costs),
         unknown=tuple(unknown),
-    ), costs
+    ), needs

@@ -69,6 +69,13 @@ def fault_of_sweep(error: BaseException, uri: str, runs_dir: Path) -> str | None
     return f"the database {file} cannot be used ({said}): once it can, {GO_ON}"
 
 
+def has_lost_device(error: BaseException) -> bool:
+    """Whether this process can use its GPU no more, whatever it is given to run there."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
+
+
 def fault_of_trial(error: BaseException) -> str:
     """The sentence for what a trial broke on."""
     text = str(error).strip()

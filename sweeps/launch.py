@@ -63,7 +63,7 @@ def _main(
         check_writable(args.runs_dir)
         debug_trial(config, key, args.runs_dir, console)
         return 0
-    return run_sweep(plan, preset, args, console, given)
+    return run_sweep(plan, args, console, given)
 
 
 def command_line(
@@ -102,7 +102,6 @@ def command_line(
 
 def run_sweep(
     plan: Plan,
-    preset: Preset,
     args: argparse.Namespace,
     console: Console,
     given: int | None = None,
@@ -122,8 +121,8 @@ def run_sweep(
             say_schedule(looks, console)
         if args.dry_run:
             wanted, alpha = next_look(plan, looks) if looks else (plan, None)
-            return dry_run(wanted, alpha, preset, args, console)
-        with Session(plan.name, runs_dir, preset.trials_per_gpu, console) as session:
+            return dry_run(wanted, alpha, args, console)
+        with Session(plan.name, runs_dir, console) as session:
             if given is None:
                 stopped = session.run(plan, args.redo)
             else:
@@ -131,9 +130,7 @@ def run_sweep(
             return session.stop() if stopped else session.finish(report=not args.no_report)
 
 
-def dry_run(
-    plan: Plan, alpha: float | None, preset: Preset, args: argparse.Namespace, console: Console
-) -> int:
+def dry_run(plan: Plan, alpha: float | None, args: argparse.Namespace, console: Console) -> int:
     """Say what is done, what is missing, and what that will take; -> the exit code."""
     from sweeps.ledger import holder, to_redo
     from sweeps.session import ledger_of, say_how_far, trial_table
@@ -150,22 +147,21 @@ def dry_run(
         for key, config in plan.trials.items()
         if key in again or not ledger[key].is_done
     }
-    for line in [*expected(missing, preset.trials_per_gpu, console), *power(plan, alpha)]:
+    for line in [*expected(missing, console), *power(plan, alpha)]:
         console.print(line, soft_wrap=True)
     return 0
 
 
-def expected(
-    missing: Mapping[str, TrialConfig], trials_per_gpu: int, console: Console
-) -> list[str]:
+def expected(missing: Mapping[str, TrialConfig], console: Console) -> list[str]:
     """What the missing trials will take, measured on Ray, for a reader."""
     if not missing:
         return []
+    from sweeps.cluster import start_ray, stop_ray, texts_for
     from sweeps.estimate import estimate
-    from sweeps.ray_runner import start_ray, stop_ray
 
     start_ray({config.train.device for config in missing.values()}, console)
     try:
-        return estimate(missing, trials_per_gpu, console)[0].lines()
+        texts = texts_for({config.corpus.name for config in missing.values()})
+        return estimate(missing, texts, console)[0].lines()
     finally:
         stop_ray()

@@ -23,8 +23,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from analysis.runs import trial_runs, trial_status
-from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
+from sweeps.bucket import with_checkpoint
 from sweeps.tracking import DONE
 
 
@@ -46,11 +46,11 @@ def read_ledger(
 ) -> dict[str, Entry]:
     """How each trial stands, by key; without a client none has a run."""
     runs = trial_runs(client) if client else {}
-    held = holder(runs_dir, sweep) is not None
-    return {key: _entry(key, runs.get(key), sweep, runs_dir, held) for key in keys}
+    held, kept = holder(runs_dir, sweep) is not None, with_checkpoint(runs_dir)
+    return {key: _entry(runs.get(key), sweep, held, key in kept) for key in keys}
 
 
-def _entry(key: str, run: Run | None, sweep: str, runs_dir: Path, held: bool) -> Entry:
+def _entry(run: Run | None, sweep: str, held: bool, has_checkpoint: bool) -> Entry:
     status, why = trial_status(run), []
     if run is not None:
         of_sweep = run.data.tags["sweep"]
@@ -60,7 +60,7 @@ def _entry(key: str, run: Run | None, sweep: str, runs_dir: Path, held: bool) ->
             status = "cut off"
         if run.data.tags.get("reason"):
             why.append(run.data.tags["reason"])
-    if status not in DONE and checkpoint_file(runs_dir, key).exists():
+    if status not in DONE and has_checkpoint:
         why.append("goes on from its checkpoint")
     elif status in ("stopped", "cut off"):
         why.append("has no checkpoint: begins anew")

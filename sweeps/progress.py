@@ -168,7 +168,9 @@ def _why(trial: Trial) -> str:
         its = f"; it held {held[1]}" if held else ""
         return f"out of memory, the worker was killed by Ray: {memory[0]}{its}"
     why = text.splitlines()[-1].strip()
-    return f"the worker died: {why}" if "The actor died" in text else why
+    # A machine that is gone is `unavailable` for as long as Ray is not sure.
+    gone = "The actor died" in text or "ActorUnavailableError" in text
+    return f"the worker died: {why}" if gone else why
 
 
 def key_of(config: Mapping[str, Any]) -> str:

@@ -104,7 +104,6 @@ def command_line(
     parser.add_argument("--claim", choices=REFUTABLE, help="of refute: the claim")
     parser.add_argument("--finds", type=int, default=3, help="of refute: how many to confirm (3)")
     parser.add_argument("--seeds", type=int, default=9, help="of refute: fresh seeds of each (9)")
-    parser.add_argument("--trials-per-gpu", type=int, default=4, help="where there are GPUs (4)")
     add_knobs(parser, "one value, several to choose from, or a range such as 1e-4..1e-2 [default]")
     args, given = parse(parser, argv)
     for option, goal in (("metric", "best"), ("claim", "refute")):
@@ -112,7 +111,7 @@ def command_line(
             raise InputError(f"--{option} is an option of {goal}, not of {args.goal}")
     if args.goal == "refute" and not args.claim:
         raise InputError(f"refute takes a --claim: {', '.join(REFUTABLE)}")
-    least = {"trials": 1, "finds": 1, "seeds": 2, "trials_per_gpu": 1}
+    least = {"trials": 1, "finds": 1, "seeds": 2}
     for option, low in least.items():
         if getattr(args, option) < low:
             raise InputError(f"--{option.replace('_', '-')} takes a whole number >= {low}")
@@ -162,7 +161,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     with sound_store(runs_dir) as uri:
         if read_looks(uri, name):
             raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
-        with Session(name, runs_dir, args.trials_per_gpu, console) as session:
+        with Session(name, runs_dir, console) as session:
             study = open_study(runs_dir, name, question, largest)
             tried = Tried(session, study, question, domains, notes)
             return try_and_tell(tried, args, largest)
@@ -252,7 +251,10 @@ class Tried:
         self.session.console.print(
             f"search {self.session.name}: {trials} trials, {trials - max(0, left)} done"
         )
-        self.session.open(self.plan, {largest.train.device} if left > 0 else set())
+        names = self.domains.get("corpus.name", [largest.corpus.name])
+        assert not isinstance(names, Range)
+        devices = {largest.train.device} if left > 0 else set()
+        self.session.open(self.plan, devices, {str(name) for name in names})
         if left <= 0:
             return False
         from sweeps.ray_runner import run_on_ray
@@ -265,9 +267,14 @@ class Tried:
         )
         with self.session.estimated({f"trial {i}": largest for i in range(left)}) as needs:
             need = next(iter(needs.values()))
-            console, jobs = self.session.console, suggestions.jobs
             return run_on_ray(
-                jobs, store, defaultdict(lambda: need), runs_dir, console, suggestions
+                suggestions.jobs,
+                store,
+                defaultdict(lambda: need),
+                self.session.texts,
+                runs_dir,
+                self.session.console,
+                suggestions,
             )
 
     def prepared(self, config: TrialConfig) -> tuple[dict[str, Any], bool]:

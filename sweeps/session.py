@@ -23,6 +23,7 @@ from analysis.runs import chart_page, connect, has_started, mlflow_command, trac
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
+from sweeps.bucket import bucket, check_bucket, forget
 from sweeps.faults import GO_ON, Fault, check_database, fault_of_sweep
 from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
@@ -39,9 +40,8 @@ class Session:
     cleanly and, pressed again, at once.
     """
 
-    def __init__(self, name: str, runs_dir: Path, trials_per_gpu: int, console: Console) -> None:
+    def __init__(self, name: str, runs_dir: Path, console: Console) -> None:
         self.name, self.runs_dir, self.console = name, runs_dir, console
-        self.trials_per_gpu = trials_per_gpu
         self.uri = tracking_uri(runs_dir)
         self.ended = "FAILED"
         self.held = ExitStack()
@@ -82,11 +82,16 @@ class Session:
             if key in again or not (entry.is_done or (only is not None and key not in only))
         ]
         say_how_far(plan, self.ledger, again, self.console)
-        self.open(plan, {plan.trials[key].train.device for key in missing})
+        configs = [plan.trials[key] for key in missing]
+        self.open(
+            plan,
+            {config.train.device for config in configs},
+            {config.corpus.name for config in configs},
+        )
         for key in again:
             run = self.ledger[key].run
             assert run is not None
-            checkpoint_file(self.runs_dir, key).unlink(missing_ok=True)
+            forget(checkpoint_file(self.runs_dir, key))
             tracking.set_aside(self.client, run)
         if not missing:
             return False
@@ -94,24 +99,34 @@ class Session:
 
         jobs = jobs_of(plan, missing)
         with self.estimated({key: plan.trials[key] for key in missing}) as needs:
-            stopped = run_on_ray(jobs, self.store, needs, self.runs_dir, self.console)
+            stopped = run_on_ray(jobs, self.store, needs, self.texts, self.runs_dir, self.console)
         # By the client at hand: where the store is away just now, that one waits for it.
         self.ledger = read_ledger(plan.trials, plan.name, self.client, self.runs_dir)
         return stopped
 
-    def open(self, plan: Plan, devices: set[str]) -> None:
-        """Open the store, and Ray where trials are to run on any devices; record the plan."""
+    def open(self, plan: Plan, devices: Collection[str], corpora: Collection[str]) -> None:
+        """Open the store, and Ray where trials are to run on any devices; record the plan.
+
+        Raises InputError for what is not as it has to be, before any trial is begun.
+        """
         # A new store takes as long to make as Ray to start.
         with ThreadPoolExecutor(max_workers=1) as beside:
             opening = beside.submit(connect, self.uri)
             if devices and not self.has_ray:
                 # Ray takes long to import, and a finished sweep needs none.
-                from sweeps.ray_runner import start_ray, stop_ray
+                from sweeps.cluster import check_shared, start_ray, stop_ray
 
+                check_bucket()
                 self.held.callback(stop_ray)
                 start_ray(devices, self.console)
+                if not bucket():
+                    check_shared(self.runs_dir)
                 self.has_ray = True
             self.client = opening.result()
+        if devices:
+            from sweeps.cluster import texts_for
+
+            self.texts = texts_for(corpora)
         self.record(plan)
 
     @contextmanager
@@ -119,18 +134,14 @@ class Session:
         """Around the running of some trials: what they will take is measured, told and recorded
         before, what they took is after. Gives what each trial needs of a node."""
         from sweeps.estimate import estimate
-        from sweeps.ray_runner import needs_of
 
         assert self.sweep
-        expected, costs = estimate(trials, self.trials_per_gpu, self.console)
+        expected, needs = estimate(trials, self.texts, self.console)
         for line in expected.lines():
             self.console.print(line, soft_wrap=True)
         tracking.set_tags(self.client, self.sweep.run_id, **expected.as_tags())
         begun = time.monotonic()
-        yield {
-            key: needs_of(config, self.trials_per_gpu, costs[key].memory if key in costs else 0)
-            for key, config in trials.items()
-        }
+        yield needs
         took = time.monotonic() - begun
         tracking.set_tags(self.client, self.sweep.run_id, took_seconds=f"{took:.0f}")
         self.console.print(f"took {clock(took)}, estimated {clock(expected.seconds)}")

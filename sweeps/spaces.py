@@ -17,7 +17,6 @@ Space = Mapping[str, Sequence[Scalar]]
 class Preset:
     doc: str
     spaces: tuple[Space, ...]  # the trials are those of all of them together
-    trials_per_gpu: int = 4
 
 
 # "Train Model 5 with weight initialisations": the shape of GPT-2's smallest model, context 256.
@@ -98,7 +97,6 @@ PRESETS: dict[str, Preset] = {
     "model5": Preset(
         "the source's model and scheme, 4 seeds: one GPU",
         ({"init.seed": SEEDS_4, "init.scheme": ["model5"], **MODEL5},),
-        trials_per_gpu=1,
     ),
     "full": Preset(
         "the source's model, 6 schemes x 8 seeds x 3 subsets: a cluster",
@@ -112,6 +110,5 @@ PRESETS: dict[str, Preset] = {
                 **MODEL5,
             },
         ),
-        trials_per_gpu=1,
     ),
 }  # fmt: skip

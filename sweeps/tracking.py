@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # How long a tracking server that does not answer is waited for, by driver and workers alike: every
 # request is tried ten times more, after 0, 4, 8, 16, 32, 64 and then each 120 seconds, ten minutes
 # in all. MLflow takes no higher number; whoever wants less sets it.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
+import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,25 +20,30 @@ from ray import tune
 
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, seed_of
+from gptcore.corpus import GIVEN
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
-from sweeps.faults import answers_again, fault_of_sweep, fault_of_trial
+from sweeps.bucket import fetch, forget, keep
+from sweeps.faults import answers_again, fault_of_sweep, fault_of_trial, has_lost_device
 from sweeps.tracking import DONE, MlflowRecorder, chart_points, find_run
 
 REPORT_SECONDS = 1.0
 
 
-def run_batch(config: dict[str, Any]) -> None:
+def run_batch(
+    config: dict[str, Any], texts: Mapping[str, tuple[str, str]] = MappingProxyType({})
+) -> None:
     """Run `config["batch"]`, a list of {key, name, params, tags}, and tell Tune how far each is.
 
     The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
     in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value
-    of `config["metric"]` reported.
+    of `config["metric"]` reported. `texts` are corpora that need not be on this machine.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
     would break again. What every trial would break on is told to the driver, which ends the sweep
     and closes the run. What Tune tries again is a worker that died. A trial that Tune stops (by
     SystemExit) is left to the driver.
     """
+    GIVEN.update(texts)
     store, runs_dir = config["store"], Path(config["runs_dir"])
     for trial in config["batch"]:
         failed = {"trial_key": trial["key"], "status": "failed"}
@@ -100,11 +108,19 @@ def _run_alone(
                 f"trial {trial['key']} is {key} on this worker: "
                 "its corpus or its gptcore is not the driver's"
             )
-        run_trial(config, _Reporting(recorder, key, metric), checkpoint_file(runs_dir, key))
+        file = checkpoint_file(runs_dir, key)
+        fetch(file)
+        run_trial(config, _Reporting(recorder, key, metric), file, keep())
+        forget(file)
         return None
     except Exception as error:
         if fault_of_sweep(error, store["uri"], runs_dir):
             raise
+        if has_lost_device(error):
+            # Tune lets the trial go on in another process, from its checkpoint.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         why, details = fault_of_trial(error), traceback.format_exc()
     # The error is gone by now, and with it the tensors that its frames held.
     if torch.cuda.is_available():

@@ -4,7 +4,9 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import ray
 
+import sweeps.estimate
 from conftest import TINY
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
@@ -18,6 +20,7 @@ from sweeps.estimate import (
     makespan,
     measure,
     shape_of,
+    share_of_gpu,
     shortened,
 )
 from sweeps.parquet import write_tables
@@ -77,6 +80,7 @@ def test_every_kind_of_step_counts_as_often_as_the_trial_has_it():
         bytes={},
         memory=10,
         gpu_memory=0,
+        gpu_size=0,
     )
     cost = cost_of(config, [measured, replace(measured, memory=30)])
     whole = sum(takes(config, step) for step in range(201))
@@ -94,7 +98,7 @@ def test_what_there_was_no_time_for_is_taken_for_the_first_step():
     config = configured(LONG)
     cut_short = Measured(
         began=0.0, steps=[9.0, 1.0, 1.0], writing=0.0, rows={}, points=[], bytes={},
-        memory=1, gpu_memory=0,
+        memory=1, gpu_memory=0, gpu_size=0,
     )  # fmt: skip
     counts = Counter(kind_of(config, step) for step in range(201))
     plain = counts[()]
@@ -112,7 +116,7 @@ def test_the_disk_foretold_is_that_of_the_whole_trial(tmp_path):
         point for rows in recorder.rows.values() for row in rows for point in chart_points(row)
     ]
     found = sum(file.stat().st_size for file in files) + POINT_BYTES * len(points)
-    foretold = cost_of(config, [measure(shortened(config).to_flat())])
+    foretold = cost_of(config, [measure(shortened(config).to_flat(), {})])
     assert foretold.disk == pytest.approx(found, rel=0.25)
     assert foretold.memory > 50e6
     assert foretold.low <= foretold.seconds <= foretold.high
@@ -124,3 +128,59 @@ def test_the_disk_foretold_is_that_of_the_whole_trial(tmp_path):
 )
 def test_the_last_trial_ends_when_slots_are_filled_in_order(seconds, slots, ends):
     assert makespan(seconds, slots) == ends
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("speed_up", "memory", "cores", "trials", "share"),
+    [
+        (lambda count: 1.0, 1, 64, 100, 1),  # one trial fills the GPU
+        (lambda count: 1.8 if count > 1 else 1.0, 1, 64, 100, 2),  # two do
+        (lambda count: float(count), 1, 64, 1000, 16),  # 0.9 of 24 GiB, by doublings
+        (lambda count: float(count), 10, 64, 1000, 2),
+        (lambda count: float(count), 1, 5, 1000, 4),  # by cores
+        (lambda count: float(count), 1, 64, 4, 2),  # there are two GPUs for four trials
+        (lambda count: float(count), 1, 64, 2, 1),
+    ],
+)
+def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
+    speed_up, memory, cores, trials, share, monkeypatch
+):
+    machine = {"CPU": float(cores), "GPU": 1.0}
+    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine, machine, {"CPU": 2.0}])
+    tried = []
+
+    def beside(count):
+        tried.append(count)
+        seconds = count / speed_up(count)
+        return [
+            Measured(
+                began=0.0, steps=[seconds] * 6, writing=0.0, rows={}, points=[], bytes={},
+                memory=1, gpu_memory=memory * GIB, gpu_size=24 * GIB,
+            )
+        ] * count  # fmt: skip
+
+    config = configured({"train.steps": 5})
+    count, measured = share_of_gpu(config, trials, beside)
+    assert (count, len(measured)) == (share, share)
+    assert all(memory * count <= 0.9 * 24 for count in tried)
+
+
+def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch):
+    machine = {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine])
+    alone = [
+        Measured(
+            began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
+            memory=1, gpu_memory=GIB, gpu_size=24 * GIB,
+        )
+    ]  # fmt: skip
+
+    def beside(count):
+        if count > 1:
+            raise ray.exceptions.RayError("out of memory")
+        return alone
+
+    assert share_of_gpu(configured({"train.steps": 5}), 100, beside) == (1, alone)

@@ -1,4 +1,7 @@
+import json
 import multiprocessing
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,8 +13,9 @@ import pytest
 import requests
 
 from analysis.runs import connect, trial_runs
+from conftest import ROOT
 from gptcore import checkpoint
-from gptcore.corpus import Corpus
+from gptcore.corpus import GIVEN, Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
 from sweeps import trainable
@@ -194,3 +198,53 @@ def test_a_trial_that_another_process_runs_is_waited_for_and_not_run_again(
     other.join(60)
     assert told == [{"trial_key": key, "step": tiny.train.steps, "status": "finished"}]
     assert trial_runs(client)[key].info.run_id == recorder.run_id
+
+
+def test_a_text_that_is_not_on_this_machine_is_given_with_the_trial(tiny, tmp_path, monkeypatch):
+    elsewhere = "/nowhere/book.txt"
+    text = {elsewhere: ("All of it is elsewhere, said the captain. " * 200, "the driver")}
+    config = replace(tiny, corpus=replace(tiny.corpus, name=elsewhere))
+    monkeypatch.setattr(trainable.tune, "report", lambda _: None)
+    for name, given in text.items():
+        monkeypatch.setitem(GIVEN, name, given)
+    key = config.key(check_trial(config).digest)
+    monkeypatch.delitem(GIVEN, elsewhere)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    job = {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {"sweep": "sweep"}}
+    work = {"store": store, "runs_dir": str(tmp_path), "batch": [job]}
+    run_batch(work)
+    assert trial_runs(client)[key].info.status == "FAILED"  # nobody gave it
+    run_batch(work, text)
+    del GIVEN[elsewhere]
+    assert trial_runs(client)[key].info.status == "FINISHED"
+
+
+LOST = """
+import json, sys
+import torch
+from sweeps import trainable
+
+def lose(*_):
+    raise torch.AcceleratorError("CUDA error: the device fell off the bus")
+
+trainable.run_trial = lose
+trainable.run_batch(json.loads(sys.argv[1]))
+"""
+
+
+def test_a_worker_whose_gpu_is_lost_ends_and_leaves_the_trial_to_another(tiny, tmp_path):
+    key = tiny.key(check_trial(tiny).digest)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    job = {"key": key, "name": "a trial", "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+    work = {"store": store, "runs_dir": str(tmp_path), "batch": [job]}
+    ended = subprocess.run(
+        [sys.executable, "-c", LOST, json.dumps(work)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "the device fell off the bus" in ended.stderr
+    # Neither failed nor closed: the driver does that, once nobody goes on with it.
+    assert trial_runs(client)[key].data.tags["trial_status"] == "running"

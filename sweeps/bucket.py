@@ -1,0 +1,86 @@
+"""A bucket for machines that share no folder: checkpoints are kept there as they are written.
+
+Each machine then has a runs folder of its own; what the bucket has of a checkpoint counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError
+from gptcore.files import write_atomically
+
+BUCKET = "GPT_SWEEPS_BUCKET"
+
+
+def bucket() -> str | None:
+    """The address of the folder that this process is to use, such as s3://lab/gpt-sweeps."""
+    return (os.environ.get(BUCKET) or "").rstrip("/") or None
+
+
+def check_bucket() -> None:
+    """Raises InputError for a bucket that cannot be written."""
+    if not (address := bucket()):
+        return
+    try:
+        files, folder = FileSystem.from_uri(address)
+        with files.open_output_stream(f"{folder}/checked") as stream:
+            stream.write(b"")
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{BUCKET}={address} cannot be written ({why}): it takes s3://BUCKET/FOLDER"
+        ) from error
+
+
+def with_checkpoint(runs_dir: Path) -> set[str]:
+    """The keys of the trials that have a checkpoint to go on from."""
+    if not (address := bucket()):
+        return {file.stem for file in checkpoint_file(runs_dir, "").parent.glob("*.pt")}
+    files, folder = FileSystem.from_uri(f"{address}/checkpoints")
+    found = files.get_file_info(FileSelector(folder, allow_not_found=True))
+    return {Path(info.path).stem for info in found}
+
+
+def fetch(file: Path) -> None:
+    """Make a checkpoint here what the bucket has: that of the machine which had the trial last."""
+    if not bucket():
+        return
+    files, remote = _remote(file)
+    if files.get_file_info(remote).type == FileType.NotFound:
+        file.unlink(missing_ok=True)
+        return
+    with files.open_input_file(remote) as stream:
+        write_atomically(file, lambda new: new.write_bytes(stream.read()))
+
+
+def keep() -> Callable[[Path], None] | None:
+    """What is to be done with a checkpoint that was written: it appears in the bucket, whole or not
+    at all. None without a bucket."""
+    return _put if bucket() else None
+
+
+def _put(file: Path) -> None:
+    files, remote = _remote(file)
+    with files.open_output_stream(remote) as stream:
+        stream.write(file.read_bytes())
+
+
+def forget(file: Path) -> None:
+    """Delete a checkpoint, here and in the bucket, if it is there."""
+    file.unlink(missing_ok=True)
+    if bucket():
+        files, remote = _remote(file)
+        if files.get_file_info(remote).type == FileType.File:
+            files.delete_file(remote)
+
+
+def _remote(file: Path) -> tuple[FileSystem, str]:
+    """Where the bucket has a checkpoint."""
+    files, name = FileSystem.from_uri(f"{bucket()}/checkpoints/{file.name}")
+    return files, name

@@ -1,0 +1,129 @@
+"""Checkpoints in a bucket, for machines that share no folder: over S3 as moto serves it."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+
+import boto3
+import polars as pl
+import pytest
+from moto.server import ThreadedMotoServer
+
+from analysis.runs import tracking_uri
+from conftest import TINY, flags, outcome, runs_of, start, wait_for
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError, TrialConfig
+from gptcore.experiment import run_trial
+from gptcore.records import MemoryRecorder
+from sweeps.bucket import check_bucket, fetch, forget, keep, with_checkpoint
+
+
+@pytest.fixture(scope="module")
+def amazon():
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def lab(amazon, monkeypatch):
+    """What the bucket holds, by name; the environment says where it is."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-west-2",
+        "AWS_ENDPOINT_URL": amazon,
+        "GPT_SWEEPS_BUCKET": "s3://lab/gpt-sweeps/",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = boto3.resource("s3").Bucket("lab")
+    bucket.create(CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
+    yield lambda: {file.key.removeprefix("gpt-sweeps/"): file for file in bucket.objects.all()}
+    bucket.objects.all().delete()
+    bucket.delete()
+
+
+def test_what_one_machine_keeps_another_fetches(lab, tmp_path):
+    here, there = (checkpoint_file(tmp_path / name, "k") for name in ("here", "there"))
+    here.parent.mkdir(parents=True)
+    here.write_bytes(b"step 1")
+    keep()(here)
+    fetch(there)
+    assert there.read_bytes() == b"step 1"
+    there.write_bytes(b"step 2")
+    keep()(there)
+    fetch(here)
+    assert here.read_bytes() == b"step 2"
+    assert with_checkpoint(tmp_path / "anywhere") == {"k"}
+    forget(there)
+    assert not there.exists()
+    assert with_checkpoint(tmp_path / "anywhere") == set()
+    forget(there)  # twice is no error
+
+
+def test_a_checkpoint_that_the_bucket_has_not_is_none(lab, tmp_path):
+    """It is of a trial that was redone or ended elsewhere."""
+    left = checkpoint_file(tmp_path, "k")
+    left.parent.mkdir()
+    left.write_bytes(b"old")
+    fetch(left)
+    assert not left.exists()
+
+
+def test_without_a_bucket_checkpoints_stay_where_they_are(tmp_path):
+    file = checkpoint_file(tmp_path, "k")
+    file.parent.mkdir()
+    file.write_bytes(b"step 1")
+    check_bucket()
+    fetch(file)
+    assert keep() is None
+    assert with_checkpoint(tmp_path) == {"k"}
+    forget(file)
+    assert with_checkpoint(tmp_path) == set()
+
+
+@pytest.mark.parametrize("address", ["s3://nowhere-at-all/runs", "lab/runs"])
+def test_a_bucket_that_cannot_be_written_is_refused(lab, monkeypatch, address):
+    monkeypatch.setenv("GPT_SWEEPS_BUCKET", address)
+    with pytest.raises(InputError, match=f"GPT_SWEEPS_BUCKET={address} cannot be written"):
+        check_bucket()
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
+    config = TrialConfig.from_flat(
+        {**TINY, "train.steps": 400, "train.checkpoint_seconds": 0.2, "corpus.windows": 2}
+    )
+
+    def checkpoints():
+        return [name for name in lab() if re.fullmatch(r"checkpoints/\w+\.pt", name)]
+
+    runs_dir = tmp_path / "runs"
+    arguments = [*flags(config), "--init.seed", "0", "1", "--name", "away", "--no-report"]
+    killed = start("init_sweep.py", runs_dir, *arguments)
+    wait_for(lambda: len(checkpoints()) == 2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    shutil.rmtree(runs_dir / "checkpoints")
+    code, output = outcome(start("init_sweep.py", runs_dir, "--dry-run", *arguments))
+    assert code == 0, output
+    assert output.count("goes on from its checkpoint") == 2
+    code, output = outcome(start("init_sweep.py", runs_dir, *arguments))
+    assert code == 0, output
+    assert not checkpoints()
+    assert [name for name in lab() if name.startswith("ray/")]  # Tune's own
+    runs = runs_of(tracking_uri(runs_dir)).values()
+    assert sorted(run.data.params["init.seed"] for run in runs) == ["0", "1"]
+    for run in runs:
+        seed = int(run.data.params["init.seed"])
+        whole = MemoryRecorder()
+        run_trial(replace(config, init=replace(config.init, seed=seed)), whole)
+        artifacts = run.info.artifact_uri.removeprefix("file://")
+        rows = pl.read_parquet(f"{artifacts}/training.parquet").sort("step")
+        assert rows["loss"].to_list() == [row.loss for row in whole.rows["training"]]
