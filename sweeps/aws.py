@@ -26,6 +26,8 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NO
 from gptcore.config import InputError
 from sweeps.aws_rules import ENVIRONMENT, TOKEN, workers, wrong_with
 
+ENDING = sys.argv[1:2] == ["down"]
+"""Whether this is `ray down`: machines that cost money are ended whatever else is wrong."""
 LATEST = "resolve:ssm:"
 """How AWS spells an image by where it says which is the latest."""
 
@@ -38,7 +40,7 @@ class Provider(AWSNodeProvider):
         """The file with the cores, memory and GPUs of each machine: the first that Ray asks for.
         Ends `ray up` where a rule is broken."""
         with _one_sentence():
-            for sentence in wrong_with(cluster_config):
+            for sentence in () if ENDING else wrong_with(cluster_config):
                 raise InputError(sentence)
             for name, kind in workers(cluster_config):
                 instance = str(kind.get("node_config", {}).get("InstanceType"))
@@ -71,10 +73,11 @@ def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(dict(cluster_config))
     cluster, provider = config["cluster_name"], config["provider"]
     for folder in config["file_mounts"].values():
-        if folder == "." and not Path(ENVIRONMENT).is_file():
+        if folder == "." and not ENDING and not Path(ENVIRONMENT).is_file():
             raise InputError(f"file_mounts has the folder of `ray up`: {Path.cwd()} is no checkout")
     region, bucket = provider["region"], provider["bucket"]
-    check_bucket(region, bucket)
+    if not ENDING:
+        check_bucket(region, bucket)
     group = security_group(region, cluster, provider["ssh_from"])
     profile, role = rights_to(region, cluster, bucket)
     for kind in config["available_node_types"].values():
@@ -85,7 +88,7 @@ def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
     for _, kind in workers(config):
         kind["node_config"]["IamInstanceProfile"] = {"Arn": profile}
     make_token()
-    forget(cluster)
+    forget_cached(cluster)
     del provider["module"]
     provider["type"] = "aws"
     resolved = dict(AWSNodeProvider.bootstrap_config(config))
@@ -209,7 +212,7 @@ def make_token() -> None:
         file.write_text(secrets.token_hex(32))
 
 
-def forget(cluster: str) -> None:
+def forget_cached(cluster: str) -> None:
     """Delete what Ray keeps of other files for this cluster.
 
     It takes a file that it has seen for done: an edit that is taken back would change nothing.

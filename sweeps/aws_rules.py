@@ -18,7 +18,7 @@ SECRET = re.compile(
     r"(AKIA|ASIA)[0-9A-Z]{16}|PRIVATE KEY|(secret\w*|password|token)['\"]?\s*[:=]\s*['\"]?[\w+]",
     re.I,
 )
-BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+S3_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
@@ -32,7 +32,7 @@ def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
     region, bucket, ssh_from = (provider.get(key) for key in ("region", "bucket", "ssh_from"))
     if region not in _regions():
         yield f"provider.region takes a region of AWS such as us-west-2, not {region!r}"
-    if not BUCKET.fullmatch(str(bucket)):
+    if not S3_BUCKET.fullmatch(str(bucket)):
         yield f"provider.bucket takes the name of an S3 bucket, not {bucket!r}"
     try:
         network = ipaddress.IPv4Network(str(ssh_from), strict=False)

@@ -6,7 +6,8 @@ Each machine then has a runs folder of its own; what the bucket has of a checkpo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import sys
 from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem, FileType
@@ -29,6 +30,7 @@ def check_bucket() -> None:
         return
     try:
         files, folder = FileSystem.from_uri(address)
+        files.create_dir(f"{folder}/checkpoints")
         with files.open_output_stream(f"{folder}/checked") as stream:
             stream.write(b"")
     except (OSError, ValueError) as error:
@@ -59,16 +61,19 @@ def fetch(file: Path) -> None:
         write_atomically(file, lambda new: new.write_bytes(stream.read()))
 
 
-def keep() -> Callable[[Path], None] | None:
-    """What is to be done with a checkpoint that was written: it appears in the bucket, whole or not
-    at all. None without a bucket."""
-    return _put if bucket() else None
+def keep(file: Path) -> None:
+    """Have a checkpoint that was written here in the bucket; in S3 it appears whole or not at all.
 
-
-def _put(file: Path) -> None:
-    files, remote = _remote(file)
-    with files.open_output_stream(remote) as stream:
-        stream.write(file.read_bytes())
+    Where that fails the one before stands: a trial need not end for it.
+    """
+    if not bucket():
+        return
+    try:
+        files, remote = _remote(file)
+        with file.open("rb") as source, files.open_output_stream(remote) as stream:
+            shutil.copyfileobj(source, stream)
+    except OSError as error:
+        print(f"{file} is not kept in {bucket()} this time: {error}", file=sys.stderr)
 
 
 def forget(file: Path) -> None:

@@ -4,9 +4,11 @@ machines have."""
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptcore.config import InputError, TrialConfig
 from gptcore.corpus import read_text
+from sweeps.bucket import BUCKET, bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +51,8 @@ MALLOC = {
 """For workers: glibc's malloc is to keep the memory of a step for the next one. By itself it gives
 it back and maps it anew, most of all from the second arena that the thread which Tune runs a trial
 in would get: up to 9,000 page faults and 8% of a step."""
+
+SECONDS_TO_JOIN = 180.0
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` leaves the cluster's file on its head."""
@@ -69,13 +74,15 @@ def start_ray(devices: Collection[str], console: Console) -> None:
         check_cluster(address)
         code = {
             "py_modules": [str(ROOT / "gptcore"), str(ROOT / "sweeps")],
-            "env_vars": MALLOC,
+            # The other machines' shells do not know of it.
+            "env_vars": MALLOC | ({BUCKET: shared} if (shared := bucket()) else {}),
         }
         try:
             ray.init(address=address, runtime_env=code, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             why = str(error).strip().splitlines()[0]
             raise InputError(f"the Ray cluster at {address} cannot be joined: {why}") from error
+        await_machines(address, console)
     else:
         os.environ.update(MALLOC)
         # Workers on this machine import from the checkout itself.
@@ -98,6 +105,24 @@ def start_ray(devices: Collection[str], console: Console) -> None:
     working = sum(bool(one.get("CPU")) for one in there())
     more = f" on {len(machines())} machines at most, {working} are there" if addable() else ""
     console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs{more}")
+
+
+def await_machines(address: str, console: Console) -> None:
+    """Wait for the first machine to run trials on, where none of a cluster's has joined yet; those
+    that it starts for work are there once there is some.
+
+    Raises InputError where none comes.
+    """
+    deadline = time.monotonic() + SECONDS_TO_JOIN
+    if not machines():
+        console.print(f"the cluster at {address} has no machine for trials yet: waiting for one")
+    while not machines():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"the cluster at {address} has no machine that trials may run on: "
+                "`ray status` on its head says what it waits for"
+            )
+        time.sleep(1)
 
 
 def stop_ray() -> None:
@@ -180,9 +205,16 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def check_shared(folder: Path) -> None:
-    """Raises InputError where a machine of the cluster does not see what this one puts into a
-    folder."""
+def check_shared(folder: Path, store: str) -> None:
+    """Raises InputError where the machines of a cluster share neither a bucket and a tracking
+    server nor a folder, in which all of them see what this one puts there."""
+    if bucket():
+        if cluster_address() and store.startswith("sqlite:"):
+            raise InputError(
+                "machines that share a bucket alone record their trials on a tracking server: "
+                "MLFLOW_TRACKING_URI takes its address"
+            )
+        return
     here = ray.get_runtime_context().get_node_id()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     if not others:
@@ -245,7 +277,7 @@ def addable() -> list[dict[str, float]]:
 def machines() -> list[dict[str, float]]:
     """The resources of each machine that trials may run on: of those that may be started, where the
     cluster starts them for work, else of those that are there."""
-    return addable() or there()
+    return addable() or [machine for machine in there() if machine.get("CPU")]
 
 
 HEADROOM = 1.1
@@ -259,11 +291,12 @@ def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str
     No more memory than the largest machine has: where that is not enough, the trial will say so.
     """
     needs = {"CPU": 1.0}
-    if memory:
-        largest = max(machine.get("memory", 0.0) for machine in machines())
-        needs["memory"] = min(HEADROOM * memory, largest)
     if config.train.device != "cpu" and any(machine.get("GPU") for machine in machines()):
         needs["GPU"] = 1 / per_gpu
+    if memory:
+        fitting = [machine for machine in machines() if fit(machine, needs)]
+        largest = max((machine.get("memory", 0.0) for machine in fitting), default=math.inf)
+        needs["memory"] = min(HEADROOM * memory, largest)
     return needs
 
 

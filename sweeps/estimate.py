@@ -29,7 +29,7 @@ from gptcore.config import Scalar, TrialConfig
 from gptcore.corpus import GIVEN
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder, Row, TrainingRow
-from sweeps.cluster import fit, machines, needs_of, slots, there
+from sweeps.cluster import HEADROOM, fit, machines, needs_of, slots, there
 from sweeps.parquet import write_tables
 from sweeps.tracking import chart_points
 from sweeps.units import clock, peak_memory, size
@@ -301,14 +301,20 @@ def share_of_gpu(
     """How many trials of a shape a GPU is to have at a time, and what they then take.
 
     One at first, then twice as many each time, `beside` each other, while that makes the GPU faster
-    by more than WORTH, the machine has the cores, the GPU the memory, and there are trials for it.
+    by more than WORTH, the machine has cores and memory, and the GPU memory, for them, and there
+    are so many `trials` for each GPU.
     """
     gpus = [machine for machine in machines() if machine.get("GPU")]
-    cores = min(machine.get("CPU", 0) / machine["GPU"] for machine in gpus)
+    cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
+    memory = min(machine.get("memory", math.inf) / machine["GPU"] for machine in gpus)
     most = min(cores, math.ceil(trials / sum(machine["GPU"] for machine in gpus)))
     count, measured = 1, beside(1)
     while 2 * count <= most:
-        if any(2 * count * one.gpu_memory > FILL * one.gpu_size for one in measured):
+        if any(
+            2 * count * one.gpu_memory > FILL * one.gpu_size
+            or 2 * count * one.memory * HEADROOM > memory
+            for one in measured
+        ):
             break
         try:
             more = beside(2 * count)
@@ -334,16 +340,17 @@ def estimate(
     given = ray.put(texts)
     with console.status("") as status:
         for done, (shape, keys) in enumerate(shapes.items()):
-            some = any(fit(one, needs_of(shape)) for one in there())
-            status.update(
-                f"a few steps of each of {len(shapes)} shapes, {done} measured"
-                + ("" if some else ": waiting for a machine of the cluster")
-            )
+            if not any(fit(one, needs_of(shape)) for one in there()):
+                console.print(
+                    "waiting for a machine of the cluster: `ray status` on its head says what it "
+                    "does, and what keeps it from it"
+                )
+            status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
             per_gpu = 1
             try:
                 if "GPU" in needs_of(shape):
                     per_gpu, measured = share_of_gpu(
-                        shape, len(keys), functools.partial(side_by_side, shape, given)
+                        shape, len(trials), functools.partial(side_by_side, shape, given)
                     )
                 else:
                     fits = max(fit(machine, needs_of(shape)) for machine in machines())

@@ -169,7 +169,7 @@ def _why(trial: Trial) -> str:
         return f"out of memory, the worker was killed by Ray: {memory[0]}{its}"
     why = text.splitlines()[-1].strip()
     # A machine that is gone is `unavailable` for as long as Ray is not sure.
-    gone = "The actor died" in text or "ActorUnavailableError" in text
+    gone = "The actor died" in text or re.search(r"The actor \w+ is unavailable", text)
     return f"the worker died: {why}" if gone else why
 
 

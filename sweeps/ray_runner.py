@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from ray import tune
 from rich.console import Console
 
 from sweeps.bucket import bucket
-from sweeps.cluster import slots, stop_ray
+from sweeps.cluster import addable, slots, stop_ray
 from sweeps.faults import Fault, saying_when_away
 from sweeps.interrupts import on_interrupt
 from sweeps.progress import Ended, SweepProgress, key_of
@@ -23,9 +24,9 @@ from sweeps.trainable import run_batch
 if TYPE_CHECKING:
     from sweeps.study import Suggestions
 
-RETRIES = 2
-"""How often a trial whose worker dies goes on with another one. What a trial itself breaks on is
-not tried again."""
+RETRIES, RETRIES_ON_SPOT = 2, 10
+"""How often a trial whose worker dies goes on with another one, and where machines come and go.
+What a trial itself breaks on is not tried again."""
 
 # That Tune keeps no files of results is so because MLflow and Parquet have them; why a trial failed
 # is told once, by SweepProgress; that Tune cannot keep a state of its own loses nothing, for nobody
@@ -85,7 +86,9 @@ def run_on_ray(
                 storage_path=f"{bucket() or runs_dir}/ray",
                 stop=search.prunes if search else None,
                 callbacks=[progress],
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                failure_config=tune.FailureConfig(
+                    max_failures=RETRIES_ON_SPOT if addable() else RETRIES
+                ),
                 verbose=0,
             ),
         ).fit()
@@ -95,6 +98,9 @@ def run_on_ray(
         try:
             with on_interrupt(progress.interrupt):
                 if search:
+                    if addable():  # by itself Tune asks for one machine after the other
+                        most = slots(needs["any"])
+                        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most)
                     tune_trials(None)
                 else:
                     kinds = {str(needs[job["key"]]): job for job in jobs}.values()

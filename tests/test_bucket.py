@@ -53,11 +53,11 @@ def test_what_one_machine_keeps_another_fetches(lab, tmp_path):
     here, there = (checkpoint_file(tmp_path / name, "k") for name in ("here", "there"))
     here.parent.mkdir(parents=True)
     here.write_bytes(b"step 1")
-    keep()(here)
+    keep(here)
     fetch(there)
     assert there.read_bytes() == b"step 1"
     there.write_bytes(b"step 2")
-    keep()(there)
+    keep(there)
     fetch(here)
     assert here.read_bytes() == b"step 2"
     assert with_checkpoint(tmp_path / "anywhere") == {"k"}
@@ -82,7 +82,7 @@ def test_without_a_bucket_checkpoints_stay_where_they_are(tmp_path):
     file.write_bytes(b"step 1")
     check_bucket()
     fetch(file)
-    assert keep() is None
+    keep(file)
     assert with_checkpoint(tmp_path) == {"k"}
     forget(file)
     assert with_checkpoint(tmp_path) == set()
@@ -93,6 +93,23 @@ def test_a_bucket_that_cannot_be_written_is_refused(lab, monkeypatch, address):
     monkeypatch.setenv("GPT_SWEEPS_BUCKET", address)
     with pytest.raises(InputError, match=f"GPT_SWEEPS_BUCKET={address} cannot be written"):
         check_bucket()
+
+
+def test_a_bucket_that_fails_for_once_costs_a_trial_nothing(lab, tmp_path, monkeypatch, capsys):
+    file = checkpoint_file(tmp_path, "k")
+    file.parent.mkdir()
+    file.write_bytes(b"step 1")
+    monkeypatch.setenv("GPT_SWEEPS_BUCKET", "s3://nowhere-at-all/runs")
+    keep(file)
+    assert "k.pt is not kept in s3://nowhere-at-all/runs this time" in capsys.readouterr().err
+
+
+def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_SWEEPS_BUCKET", "lab/runs")
+    for more in ([], ["--dry-run"]):
+        code, output = outcome(start("init_sweep.py", tmp_path / "runs", *more))
+        assert code == 2
+        assert "error: GPT_SWEEPS_BUCKET=lab/runs cannot be written" in output
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import yaml
 import sweeps.cluster
 from conftest import ROOT
 from gptcore.config import InputError, TrialConfig
-from sweeps.cluster import check_cluster, cluster_address, fit, machines, needs_of, slots
+from sweeps.cluster import check_cluster, check_shared, fit, machines, needs_of, slots
 
 SCRIPT = """
 import json, sys
@@ -80,10 +80,6 @@ def test_a_cluster_that_is_not_there_is_refused_at_once():
         check_cluster("127.0.0.1:1")
 
 
-def test_this_machine_is_no_cluster():
-    assert cluster_address() is None  # as tests/conftest.py says
-
-
 @pytest.fixture
 def scaling(tmp_path, monkeypatch):
     """A cluster that starts machines for work, and has none as yet."""
@@ -126,3 +122,21 @@ def test_machines_that_a_cluster_will_start_count_before_they_are_there(scaling)
 
 def test_no_trial_is_given_more_memory_than_the_largest_machine_has(scaling):
     assert needs_of(TrialConfig(), memory=2**40)["memory"] == 64 * 2**30
+
+
+def test_a_machine_without_a_core_for_trials_is_none_for_them(monkeypatch):
+    """The head of machines that one has, whatever GPU it has."""
+    head = {"GPU": 1.0, "memory": 2.0**40}
+    monkeypatch.setattr(
+        sweeps.cluster, "there", lambda: [head, {"CPU": 2.0, "memory": 2.0**30}, {"CPU": 8.0}]
+    )
+    assert needs_of(TrialConfig(), memory=2**35) == {"CPU": 1.0, "memory": 2.0**30}
+    assert slots({"CPU": 1.0}) == 10
+
+
+def test_machines_that_share_a_bucket_alone_need_a_tracking_server(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setenv("GPT_SWEEPS_BUCKET", "s3://lab/gpt-sweeps")
+    check_shared(tmp_path, "http://10.0.0.5:5000")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI takes its address"):
+        check_shared(tmp_path, "sqlite:////home/me/runs/mlflow.db")

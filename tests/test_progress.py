@@ -103,6 +103,14 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     assert (shown.finished, shown.failed) == ({"a"}, {})
 
 
+def test_a_machine_that_cannot_be_reached_has_taken_its_worker_along(shown, tmp_path):
+    lost = trial("a")
+    lost.error_file = tmp_path / "error.txt"
+    lost.error_file.write_text("Failure # 1\nThe actor 28e9 is unavailable: Socket closed\n")
+    shown.on_trial_recover(0, [], lost)
+    assert shown.retried["a"] == ["the worker died: The actor 28e9 is unavailable: Socket closed"]
+
+
 def test_a_worker_that_ray_killed_for_its_memory_leaves_rays_numbers(shown, tmp_path):
     lost = trial("a")
     lost.error_file = tmp_path / "error.txt"

