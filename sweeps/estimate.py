@@ -35,7 +35,7 @@ SHORTEST = 4
 """The shortest cadence of a trial that is measured: between two looks there are plain steps."""
 SECONDS_A_SHAPE = 20.0
 OVERHEAD = 0.3
-"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/orchestration.py."""
+"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/scale_simulation.py."""
 POINT_BYTES = 270
 """What a point of a chart takes in MLflow's SQLite file, with its index."""
 
