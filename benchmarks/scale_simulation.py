@@ -4,7 +4,7 @@
 
 Runs the real command, but a worker replays the rows of one recorded trial where it would train:
 plan, Tune, MLflow, Parquet and report are what a sweep has. That trial leaves 1.7 MB of Parquet, as
-one of the quick preset does, and 135 points for MLflow's charts, a tenth. A line tells of each
+one of the quick preset does, and 132 points for MLflow's charts, a tenth. A line tells of each
 phase as it ends, Tune's once for each portion of trials; then a table.
 """
 
