@@ -1,12 +1,11 @@
 """What does a sweep cost beside its trials?
 
-    python benchmarks/orchestration.py [--trials 200 2000] [--finished 2000] [--quick 24]
+    python benchmarks/orchestration.py [--finished 2000] [--quick 24]
 
-First sweeps of many trials of almost no work: the time they take beyond the trials' own, a trial,
-with the start of Ray and without, and the most memory that the driver had. Then the same command
-on a finished sweep of many trials, when its report is built and when that is up to date. Then
-trials of the quick preset: how near the sweep comes to the sum of their times over the cores, and
-how near its own estimate was.
+First the command on a finished sweep of many trials, when its report is built and when that is up
+to date. Then trials of the quick preset: how near the sweep comes to the sum of their times over
+the cores, and how near its own estimate was. What many trials cost that do nearly nothing, see
+scale_simulation.py.
 """
 
 import argparse
@@ -42,28 +41,6 @@ def run(folder: Path, config: TrialConfig, seeds: int, *more: str) -> tuple[floa
     if status:
         raise SystemExit(f"the sweep ended with status {status}")
     return seconds, usage.ru_maxrss / 1024**2
-
-
-def cost_of_a_trial(n_trials: int) -> None:
-    from analysis.runs import connect, tracking_uri, trial_runs
-
-    folder = Path(tempfile.mkdtemp())
-    try:
-        config = model_trial(**{"model.n_layer": 1, "train.steps": 1})
-        first, _ = run(folder, config, 2, "--no-report")
-        whole, peak = run(folder, config, n_trials + 2, "--no-report")
-        runs = trial_runs(connect(tracking_uri(folder))).values()
-        own = sum(float(run.data.tags["seconds"]) for run in runs) * n_trials / (n_trials + 2)
-        cores = os.cpu_count() or 1
-        print(
-            f"{n_trials} trials of almost no work: {whole:.1f} s, their own {own:.1f} s on {cores} "
-            f"cores: {(whole - own / cores) / n_trials:.2f} s a trial beyond them, "
-            f"{(whole - first - own / cores) / n_trials:.2f} without the start and end of a sweep; "
-            f"driver {peak:.2f} GB",
-            flush=True,
-        )
-    finally:
-        shutil.rmtree(folder)
 
 
 def time_to_go_on(n_trials: int) -> None:
@@ -114,12 +91,9 @@ def quick_trials(n_trials: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, nargs="*", default=[200, 2000])
     parser.add_argument("--finished", type=int, default=2000)
     parser.add_argument("--quick", type=int, default=24)
     args = parser.parse_args()
-    for n_trials in args.trials:
-        cost_of_a_trial(n_trials)
     if args.finished:
         time_to_go_on(args.finished)
     if args.quick:

@@ -48,7 +48,7 @@ WORTH = 1.1
 CONTEXT = 600 * 2**20
 """Bytes of a GPU that CUDA takes of it for a process, beside what PyTorch reserves."""
 OVERHEAD = 0.3
-"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/orchestration.py."""
+"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/scale_simulation.py."""
 POINT_BYTES = 270
 """What a point of a chart takes in MLflow's SQLite file, with its index."""
 

@@ -174,6 +174,6 @@ def _why(trial: Trial) -> str:
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """The key of the trial that a worker is given, as sweeps.trainable takes it."""
-    (job,) = config["batch"]
-    return job["key"]
+    """The key of the trial that a worker is given, known before the trial is."""
+    key: str = config["key"]
+    return key

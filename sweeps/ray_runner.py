@@ -105,13 +105,16 @@ def run_on_ray(
                 else:
                     kinds = {str(needs[job["key"]]): job for job in jobs}.values()
                     most = max(PORTION, ROUNDS * max(slots(needs[job["key"]]) for job in kinds))
+                    job_of = {job["key"]: dict(job) for job in jobs}
                     for start in range(0, len(jobs), most):
-                        batches = [[dict(job)] for job in jobs[start : start + most]]
+                        portion = [job["key"] for job in jobs[start : start + most]]
                         tune_trials(
                             {
                                 "store": dict(store),
                                 "runs_dir": str(runs_dir),
-                                "batch": tune.grid_search(batches),
+                                # Tune copies its whole space for every trial of it.
+                                "key": tune.grid_search(portion),
+                                "batch": tune.sample_from(lambda config: [job_of[config["key"]]]),
                             }
                         )
             stopped = False

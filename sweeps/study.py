@@ -202,7 +202,7 @@ class Suggestions(Searcher):
                 if job := self._job(trial):
                     self.asked[trial_id], self.keys[trial_id] = trial, job["key"]
                     self.jobs.append(job)
-                    return {**self.common, "batch": [job]}
+                    return {**self.common, "key": job["key"], "batch": [job]}
         except Exception as error:
             self.errors.append(error)
         return Searcher.FINISHED

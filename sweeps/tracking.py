@@ -75,20 +75,27 @@ def open_experiment(
 
 def find_run(client: MlflowClient, experiment_id: str | None, kind: str, **tags: str) -> Run | None:
     """The newest run of a kind (trial, sweep) with the given tags; None looks into every sweep."""
-    everywhere = (
-        [experiment_id]
-        if experiment_id
-        else [experiment.experiment_id for experiment in client.search_experiments()]
-    )
+    experiments = [experiment_id] if experiment_id else _experiments(client)
     clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
     found = client.search_runs(
-        everywhere,
+        experiments,
         " and ".join(clauses),
         ViewType.ACTIVE_ONLY,
         max_results=1,
         order_by=["attributes.start_time DESC"],
     )
     return found[0] if found else None
+
+
+def _experiments(client: MlflowClient) -> list[str]:
+    return [experiment.experiment_id for experiment in client.search_experiments()]
+
+
+def _running(client: MlflowClient, experiments: list[str]) -> list[Run]:
+    """The trials' runs that are RUNNING."""
+    return client.search_runs(
+        experiments, "tags.kind = 'trial' and attributes.status = 'RUNNING'", max_results=50_000
+    )
 
 
 class SweepRun:
@@ -293,10 +300,7 @@ def close_cut_off(client: MlflowClient, experiment_id: str) -> None:
 
     A driver that was killed could not do it. Whoever runs such a trial again opens its run anew.
     """
-    running = client.search_runs(
-        [experiment_id], "tags.kind = 'trial' and attributes.status = 'RUNNING'", max_results=50_000
-    )
-    for run in running:
+    for run in _running(client, [experiment_id]):
         close_run(client, run, "stopped")
 
 
@@ -325,9 +329,13 @@ def close_runs(
     that a search gave up, when.
     """
     client = MlflowClient(store["uri"])
+    # Asked once: a question for each of thousands that have ended well would take minutes.
+    running = {run.data.tags["trial_key"]: run for run in _running(client, _experiments(client))}
     for job in jobs:
         key = job["key"]
-        run = find_run(client, None, "trial", trial_key=key)
+        run = running.get(key)
+        if key in failed or key in retried:
+            run = find_run(client, None, "trial", trial_key=key)
         if run and key in retried:
             why = "; ".join(retried[key])
             set_tags(client, run.info.run_id, retries=str(len(retried[key])), retried_because=why)

@@ -10,7 +10,7 @@ from sweeps.progress import SweepProgress
 
 def trial(key, **last_result):
     job = {"key": key, "params": {"train.steps": 100}}
-    return SimpleNamespace(config={"batch": [job]}, last_result=last_result)
+    return SimpleNamespace(config={"key": key, "batch": [job]}, last_result=last_result)
 
 
 @pytest.fixture

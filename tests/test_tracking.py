@@ -154,6 +154,24 @@ def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
     assert "begun not" not in trial_runs(client)
 
 
+def test_closing_asks_the_store_once_however_many_trials_have_ended_well(
+    store, key, tiny, monkeypatch
+):
+    run_trial(tiny, recorder(store, key, tiny))
+    recorder(store, "stopped", tiny)
+    asked, search = [], MlflowClient.search_runs
+
+    def counting(*args, **named):
+        asked.append(args)
+        return search(*args, **named)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", counting)
+    close_runs(store, [job(name, tiny) for name in [*[key] * 20, "stopped"]], {}, {}, {})
+    assert len(asked) == 1
+    status = {name: run.info.status for name, run in trial_runs(connect(store["uri"])).items()}
+    assert status == {key: "FINISHED", "stopped": "KILLED"}
+
+
 def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_path):
     client = MlflowClient(store["uri"])
     run_trial(tiny, recorder(store, key, tiny))
