@@ -140,9 +140,10 @@ def serve(
             "letters, digits, dots and dashes"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    ending = (signal.SIGTERM, signal.SIGHUP)
+    # Who starts a command in the background may have it ignore Ctrl-C.
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for politely in ending:
-        signal.signal(politely, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(politely, signal.default_int_handler)
     with alone_in(folder):
         # It counts who uses the database, and never stops it once one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
@@ -266,7 +267,12 @@ def serve_cluster(file: Path) -> int:
         more = ["--backup", shared]
         known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), BUCKET: shared}
     else:
-        shared, more = provider["shared"], []
+        shared, more = provider.get("shared"), []
+        if not shared or not Path(shared).is_dir():
+            raise InputError(
+                "provider.shared of the cluster's file takes a folder that all machines see, "
+                f"not {shared!r}"
+            )
         known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}

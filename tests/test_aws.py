@@ -239,6 +239,10 @@ def test_the_first_ray_up_of_an_account_makes_what_the_file_says(at_home, monkey
         session = boto3.Session(region_name=REGION)
         fill(session)
         config = up(edited())
+        print("let in:", opened(session, config))
+        print("workers may:", *sorted(worker_rights(session)), sep="\n  ")
+        profiles = session.client("iam").list_instance_profiles()["InstanceProfiles"]
+        print("profiles:", *(profile["InstanceProfileName"] for profile in profiles))
         assert opened(session, config) == LET_IN
         assert worker_rights(session) == rights(BUCKET)
     assert config["provider"]["type"] == "aws"
@@ -456,6 +460,13 @@ def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
             assert ended.returncode == 0, ended.stdout + ended.stderr
             (head,) = session.resource("ec2").instances.all()
             assert [group["GroupName"] for group in head.security_groups] == ["gpt-sweeps-nodes"]
+            # Whatever is wrong with the file by then.
+            spoilt = edited("provider", "bucket", value="<your-bucket>")
+            (at_home / "cluster.yaml").write_text(yaml.safe_dump(spoilt))
+            down = ray("down", "-y", str(at_home / "cluster.yaml"), PATH=f"{at_home}/bin:/usr/bin")
+            assert down.returncode == 0, down.stdout + down.stderr
+            head.reload()
+            assert head.state["Name"] in ("shutting-down", "terminated")
     finally:
         server.stop()
     done = [json.loads(line) for line in log.read_text().splitlines()]

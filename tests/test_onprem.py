@@ -68,6 +68,9 @@ def missing():
             return f"no {tool} (apt-get install openssh-server rsync iproute2)"
     if str(ROOT).startswith(("/root", "/tmp/ray")) or sys.prefix.startswith(("/root", "/tmp/ray")):
         return "the checkout or its environment lies where each host has a folder of its own"
+    for folder in Path(sys.prefix).resolve().parents:
+        if not folder.stat().st_mode & 0o001:
+            return f"{folder} is closed to PostgreSQL, which will not run as root (chmod o+x)"
     tried = subprocess.run(["ip", "netns", "add", "sweeps-tried"], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", "sweeps-tried"], capture_output=True)
     return tried.stderr.strip() and f"no network namespaces ({tried.stderr.strip()})"
@@ -220,7 +223,6 @@ def ray(lab, *arguments):
         **os.environ,
         "HOME": str(lab.folder / "laptop"),
         "RAY_TMPDIR": str(lab.folder / "ray"),
-        "RAY_UP_enable_autoscaler_v2": "0",
         "RAY_AUTH_MODE": "token",
     }
     del environment["RAY_ADDRESS"]  # it would count for more than --address
@@ -257,7 +259,7 @@ def cluster(lab):
     edited = lab.folder / "onprem.yaml"
     edited.write_text(yaml.safe_dump(file))
     begun = time.monotonic()
-    up = ray(lab, "up", "--yes", "--no-config-cache", str(edited))
+    up = ray(lab, "up", "--yes", str(edited))
     assert up.returncode == 0, (up.stdout + up.stderr)[-3000:]
     print(f"ray up: {time.monotonic() - begun:.0f} s")
     assert f"tracking server: http://{lab.address('h1')}:5000" in up.stdout
@@ -290,6 +292,15 @@ def on_laptop(lab, script, *arguments, **environment):
 SWEEP = "python ~/gpt-sweeps/sweeps/init_sweep.py"
 LONG = {**TINY, "train.steps": 600, "train.checkpoint_seconds": 1.0}
 SEEDS = range(5)
+
+
+def test_a_file_that_was_not_filled_in_is_refused_at_once():
+    file = ROOT / "sweeps" / "clusters" / "onprem.yaml"
+    command = [str(Path(sys.executable).parent / "ray"), "up", "--yes", str(file)]
+    up = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert up.returncode == 1
+    assert "Error: Please supply a `head_ip` and list of `worker_ips`." in up.stdout + up.stderr
+    assert "Traceback" not in up.stdout + up.stderr
 
 
 def test_what_listens_on_the_head_and_who_is_let_in(lab, cluster):

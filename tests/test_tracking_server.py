@@ -46,6 +46,8 @@ def serving(folder, *arguments):
              "--folder", str(folder), "--artifacts", str(folder / "artifacts"),
              "--password-file", str(folder / "password"), *arguments],
             cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+            # As a shell starts what it leaves in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )  # fmt: skip
     try:
         wait_for(lambda: answers(f"http://{address}") or server.poll() is not None, 120)
@@ -242,6 +244,16 @@ def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monke
     finally:
         end_server_of(folder)
     wait_for(lambda: not of_folder(folder), 20)
+
+
+@pytest.mark.parametrize("shared", ["", ", shared: /no/such/folder"])
+def test_a_cluster_without_a_shared_folder_is_refused(shared, tmp_path, capsys):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"provider: {{head_ip: 127.0.0.1{shared}}}")
+    assert main(["--cluster", str(file)]) == 2
+    assert "provider.shared of the cluster's file takes a folder that all machines see" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_port_that_is_taken_is_an_error(tmp_path):
