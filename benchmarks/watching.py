@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import torch
 
+from gptcore.array import ModelArray
 from gptcore.config import (
     CorpusConfig,
     InitConfig,
@@ -29,12 +30,10 @@ from gptcore.config import (
 )
 from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, loss_of
-from gptcore.optimizers import make_optimizer
+from gptcore.model import GPT
 from gptcore.probes import PROBES, Moment, update_rows, values_of
 from gptcore.token_groups import TokenGroups
 from gptcore.token_probs import Reading
-from gptcore.train import norm_of
 
 
 def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
@@ -65,7 +64,7 @@ def main() -> None:
     model = GPT(shape)
     initialise(model, InitConfig())
     model.to(args.device)
-    optimizer = make_optimizer(model, OptimConfig())
+    array = ModelArray([model], OptimConfig())
     layers = range(shape.n_layer)
     initial = values_of(model, layers)
     fixed_texts = {
@@ -91,11 +90,9 @@ def main() -> None:
             windows = random_ids(args.batch_size, shape).to(args.device)
             ids, targets = windows[:, :-1], windows[:, 1:]
             start = clock()
-            hidden = model(ids)
-            loss, log_z = loss_of(hidden, model.head.weight, targets)
-            loss.item()
-            loss.backward()
-            norm_of([p.grad for p in model.parameters()]).item()
+            (hidden,), (head,) = array.gradients(ids[None], targets[None])
+            norm = array.norms()
+            torch.stack([head.loss.double()[None], norm]).tolist()
             until_update = clock() - start
             moment = Moment(
                 step=0,
@@ -104,7 +101,7 @@ def main() -> None:
                 layers=layers,
                 groups=groups,
                 fixed_texts=fixed_texts,
-                batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=log_z),
+                batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=head.log_z_BT),
             )
             for name, probe in PROBES.items():
                 start = clock()
@@ -115,8 +112,7 @@ def main() -> None:
             before = values_of(model, layers)
             copying = clock() - start
             start = clock()
-            optimizer.step()
-            optimizer.zero_grad()
+            array.update(array.config.lr, array.config.clip, norm)
             times["step"].append(until_update + clock() - start)
             start = clock()
             update_rows(0, model, layers, before)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 
+from gptcore.array import State
 from gptcore.config import InputError, Scalar
 from gptcore.files import remove_leftovers, write_atomically
-from gptcore.model import GPT
 from gptcore.records import SCHEMA_VERSION, TABLES, Row
 
 SHARE_OF_TIME = 0.01
@@ -62,27 +61,26 @@ class Checkpoint:
     def due(self) -> bool:
         return time.perf_counter() >= self.next
 
-    def save(self, progress: Progress, model: GPT, optimizer: Optimizer) -> None:
+    def save(self, progress: Progress, state: State) -> None:
         """Write everything to a file that then takes the old one's place.
 
         Raises InputError where it cannot be written; the old one is then left as it was.
         """
         start = time.perf_counter()
         # To memory first: from writing to a disk, PyTorch raises what it also raises for faults.
-        state = io.BytesIO()
+        written = io.BytesIO()
         torch.save(
             {
                 "identity": self.identity,
                 "step": progress.step,
                 "rows": progress.rows,
                 "seconds": progress.seconds,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                **state,
             },
-            state,
+            written,
         )
         try:
-            write_atomically(self.file, lambda file: file.write_bytes(state.getbuffer()))
+            write_atomically(self.file, lambda file: file.write_bytes(written.getbuffer()))
         except OSError as error:
             raise InputError(f"the checkpoint {self.file} cannot be written: {error}") from error
         if self.keep:
@@ -90,13 +88,13 @@ class Checkpoint:
         end = time.perf_counter()
         self.next = end + max(self.least_pause, (end - start) / SHARE_OF_TIME)
 
-    def load(self, model: GPT, optimizer: Optimizer) -> Progress:
-        """Bring model and optimiser to where the file left them; the beginning where there is none.
+    def load(self, device: torch.device) -> tuple[Progress, State | None]:
+        """How far the file is, and the state it holds; the beginning where there is none.
 
         Raises InputError for a file that cannot be read or is of another trial.
         """
         if not self.file.exists():
-            return Progress(0, [], 0.0)
+            return Progress(0, [], 0.0), None
         try:
             # PyTorch writes checksums, but does not look at them.
             with zipfile.ZipFile(self.file) as archive:
@@ -104,17 +102,15 @@ class Checkpoint:
                     raise zipfile.BadZipFile
             # weights_only: of what the file holds, nothing but tensors and rows is ever made.
             with torch.serialization.safe_globals([*TABLES.values()]):
-                state = torch.load(
-                    self.file, map_location=model.wte.weight.device, weights_only=True
-                )
-            if differing := self._differences(state["identity"]):
+                held = torch.load(self.file, map_location=device, weights_only=True)
+            if differing := self._differences(held["identity"]):
                 raise InputError(
                     f"the checkpoint {self.file} is of another trial ({differing}): "
                     "delete it to begin from step 0"
                 )
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return Progress(state["step"], state["rows"], state["seconds"])
+            optimizer = {**held["optimizer"], "state": dict(held["optimizer"]["state"])}
+            state = {"model": dict(held["model"]), "optimizer": optimizer}
+            return Progress(held["step"], held["rows"], held["seconds"]), state
         except InputError:
             raise
         except Exception as error:  # a damaged file is as free in this as in what it holds

@@ -71,15 +71,18 @@ def knob(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     in_key: bool = True,
+    later: bool = False,
 ) -> Any:
     """A field of a config: its default, a phrase for --help and the range it accepts.
 
     `low` and `high` are inclusive, `above` and `below` exclusive. `in_key=False` keeps the field
-    out of the trial key: it changes where a trial runs, not what it finds.
+    out of the trial key: it changes where a trial runs, not what it finds. `later`: there were
+    trials before there was the field; at its default it is left out, so that they keep their keys.
     """
     limits = {">=": low, "<=": high, ">": above, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
     metadata = {"doc": doc, "limits": limits, "choices": choices, "in_key": in_key}
+    metadata["later"] = later
     return field(default=default, metadata=metadata)
 
 
@@ -147,6 +150,12 @@ class TrainConfig:
 
     steps: int = knob(200, "optimiser updates", low=1)
     batch_size: int = knob(8, "sequences a step", low=1)
+    precision: str = knob(
+        "float32",
+        "of products: bfloat16 in the head alone, or in all of the model",
+        choices=("float32", "bf16-head", "bf16"),
+        later=True,
+    )
     checkpoint_seconds: float = knob(
         10.0,
         "least seconds between checkpoints, which take 1 in 100 at most",
@@ -240,7 +249,10 @@ class TrialConfig:
         `corpus_digest` is the digest of the whole text that `corpus.subset` cuts from.
         """
         knobs = {
-            key: value for key, value in self.to_flat().items() if KNOBS[key].metadata["in_key"]
+            key: value
+            for key, value in self.to_flat().items()
+            if KNOBS[key].metadata["in_key"]
+            and not (KNOBS[key].metadata["later"] and value == KNOBS[key].default)
         }
         return {
             "experiment_version": EXPERIMENT_VERSION,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gptcore.checkpoint import Checkpoint
-from gptcore.config import InputError, TrialConfig
+from gptcore.array import ModelArray
+from gptcore.checkpoint import Checkpoint, Progress
+from gptcore.config import InputError, TrialConfig, varied
 from gptcore.corpus import Corpus, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT
 from gptcore.optimizers import check_optim
+from gptcore.probes import values_of
 from gptcore.records import Recorder, TrialResult
 from gptcore.token_groups import token_groups
-from gptcore.train import train
+from gptcore.train import Member, train, upload
 
 
 def check_trial(config: TrialConfig) -> Corpus:
@@ -35,6 +41,18 @@ def check_knobs(config: TrialConfig) -> None:
     check_optim(config.optim)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A trial to run, and who is told of it."""
+
+    config: TrialConfig
+    recorder: Recorder
+    file: Path | None = None
+    """Where it leaves its state when it is cut off, and goes on from where it finds one."""
+    keep: Callable[[Path], object] | None = None
+    """Is called with the file each time it was written."""
+
+
 def run_trial(
     config: TrialConfig,
     recorder: Recorder,
@@ -43,30 +61,101 @@ def run_trial(
 ) -> TrialResult:
     """Run one trial from its config to its last row; the recorder is closed with the result.
 
-    Where a `file` is named, a trial that is cut off leaves its state there, and one that finds it
-    there goes on from it. `keep` is called with the file each time it was written.
-
     A loss that diverges is a result; InputError and faults are raised, the recorder left open.
     On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
     or under Ray.
     """
-    corpus = check_trial(config)
-    checkpoint = None
-    if file:
-        identity = config.identity(corpus.digest)
-        checkpoint = Checkpoint(file, identity, config.train.checkpoint_seconds, keep)
-    device = device_of(config)
-    with one_thread():
-        model = GPT(config.model)
-        recorder.log(initialise(model, config.init))
-        model.to(device)
-        groups = token_groups(corpus.counts(), config.corpus.data_seed)
-        recorder.log([*groups.rows(), *corpus.fixed_text_rows()])
-        result = train(model, corpus, groups, config, recorder, checkpoint)
-    recorder.close(result)
-    if checkpoint:
-        checkpoint.delete()
+    (result,) = run_trials([Trial(config, recorder, file, keep)])
     return result
+
+
+def run_trials(trials: Sequence[Trial]) -> list[TrialResult]:
+    """Run trials of one shape side by side as an array; each recorder is closed with its result.
+
+    They may differ in what `apart` leaves out. Of several, a trial's rows are those that it has
+    alone up to rounding. Raises what run_trial raises, and InputError for trials that cannot go
+    together.
+    """
+    if knobs := apart([trial.config for trial in trials]):
+        raise InputError(f"these trials cannot train together: they differ in {', '.join(knobs)}")
+    results = {}
+    with one_thread():
+        members = [_prepared(trial) for trial in trials]
+        # What was cut off need not have come equally far.
+        for step in sorted({member.begun.step for member in members}):
+            for member, result in train([one for one in members if one.begun.step == step]):
+                member.recorder.close(result)
+                if member.checkpoint:
+                    member.checkpoint.delete()
+                results[id(member)] = result
+    return [results[id(member)] for member in members]
+
+
+OWN = ("init.", "corpus.")
+"""The knobs that each trial of an array has to itself."""
+
+
+def apart(configs: Sequence[TrialConfig]) -> list[str]:
+    """The knobs for whose sake trials cannot train together: all that differ but their own."""
+    differ = varied([config.to_flat() for config in configs])
+    return [knob for knob in differ if not knob.startswith(OWN)]
+
+
+def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:
+    """What a step of arrays of so many trials like this one takes, taken in turns: a median."""
+    corpus, device = check_trial(config), device_of(config)
+    model = GPT(config.model)
+    initialise(model, config.init)
+    model.to(device)
+    times: list[list[float]] = [[] for _ in sizes]
+    with one_thread():
+        arrays = [
+            ModelArray(
+                [copy.deepcopy(model) for _ in range(size)], config.optim, config.train.precision
+            )
+            for size in sizes
+        ]
+        for step in range(ROUNDS + 1):
+            batch = corpus.batch(step, batch_size=config.train.batch_size, seed=0)
+            ids_BT, targets_BT = (upload(side, device) for side in batch)
+            for size, array, seconds in zip(sizes, arrays, times, strict=True):
+                start = time.perf_counter()
+                array.gradients(ids_BT.expand(size, -1, -1), targets_BT.expand(size, -1, -1))
+                norm_K = array.norms()
+                array.update(config.optim.lr, config.optim.clip, norm_K)
+                norm_K.tolist()  # waits for the device
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[1:]) for seconds in times]  # the first finds memory
+
+
+ROUNDS = 5
+
+
+def _prepared(trial: Trial) -> Member:
+    """The trial where it begins or goes on, with what comes before its first step logged."""
+    config, corpus = trial.config, check_trial(trial.config)
+    device, checkpoint = device_of(config), None
+    if trial.file:
+        identity = config.identity(corpus.digest)
+        pause = config.train.checkpoint_seconds
+        checkpoint = Checkpoint(trial.file, identity, pause, trial.keep)
+    model = GPT(config.model)
+    trial.recorder.log(initialise(model, config.init))
+    model.to(device)
+    groups = token_groups(corpus.counts(), config.corpus.data_seed)
+    trial.recorder.log([*groups.rows(), *corpus.fixed_text_rows()])
+    begun, state = checkpoint.load(device) if checkpoint else (Progress(0, [], 0.0), None)
+    return Member(
+        config=config,
+        model=model,
+        initial=values_of(model, config.probed_layers()),
+        corpus=corpus,
+        groups=groups,
+        recorder=trial.recorder,
+        checkpoint=checkpoint,
+        begun=begun,
+        state=state,
+    )
 
 
 def device_of(config: TrialConfig) -> torch.device:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,10 @@ class GPT(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] after the final LayerNorm, for ids [B, T], T <= context."""
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        x_BTD = self.wte(ids_BT) + self.wpe(positions_T)
+        return self.trunk(self.wte(ids_BT) + self.wpe(positions_T))
+
+    def trunk(self, x_BTD: Tensor) -> Tensor:
+        """What lies between the embeddings and the head."""
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.ln_f(x_BTD)
@@ -140,82 +143,111 @@ def parts_of(name: str, module: nn.Module) -> Iterator[Part]:
 
 class HeadOutput(NamedTuple):
     loss: Tensor  # [], mean cross-entropy in nats
-    log_z_BT: Tensor  # log of the sum of exp(logits), without gradient
+    log_z_BT: Tensor  # log of the sum of exp(logits)
+    grad_BTD: Tensor  # of the loss, by the hidden states
 
 
-def loss_of(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor) -> HeadOutput:
-    """Mean cross-entropy of next-token prediction under logits = hidden @ weight.T.
-
-    The logits are never held whole: they are made, used and overwritten a block at a time.
-    """
-    loss, log_z_N = _ChunkedCrossEntropy.apply(
-        hidden_BTD.flatten(0, 1), weight_VD, targets_BT.flatten()
-    )
-    return HeadOutput(loss, log_z_N.view_as(targets_BT))
-
-
-# 1 MB of float32 logits a tile on a CPU; a GPU wants few large products instead.
-CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 16384)}
+# A CPU's tile of logits, 1 MB in float32, stays in a core's cache; a GPU wants few large products.
+CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 1 << 20)}
 
 
 @functools.lru_cache(maxsize=1)
-def _workspace(V: int, T: int, C: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Scratch for one head at a time, [V, C] and [T, C], kept from step to step.
+def _workspace(
+    V: int, T: int, C: int, D: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Scratch for one head at a time, [V, C], [T, C] and [V, D], kept from step to step.
 
     New memory of this size would be mapped and zeroed by the kernel at every step.
     """
-    return [torch.empty(rows, C, dtype=dtype, device=device) for rows in (V, T)]
+    return [torch.empty(*shape, dtype=dtype, device=device) for shape in ((V, C), (T, C), (V, D))]
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients in one pass over chunks of tokens and tiles of the vocabulary.
+@torch.no_grad()
+def loss_of(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    dtype: torch.dtype | None = None,
+) -> HeadOutput:
+    """Mean cross-entropy of next-token prediction under logits = hidden @ weight.T.
 
-    With p = softmax(z), z = h W^T: d loss / d z = (p - onehot) / N. For each chunk, exp(z) is made
-    tile by tile; its sums give Z, and its products with W and h the gradients, both scaled by 1 / Z
-    afterwards, so the softmax itself is never written. Every product reads or writes one small tile
-    that stays in a core's cache, and exp(z) is carried to and from memory by plain copies: that is
-    what makes this faster than the same arithmetic over whole rows.
+    Its gradients are made with it, without autograd: that by the weight is added to weight_VD.grad,
+    in place, so that a step need not find memory as large as the vocabulary anew.
+
+    The logits are never held whole. With p = softmax(z), z = h W^T: d loss / d z = (p - onehot) / N
+    over N tokens. For each chunk of tokens, exp(z) is made tile by tile of the vocabulary; its sums
+    give Z, and its products with W and h the gradients, both scaled by 1 / Z afterwards, so the
+    softmax itself is never written. Every product reads or writes one small tile that stays in a
+    core's cache, and exp(z) is carried to and from memory by plain copies: that is what makes this
+    faster than the same arithmetic over whole rows.
+
+    `dtype`: of logits, exp(z) and the factors of every product, by default the weight's. Sums over
+    the vocabulary and over chunks are the weight's in any case.
     """
+    h_ND, y_N, w_VD = hidden_BTD.flatten(0, 1), targets_BT.flatten(), weight_VD.detach()
+    (N, D), V = h_ND.shape, w_VD.shape[0]
+    dtype = dtype or w_VD.dtype
+    is_low = dtype != w_VD.dtype
+    chunk, tile = CHUNK_AND_TILE[h_ND.device.type]
+    if weight_VD.grad is None:
+        weight_VD.grad = torch.zeros_like(w_VD)
+    log_z_N, dh_ND, dw_VD = h_ND.new_empty(N), torch.empty_like(h_ND), weight_VD.grad
+    is_whole = tile >= V  # then the tile itself has the maximum, and nothing is asked of a GPU
+    bounded = not is_whole and _bounded(h_ND, w_VD)
+    exp_VC, tile_TC, low_VD = _workspace(
+        V, min(tile, V), min(chunk, N), D if is_low else 0, dtype, h_ND.device
+    )
+    factor_VD = low_VD.copy_(w_VD) if is_low else w_VD
 
-    @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
-        N, V = h_ND.shape[0], w_VD.shape[0]
-        chunk, tile = CHUNK_AND_TILE[h_ND.device.type]
-        log_z_N = h_ND.new_empty(N)
-        dh_ND, dw_VD = torch.empty_like(h_ND), torch.zeros_like(w_VD)
-        exp_VC, tile_TC = _workspace(V, min(tile, V), min(chunk, N), h_ND.dtype, h_ND.device)
-        bounded = _bounded(h_ND, w_VD)
-        for start in range(0, N, chunk):
-            h, y, log_z, dh = (
-                whole[start : start + chunk] for whole in (h_ND, y_N, log_z_N, dh_ND)
-            )
-            exp_tiles = exp_VC[:, : len(h)].split(tile)
-            shift = h.new_zeros(len(h)) if bounded else (w_VD @ h.T).amax(0)
-            total, dh_DC = h.new_zeros(len(h)), h.new_zeros(h.shape[1], len(h))
-            # exp(z) = 2^(z / ln 2): PyTorch's exp2 takes a third of the time of its exp on a CPU.
-            h_in_bits = h / math.log(2)
-            for w, exp in zip(w_VD.split(tile), exp_tiles, strict=True):
-                bits = torch.mm(w, h_in_bits.T, out=tile_TC[: len(w), : len(h)])
-                if not bounded:
-                    bits -= shift / math.log(2)
-                torch.exp2(bits, out=exp)
-                total += exp.sum(0)
-                dh_DC.addmm_(w.T, exp)
-            log_z.copy_(total.log() + shift)
-            scale = (1 / (total * N))[:, None]
-            dh.copy_(dh_DC.T * scale).sub_(w_VD[y], alpha=1 / N)
-            scaled_h = h * scale
-            for dw, exp in zip(dw_VD.split(tile), exp_tiles, strict=True):
-                dw.addmm_(tile_TC[: len(dw), : len(h)].copy_(exp), scaled_h)
-            dw_VD.index_add_(0, y, h, alpha=-1 / N)
-        ctx.save_for_backward(dh_ND, dw_VD)
-        ctx.mark_non_differentiable(log_z_N)
-        return (log_z_N - (h_ND * w_VD[y_N]).sum(1)).mean(), log_z_N
+    def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+        if is_low:
+            sums += a @ b
+        else:
+            sums.addmm_(a, b)
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        dh_ND, dw_VD = ctx.saved_tensors
-        return dh_ND * grad_loss, dw_VD * grad_loss, None
+    for start in range(0, N, chunk):
+        h, y, log_z, dh = (whole[start : start + chunk] for whole in (h_ND, y_N, log_z_N, dh_ND))
+        exp_tiles = exp_VC[:, : len(h)].split(tile)
+        # exp(z) = 2^(z / ln 2): PyTorch's exp2 takes a third of the time of its exp on a CPU.
+        h_in_bits = (h / math.log(2)).to(dtype)
+        shift = h.new_zeros(len(h))
+        if not bounded and not is_whole:
+            shift = (factor_VD @ h_in_bits.T).amax(0)
+        total, dh_DC = h.new_zeros(len(h)), h.new_zeros(D, len(h))
+        for w, exp in zip(factor_VD.split(tile), exp_tiles, strict=True):
+            bits = torch.mm(w, h_in_bits.T, out=tile_TC[: len(w), : len(h)])
+            if is_whole:
+                shift = bits.amax(0)
+            if not bounded:
+                bits -= shift
+            torch.exp2(bits, out=exp)
+            total += exp.sum(0, dtype=total.dtype)
+            add_product(dh_DC, w.T, exp)
+        log_z.copy_(total.log() + shift * math.log(2))
+        scale = (1 / (total * N))[:, None]
+        dh.copy_(dh_DC.T * scale).sub_(w_VD[y], alpha=1 / N)
+        scaled_h = (h * scale).to(dtype)
+        for dw, exp in zip(dw_VD.split(tile), exp_tiles, strict=True):
+            add_product(dw, exp if is_whole else tile_TC[: len(dw), : len(h)].copy_(exp), scaled_h)
+        dw_VD.index_add_(0, y, h, alpha=-1 / N)
+    loss = (log_z_N - (h_ND * w_VD[y_N]).sum(1)).mean()
+    return HeadOutput(loss, log_z_N.view_as(targets_BT), dh_ND.view_as(hidden_BTD))
+
+
+def head_errors(
+    hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
+    """What `dtype` does to a head: the difference it makes to the loss, in nats, and the larger one
+    of those to its two gradients, as a share of their L2 norm."""
+    losses, gradients = [], []
+    for kind in (weight_VD.dtype, dtype):
+        weight = weight_VD.detach().view_as(weight_VD)  # with a gradient of its own
+        head = loss_of(hidden_BTD, weight, targets_BT, kind)
+        assert weight.grad is not None
+        losses.append(head.loss)
+        gradients.append((head.grad_BTD, weight.grad))
+    shares = [((a - b).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)]
+    return abs((losses[0] - losses[1]).item()), max(shares)
 
 
 def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,39 +1,42 @@
 """How the parameters move: one short function an optimiser, and the learning rate over time.
 
-An optimiser's keyword parameters are config keys: `beta1` is `optim.beta1`.
+An optimiser takes parameters by name, each stacked over K models, [K, ...], and treats every model
+as if it were alone. Its keyword parameters are config keys: `beta1` is `optim.beta1`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gptcore.config import OptimConfig, check_choice, parameters_of
-from gptcore.model import GPT
+
+Parameters = Mapping[str, Tensor]
 
 
 def adamw(
-    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+    parameters: Parameters, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
 ) -> Optimizer:
     """Adam with decoupled weight decay, lr * weight_decay * w. Loshchilov & Hutter 2019."""
-    return torch.optim.AdamW(model.parameters(), lr, (beta1, beta2), eps, weight_decay, fused=True)
+    return torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def adam(
-    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+    parameters: Parameters, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
 ) -> Optimizer:
     """Adam; weight decay is added to the gradient. Kingma & Ba 2015.
 
     A large `eps` makes rows with small gradients move in proportion to them, as under SGD.
     """
-    return torch.optim.Adam(model.parameters(), lr, (beta1, beta2), eps, weight_decay, fused=True)
+    return torch.optim.Adam(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def coupled_adam(
-    model: GPT, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
+    parameters: Parameters, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
 ) -> Optimizer:
     """AdamW whose second moment of token rows is their mean over the vocabulary.
 
@@ -43,7 +46,7 @@ def coupled_adam(
     """
     coupled = ("wte.weight", "head.weight")
     groups = [
-        {"params": [p for name, p in model.named_parameters() if (name in coupled) == side],
+        {"params": [p for name, p in parameters.items() if (name in coupled) == side],
          "coupled": side}
         for side in (True, False)
     ]  # fmt: skip
@@ -52,10 +55,10 @@ def coupled_adam(
     )
 
 
-def sgd(model: GPT, lr: float, weight_decay: float, momentum: float) -> Optimizer:
+def sgd(parameters: Parameters, lr: float, weight_decay: float, momentum: float) -> Optimizer:
     """Gradient descent with heavy-ball momentum; weight decay is added to the gradient."""
     return torch.optim.SGD(
-        model.parameters(), momentum=momentum, fused=True, lr=lr, weight_decay=weight_decay
+        parameters.values(), momentum=momentum, fused=True, lr=lr, weight_decay=weight_decay
     )
 
 
@@ -71,7 +74,7 @@ class _CoupledAdam(Optimizer):
                     continue
                 square = weight.grad.square()
                 if group["coupled"]:
-                    square = square.mean(0, keepdim=True)
+                    square = square.mean(-2, keepdim=True)
                 state = self.state[weight]
                 if not state:
                     state["step"] = 0
@@ -88,10 +91,10 @@ class _CoupledAdam(Optimizer):
                 )
 
 
-def make_optimizer(model: GPT, config: OptimConfig) -> Optimizer:
-    """The optimiser that the config names, over every parameter of the model."""
+def make_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
+    """The optimiser that the config names, over these parameters."""
     make = OPTIMIZERS[config.name]
-    return make(model, **{name: getattr(config, name) for name in parameters_of(make)})
+    return make(parameters, **{name: getattr(config, name) for name in parameters_of(make)})
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

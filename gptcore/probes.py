@@ -72,15 +72,19 @@ class Probe:
     cadence: str | None  # the knob of ProbesConfig that says how often; None: first and last step
 
 
-def observe(moment: Moment, config: ProbesConfig, *, last: bool) -> list[Row]:
-    """The rows of every probe that is due at the moment's step."""
-    rows: list[Row] = []
-    with torch.no_grad():
-        for probe in PROBES.values():
-            every = getattr(config, probe.cadence) if probe.cadence else math.inf
-            if last or moment.step % every == 0:
-                rows.extend(probe.rows(moment))
-    return rows
+def due(config: ProbesConfig, step: int, *, last: bool) -> list[Probe]:
+    """The probes that look at this step."""
+    cadences = {
+        name: getattr(config, probe.cadence) if probe.cadence else math.inf
+        for name, probe in PROBES.items()
+    }
+    return [PROBES[name] for name, every in cadences.items() if last or step % every == 0]
+
+
+@torch.no_grad()
+def observe(moment: Moment, probes: Sequence[Probe]) -> list[Row]:
+    """What the probes see of the moment."""
+    return [row for probe in probes for row in probe.rows(moment)]
 
 
 def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:

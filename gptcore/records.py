@@ -263,6 +263,9 @@ class TrialResult:
     device: str  # cpu, or the name of the GPU
     seconds: float  # wall time of the training loop
     tokens_per_second: float
+    # What less precision than float32 does to the head at the last step, as head_errors.
+    loss_error: float | None = None
+    gradient_error: float | None = None
 
 
 class Recorder(Protocol):

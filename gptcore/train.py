@@ -1,6 +1,6 @@
-"""The training loop of one trial.
+"""The training loop of trials that train side by side as an array; one alone is an array of one.
 
-Step k is the state of the model after k updates. Its loss is taken on batch k, which the model has
+Step k is the state of a model after k updates. Its loss is taken on batch k, which the model has
 not been updated on; then come its gradient and the probes; then the update makes step k + 1. The
 last step has no update: it is there to be looked at.
 """
@@ -9,124 +9,215 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from gptcore.array import ModelArray, State
 from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
-from gptcore.model import GPT, loss_of
-from gptcore.optimizers import learning_rate, make_optimizer
-from gptcore.probes import Moment, observe, update_rows, values_of
-from gptcore.records import Recorder, TrainingRow, TrialResult
+from gptcore.model import GPT, head_errors
+from gptcore.optimizers import learning_rate
+from gptcore.probes import Moment, due, observe, update_rows, values_of
+from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
 from gptcore.token_probs import Reading
 
 EXPLOSION = 10.0
 """A loss this many times the larger of its start and ln V ends the trial as diverged."""
 
+READ_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps between two looks at what a device has computed: waiting for a GPU leaves it idle."""
 
-def train(
-    model: GPT,
-    corpus: Corpus,
-    groups: TokenGroups,
-    config: TrialConfig,
-    recorder: Recorder,
-    checkpoint: Checkpoint | None,
-) -> TrialResult:
-    """Train the model in place, logging rows as they come, until the last step or divergence.
 
-    Where the checkpoint's file exists, begins where that ends, after its rows are logged again: the
-    recorder is given what it would have been given by a trial that was never cut off.
+@dataclass
+class Member:
+    """One trial of an array."""
+
+    config: TrialConfig
+    model: GPT
+    initial: Mapping[str, Tensor]  # step 0's values of the tensors that are looked at, by name
+    corpus: Corpus
+    groups: TokenGroups
+    recorder: Recorder
+    checkpoint: Checkpoint | None
+    begun: Progress
+    state: State | None  # where it goes on, if it has begun
+
+    def __post_init__(self) -> None:
+        device = self.model.wte.weight.device
+        self.fixed_texts = {
+            text: upload(windows, device) for text, windows in self.corpus.fixed_texts().items()
+        }
+        self.rows = self.begun.rows
+        self.losses = [
+            row.loss for rows in self.rows for row in rows if isinstance(row, TrainingRow)
+        ]
+        self.status: Literal["finished", "diverged"] = "finished"
+        self.reason = ""
+        self.errors: tuple[float | None, float | None] = (None, None)
+
+    def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.corpus.batch(
+            step, batch_size=self.config.train.batch_size, seed=self.config.corpus.data_seed
+        )
+
+    def log(self, rows: list[Row]) -> None:
+        self.recorder.log(rows)
+        self.rows.append(rows)
+
+    def has_diverged(self, row: TrainingRow) -> bool:
+        """Whether the trial ends with this step's loss, which is kept if not."""
+        loss, chance = row.loss, math.log(self.config.model.vocab_size)
+        exploded = self.losses and loss > EXPLOSION * max(self.losses[0], chance)
+        if exploded or not math.isfinite(loss):
+            self.status, self.reason = "diverged", f"loss {loss:.4g} at step {row.step}"
+        else:
+            self.losses.append(loss)
+        return self.status == "diverged"
+
+    def result(self, seconds: float) -> TrialResult:
+        train, device = self.config.train, self.model.wte.weight.device
+        steps = train.steps if self.status == "finished" else len(self.losses)
+        seconds += self.begun.seconds
+        return TrialResult(
+            status=self.status,
+            steps=steps,
+            loss=self.losses[-1] if self.losses else None,
+            reason=self.reason,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            seconds=seconds,
+            tokens_per_second=steps * train.batch_size * self.config.model.context / seconds,
+            loss_error=self.errors[0],
+            gradient_error=self.errors[1],
+        )
+
+
+def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
+    """Train the models in place, logging rows as they come; -> each trial as it ends, at the last
+    step or where it diverges, which the others do not notice.
+
+    They differ in nothing but init and corpus, and have begun equally far. What a member has logged
+    before is logged again: a recorder is given what a trial that was never cut off would give it.
     """
-    device = model.wte.weight.device
-    optim, steps = config.optim, config.train.steps
-    optimizer = make_optimizer(model, optim)
-    parameters = list(model.parameters())
+    config = members[0].config
+    optim, probes, steps = config.optim, config.probes, config.train.steps
+    device = members[0].model.wte.weight.device
     layers = config.probed_layers()
-    initial = values_of(model, layers)
-    fixed_texts = {
-        text: torch.from_numpy(windows).to(device) for text, windows in corpus.fixed_texts().items()
-    }
-    status: Literal["finished", "diverged"] = "finished"
-    reason, chance = "", math.log(config.model.vocab_size)
-    begun = checkpoint.load(model, optimizer) if checkpoint else Progress(0, [], 0.0)
-    logged = begun.rows
-    for rows in logged:
-        recorder.log(rows)
-    losses = [row.loss for rows in logged for row in rows if isinstance(row, TrainingRow)]
-    start = time.perf_counter() - begun.seconds
-    for step in range(begun.step, steps + 1):
-        if checkpoint and checkpoint.due():
-            progress = Progress(step, logged, time.perf_counter() - start)
-            checkpoint.save(progress, model, optimizer)
-        ids_BT, targets_BT = (
-            torch.from_numpy(side).to(device)
-            for side in corpus.batch(
-                step, batch_size=config.train.batch_size, seed=config.corpus.data_seed
+    for member in members:
+        for rows in member.rows:
+            member.recorder.log(rows)
+    array = array_of(members, [member.state for member in members])
+    unread: list[tuple[int, Tensor]] = []  # steps, with the loss, log Z and norm of each, [3, K]
+    start = time.perf_counter()
+    for step in range(members[0].begun.step, steps + 1):
+        for k, member in enumerate(members):
+            if member.checkpoint and member.checkpoint.due() and not unread:
+                seconds = member.begun.seconds + time.perf_counter() - start
+                member.checkpoint.save(Progress(step, member.rows, seconds), array.state(k))
+        batches = [member.batch(step) for member in members]
+        ids_KBT, targets_KBT = (
+            upload(np.stack(side), device) for side in zip(*batches, strict=True)
+        )
+        hidden_KBTD, heads = array.gradients(ids_KBT, targets_KBT)
+        norm_K = array.norms()
+        loss_K = torch.stack([head.loss for head in heads])
+        log_z_K = torch.stack([head.log_z_BT.mean() for head in heads])
+        unread.append((step, torch.stack([loss_K.double(), log_z_K.double(), norm_K])))
+        looks = due(probes, step, last=step == steps)
+        rows_of: dict[int, list[Row]] = {}  # of this step, by member, where it is read now
+        if looks or len(unread) >= READ_EVERY[device.type]:
+            for rows_K in training_rows(unread, config):
+                for k, (member, row) in enumerate(zip(members, rows_K, strict=True)):
+                    if member.status == "diverged" or member.has_diverged(row):
+                        continue
+                    if row.step < step:
+                        member.log([row])
+                    else:
+                        rows_of[k] = [row]
+            unread = []
+        for k in rows_of if looks else ():
+            member = members[k]
+            moment = Moment(
+                step=step,
+                model=member.model,
+                initial=member.initial,
+                layers=layers,
+                groups=member.groups,
+                fixed_texts=member.fixed_texts,
+                batch=Reading(
+                    text="batch",
+                    ids_BT=ids_KBT[k],
+                    hidden_BTD=hidden_KBTD[k],
+                    log_z_BT=heads[k].log_z_BT,
+                ),
             )
-        )
-        hidden_BTD = model(ids_BT)
-        loss, log_z_BT = loss_of(hidden_BTD, model.head.weight, targets_BT)
-        loss_value = loss.item()
-        exploded = losses and loss_value > EXPLOSION * max(losses[0], chance)
-        if exploded or not math.isfinite(loss_value):
-            status, reason = "diverged", f"loss {loss_value:.4g} at step {step}"
-            break
-        loss.backward()
-        moment = Moment(
-            step=step,
-            model=model,
-            initial=initial,
-            layers=layers,
-            groups=groups,
-            fixed_texts=fixed_texts,
-            batch=Reading(text="batch", ids_BT=ids_BT, hidden_BTD=hidden_BTD, log_z_BT=log_z_BT),
-        )
-        rows = observe(moment, config.probes, last=step == steps)
-        norm = norm_of([parameter.grad for parameter in parameters if parameter.grad is not None])
-        lr = None
+            rows_of[k][:0] = observe(moment, looks)
         if step < steps:
-            if optim.clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip, norm)
-            lr = learning_rate(optim, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            before = values_of(model, layers) if step % config.probes.every == 0 else None
-            optimizer.step()
-            if before:
-                rows.extend(update_rows(step, model, layers, before))
-        optimizer.zero_grad()
-        rows.append(
+            moves = rows_of if step % probes.every == 0 else ()
+            before = {k: values_of(members[k].model, layers) for k in moves}
+            array.update(learning_rate(optim, step, steps), optim.clip, norm_K)
+            for k, values in before.items():
+                rows_of[k][-1:-1] = update_rows(step, members[k].model, layers, values)
+        for k, rows in rows_of.items():
+            members[k].log(rows)
+        if any(member.status == "diverged" for member in members):
+            seconds = time.perf_counter() - start
+            yield from ((one, one.result(seconds)) for one in members if one.status == "diverged")
+            left = [k for k, member in enumerate(members) if member.status != "diverged"]
+            if not left:
+                return
+            members, states = [members[k] for k in left], [array.state(k) for k in left]
+            array = array_of(members, states)
+    seconds = time.perf_counter() - start
+    for k, member in enumerate(members):
+        if array.head_dtype != torch.float32:
+            weight = member.model.head.weight
+            member.errors = head_errors(hidden_KBTD[k], weight, targets_KBT[k], array.head_dtype)
+        yield member, member.result(seconds)
+
+
+def array_of(members: Sequence[Member], states: Sequence[State | None]) -> ModelArray:
+    """The models as an array, at the states where there are any."""
+    array = ModelArray(
+        [member.model for member in members],
+        members[0].config.optim,
+        members[0].config.train.precision,
+    )
+    begun = [state for state in states if state]
+    if begun:
+        array.load(begun)
+    return array
+
+
+def training_rows(
+    unread: Sequence[tuple[int, Tensor]], config: TrialConfig
+) -> list[list[TrainingRow]]:
+    """The rows of some steps, by member; a device is waited for once."""
+    optim, steps = config.optim, config.train.steps
+    values = torch.stack([stats_3K for _, stats_3K in unread]).tolist()
+    return [
+        [
             TrainingRow(
                 step=step,
-                loss=loss_value,
-                log_z=log_z_BT.mean().item(),
-                lr=lr,
-                grad_norm=norm.item(),
+                loss=loss,
+                log_z=log_z,
+                lr=learning_rate(optim, step, steps) if step < steps else None,
+                grad_norm=norm,
             )
-        )
-        recorder.log(rows)
-        logged.append(rows)
-        losses.append(loss_value)
-    seconds = time.perf_counter() - start
-    return TrialResult(
-        status=status,
-        steps=step,
-        loss=losses[-1] if losses else None,
-        reason=reason,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        seconds=seconds,
-        tokens_per_second=step * config.train.batch_size * config.model.context / seconds,
-    )
+            for loss, log_z, norm in zip(*stats_3K, strict=True)
+        ]
+        for (step, _), stats_3K in zip(unread, values, strict=True)
+    ]
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all elements, [], float64.
-
-    Row by row first: a float32 sum over a whole embedding loses a thousandth.
-    """
-    return torch.cat([tensor.norm(dim=-1).flatten() for tensor in tensors]).double().norm()
+def upload(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The values on the device, for which nobody waits."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptcore import checkpoint
+from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import InputError, TrialConfig
 from gptcore.corpus import Corpus
@@ -174,11 +175,10 @@ def test_saving_takes_its_small_share_of_the_time(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_atomically", write_in_a_second)
     found = Checkpoint(tmp_path / "key.pt", {}, pause=10.0)
-    model = GPT(tiny.model)
-    optimizer = torch.optim.SGD(model.parameters())
+    state = ModelArray([GPT(tiny.model)], tiny.optim).state(0)
     while now[0] < 500:
         if found.due():
-            found.save(Progress(0, [], 0.0), model, optimizer)
+            found.save(Progress(0, [], 0.0), state)
         now[0] += 10
     assert saved_at == [10, 111, 212, 313, 414]
 
@@ -201,14 +201,11 @@ def test_rows_of_another_schema_are_refused(tiny, tmp_path, monkeypatch):
 
 def test_two_processes_that_save_one_trial_do_not_meet(tiny, tmp_path):
     """As `--debug` beside a sweep may: each file is whole, whoever was last."""
-    model = GPT(tiny.model)
-    optimizer = torch.optim.SGD(model.parameters())
+    state = ModelArray([GPT(tiny.model)], tiny.optim).state(0)
     ones = [Checkpoint(tmp_path / "key.pt", {}, pause=0.0) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         for _ in range(10):
-            for saving in [
-                pool.submit(one.save, Progress(7, [], 0.0), model, optimizer) for one in ones
-            ]:
+            for saving in [pool.submit(one.save, Progress(7, [], 0.0), state) for one in ones]:
                 saving.result()
-    assert ones[0].load(model, optimizer).step == 7
+    assert ones[0].load(torch.device("cpu"))[0].step == 7
     assert [file.name for file in tmp_path.iterdir()] == ["key.pt"]

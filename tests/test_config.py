@@ -23,6 +23,7 @@ OTHER = {
     "optim.name": "sgd",
     "optim.schedule": "linear",
     "train.device": "cpu",
+    "train.precision": "bf16-head",
     "probes.layers": "0,2",
 }
 
@@ -157,3 +158,11 @@ def test_a_probe_on_a_layer_that_is_not_there_is_refused(layers, says):
 def test_probes_look_at_all_layers_or_those_named():
     assert TrialConfig().probed_layers() == [0, 1, 2, 3, 4, 5]
     assert TrialConfig.from_flat({"probes.layers": "0,5"}).probed_layers() == [0, 5]
+
+
+def test_a_knob_that_came_later_leaves_the_keys_of_earlier_trials_alone():
+    plain = TrialConfig()
+    assert "train.precision" not in plain.identity("digest")
+    low = TrialConfig.from_flat({**plain.to_flat(), "train.precision": "bf16-head"})
+    assert low.identity("digest")["train.precision"] == "bf16-head"
+    assert low.key("digest") != plain.key("digest")

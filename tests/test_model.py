@@ -1,10 +1,12 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gptcore.config import InitConfig, ModelConfig
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, loss_of, parts_of, softmax_sums
+from gptcore.model import GPT, head_errors, loss_of, parts_of, softmax_sums
 from gptcore.probes import model_parts
 
 SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
@@ -92,13 +94,12 @@ def test_the_chunked_head_is_cross_entropy(sequences, scale):
     hidden = (scale * torch.randn(sequences, 12, 16, generator=generator)).requires_grad_()
     targets = ids(sequences, 12)
 
-    loss, log_z = loss_of(hidden, weight, targets)
-    (3 * loss).backward()
-    got = hidden.grad.clone(), weight.grad.clone()
-    hidden.grad = weight.grad = None
+    loss, log_z, grad = loss_of(hidden, weight, targets)
+    got = grad, weight.grad
+    weight.grad = None
     logits = hidden.double() @ weight.double().T
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    (3 * expected).backward()
+    expected.backward()
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(log_z.double(), torch.logsumexp(logits, 2), rtol=1e-5)
@@ -109,11 +110,48 @@ def test_the_chunked_head_is_cross_entropy(sequences, scale):
 def test_the_head_gradients_are_those_of_finite_differences():
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (
-        torch.randn(*shape, 5, dtype=torch.double, generator=generator, requires_grad=True)
-        for shape in ((2, 3), (11,))
+        torch.randn(*shape, 5, dtype=torch.double, generator=generator) for shape in ((2, 3), (11,))
     )
     targets = torch.randint(11, (2, 3), generator=generator)
-    assert torch.autograd.gradcheck(lambda h, w: loss_of(h, w, targets).loss, (hidden, weight))
+    found = loss_of(hidden, weight, targets)
+    for values, gradient in ((hidden, found.grad_BTD), (weight, weight.grad.clone())):
+        for where in itertools.product(*map(range, values.shape)):
+            losses = []
+            for side in (1e-6, -1e-6):
+                values[where] += side
+                losses.append(loss_of(hidden, weight, targets).loss)
+                values[where] -= side
+            assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(gradient[where].item(), abs=1e-8)
+
+
+def test_the_head_adds_its_gradient_to_that_of_the_weight():
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(*shape, 5, generator=generator) for shape in ((2, 3), (11,)))
+    targets = torch.randint(11, (2, 3), generator=generator)
+    loss_of(hidden, weight, targets)
+    once, place = weight.grad.clone(), weight.grad.data_ptr()
+    loss_of(hidden, weight, targets)
+    assert torch.allclose(weight.grad, 2 * once)
+    assert weight.grad.data_ptr() == place
+
+
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_what_is_told(scale):
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.1 * torch.randn(50257, 16, generator=generator)
+    hidden, targets = scale * torch.randn(30, 12, 16, generator=generator), ids(30, 12)
+    exact = loss_of(hidden, weight, targets)
+    gradient, weight.grad = weight.grad, None
+    low = loss_of(hidden, weight, targets, torch.bfloat16)
+    loss_error, gradient_error = head_errors(hidden, weight, targets, torch.bfloat16)
+    assert loss_error == pytest.approx(abs(low.loss - exact.loss).item(), rel=1e-3)
+    assert 0 < loss_error < 1e-3 * exact.loss.item()
+    found = [
+        ((a - b).norm() / b.norm()).item()
+        for a, b in ((low.grad_BTD, exact.grad_BTD), (weight.grad, gradient))
+    ]
+    assert gradient_error == pytest.approx(max(found), rel=1e-3)
+    assert gradient_error < 0.02 * scale**0.5
 
 
 def test_a_loss_that_is_not_finite_comes_out_as_such():

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from gptcore.array import ModelArray
 from gptcore.config import InitConfig, InputError, ModelConfig, OptimConfig
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, loss_of
-from gptcore.optimizers import OPTIMIZERS, SCHEDULES, check_optim, learning_rate, make_optimizer
+from gptcore.model import GPT
+from gptcore.optimizers import OPTIMIZERS, SCHEDULES, check_optim, learning_rate
 
 SHAPE = ModelConfig(d_model=16, n_layer=1, n_head=2, context=8)
 
@@ -15,16 +16,14 @@ def trained(name, steps=5, **knobs):
     """A model after some updates on one batch of few ids, and its token rows before them."""
     model = GPT(SHAPE)
     initialise(model, InitConfig())
-    optimizer = make_optimizer(model, OptimConfig(name=name, **knobs))
+    array = ModelArray([model], OptimConfig(name=name, **knobs))
     before = model.wte.weight.detach().clone()
-    ids = torch.randint(0, 100, (4, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 100, (1, 4, 9), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(steps):
-        loss, _ = loss_of(model(ids[:, :-1]), model.head.weight, ids[:, 1:])
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        _, (head,) = array.gradients(ids[..., :-1], ids[..., 1:])
+        losses.append(head.loss.item())
+        array.update(array.config.lr, 0.0, array.norms())
     return model, before, losses
 
 
@@ -56,15 +55,15 @@ def moved_by(name, updates=6, **knobs):
     the gradients of each update)."""
     model = GPT(ModelConfig(d_model=16, n_layer=1, n_head=2, context=8, tied=False))
     initialise(model, InitConfig())
-    optimizer = make_optimizer(model, OptimConfig(name=name, **knobs))
+    array = ModelArray([model], OptimConfig(name=name, **knobs))
     generator = torch.Generator().manual_seed(1)
     starts = {label: p.detach().clone() for label, p in model.named_parameters()}
     gradients = {label: [] for label in starts}
     for update in range(updates):
         for label, parameter in model.named_parameters():
-            parameter.grad = (1 + update) * torch.randn(parameter.shape, generator=generator)
+            parameter.grad.copy_((1 + update) * torch.randn(parameter.shape, generator=generator))
             gradients[label].append(parameter.grad.double())
-        optimizer.step()
+        array.optimizer.step()
     return dict(model.named_parameters()), starts, gradients
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from scipy import stats
 
-from gptcore.config import InitConfig, ModelConfig, ProbesConfig
+from gptcore.array import ModelArray
+from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, loss_of
+from gptcore.model import GPT
 from gptcore.probes import (
     HISTOGRAM_EDGES,
     PROBES,
     Moment,
+    due,
     model_parts,
     observe,
     update_rows,
@@ -41,9 +43,8 @@ def moment():
         for part in model_parts(model, LAYERS)
     }
     ids, targets = torch.randint(40, (2, 5, 12), generator=generator)
-    hidden = model(ids)
-    loss, log_z = loss_of(hidden, model.head.weight, targets)
-    loss.backward()
+    array = ModelArray([model], OptimConfig())
+    (hidden,), (head,) = array.gradients(ids[None], targets[None])
     return Moment(
         step=7,
         model=model,
@@ -53,7 +54,7 @@ def moment():
         fixed_texts={
             text: torch.randint(80, (3, 13), generator=generator) for text in ("probe", "held_out")
         },
-        batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=log_z),
+        batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=head.log_z_BT),
     )
 
 
@@ -83,18 +84,18 @@ def test_every_probe_only_reads(probe, moment):
 
 
 def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
-    def due(step, last=False):
+    def seen(step, last=False):
         at = replace(moment, step=step)
         config = ProbesConfig(every=5, histogram_every=10, spectrum_every=15, text_every=20)
-        return {TABLE_OF[type(row)] for row in observe(at, config, last=last)}
+        return {TABLE_OF[type(row)] for row in observe(at, due(config, step, last=last))}
 
     often = {"weights", "activations", "attention", "token_groups"}
     texts = {"text_losses", "group_weights"}
-    assert due(0) == due(3, last=True) == often | texts | {"histograms", "spectra", "tokens"}
-    assert due(5) == often
-    assert due(30) == often | {"histograms", "spectra"}
-    assert due(20) == often | texts | {"histograms"}
-    assert due(3) == set()
+    assert seen(0) == seen(3, last=True) == often | texts | {"histograms", "spectra", "tokens"}
+    assert seen(5) == often
+    assert seen(30) == often | {"histograms", "spectra"}
+    assert seen(20) == often | texts | {"histograms"}
+    assert seen(3) == set()
 
 
 def test_only_the_layers_named_are_looked_at(moment):

@@ -1,0 +1,225 @@
+"""Trials that train side by side: each as it would be alone, whatever becomes of the others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gptcore import checkpoint, train
+from gptcore.array import ModelArray
+from gptcore.config import InputError, TrialConfig
+from gptcore.experiment import Trial, apart, run_trial, run_trials
+from gptcore.model import GPT
+from gptcore.optimizers import OPTIMIZERS
+from gptcore.records import MemoryRecorder, TrainingRow
+
+
+def with_knobs(config, **knobs):
+    return TrialConfig.from_flat(
+        {**config.to_flat(), **{key.replace("__", "."): value for key, value in knobs.items()}}
+    )
+
+
+@pytest.fixture
+def trio(tiny):
+    """Three trials that differ in all they may."""
+    return [
+        with_knobs(tiny, init__scheme="model5"),
+        with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
+        with_knobs(tiny, init__scheme="normal", init__std=0.1, corpus__subset="0-0.5"),
+    ]
+
+
+def together(configs, files=None):
+    recorders = [MemoryRecorder() for _ in configs]
+    run_trials(
+        [
+            Trial(config, recorder, file)
+            for config, recorder, file in zip(
+                configs, recorders, files or [None] * len(configs), strict=True
+            )
+        ]
+    )
+    return recorders
+
+
+def alone(config):
+    recorder = MemoryRecorder()
+    run_trial(config, recorder)
+    return recorder
+
+
+def assert_alike(found, expected):
+    """Losses within 1e-5, stds within 1e-4 of themselves, every row there."""
+    assert found.result.status == expected.result.status
+    assert found.result.steps == expected.result.steps
+    assert set(found.rows) == set(expected.rows)
+    for table, rows in expected.rows.items():
+        assert len(found.rows[table]) == len(rows), table
+    for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
+        assert ours.step == theirs.step
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-5, rel=0)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+    for ours, theirs in zip(found.rows["weights"], expected.rows["weights"], strict=True):
+        assert (ours.step, ours.tensor) == (theirs.step, theirs.tensor)
+        if "bias" not in ours.tensor:  # the key part's has no gradient but rounding
+            assert ours.std == pytest.approx(theirs.std, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
+    configs = [
+        with_knobs(config, optim__name=name, model__tied=tied, optim__clip=0.5) for config in trio
+    ]
+    for found, config in zip(together(configs), configs, strict=True):
+        assert_alike(found, alone(config))
+
+
+def test_an_array_stays_with_its_trials_for_200_steps(trio):
+    configs = [with_knobs(config, train__steps=200, probes__every=50) for config in trio]
+    for found, config in zip(together(configs), configs, strict=True):
+        assert_alike(found, alone(config))
+
+
+def test_one_that_diverges_leaves_the_others_alone(trio):
+    wild = with_knobs(trio[1], init__std=1e18, init__scheme="normal")
+    recorders = together([trio[0], wild, trio[2]])
+    expected = alone(wild)
+    assert expected.result.status == "diverged"
+    for found, config in zip(recorders, [trio[0], wild, trio[2]], strict=True):
+        assert_alike(found, alone(config))
+    assert recorders[1].result.reason == expected.result.reason
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process in the middle of an array."""
+
+
+class CutAt(MemoryRecorder):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def log(self, rows):
+        super().log(rows)
+        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
+            raise Cut
+
+
+@pytest.mark.parametrize("who", [0, 2])  # the first to be told of a step, and the last
+def test_an_array_that_was_cut_off_ends_like_one_that_was_not(trio, tmp_path, monkeypatch, who):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    configs = [
+        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
+    ]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    recorders = [CutAt(3 if k == who else 99) for k in range(3)]
+    with pytest.raises(Cut):
+        run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
+    assert all(file.exists() for file in files)
+    resumed, whole = together(configs, files), together(configs)
+    assert [one.rows for one in resumed] == [one.rows for one in whole]
+    assert not list(tmp_path.iterdir())
+
+
+def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(
+    trio, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    configs = [
+        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
+    ]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    for config, file, step in zip(configs, files, (1, 4, 1), strict=True):
+        with pytest.raises(Cut):
+            run_trial(config, CutAt(step), file)
+    for found, config in zip(together(configs, files), configs, strict=True):
+        assert_alike(found, alone(config))
+
+
+def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(
+    trio, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    configs = [
+        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
+    ]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    recorders = [CutAt(3 if k == 0 else 99) for k in range(3)]
+    with pytest.raises(Cut):
+        run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
+    with pytest.raises(Cut):
+        run_trial(configs[0], CutAt(3), tmp_path / "alone.pt")
+    sizes = [file.stat().st_size for file in (files[1], tmp_path / "alone.pt")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+    resumed = MemoryRecorder()
+    run_trial(configs[1], resumed, files[1])
+    assert_alike(resumed, alone(configs[1]))
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e30])  # one that finishes, and one that diverges on the way
+def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
+    config = with_knobs(
+        tiny, train__steps=25, probes__every=10, probes__text_every=20, optim__lr=lr
+    )
+    expected = alone(config)
+    monkeypatch.setitem(train.READ_EVERY, "cpu", 4)
+    found = alone(config)
+    assert found.rows == expected.rows
+    assert replace(found.result, seconds=1, tokens_per_second=1) == replace(
+        expected.result, seconds=1, tokens_per_second=1
+    )
+
+
+def test_trials_that_cannot_go_together_are_told_by_which_knobs(trio):
+    assert apart(trio) == []
+    trio[1] = with_knobs(trio[1], optim__lr=0.5, model__n_layer=1)
+    with pytest.raises(InputError, match=r"they differ in model\.n_layer, optim\.lr"):
+        run_trials([Trial(config, MemoryRecorder()) for config in trio])
+
+
+@pytest.mark.parametrize("precision", ["bf16-head", "bf16"])
+def test_less_precision_is_opted_for_and_its_error_is_told(trio, precision):
+    configs = [with_knobs(config, train__precision=precision) for config in trio]
+    for found, config, exact in zip(together(configs), configs, trio, strict=True):
+        expected = alone(exact)
+        for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
+            assert ours.loss != theirs.loss
+            assert ours.loss == pytest.approx(theirs.loss, abs=2e-2)
+        assert 0 < found.result.loss_error < 1e-2
+        assert 0 < found.result.gradient_error < 1e-2
+        assert expected.result.loss_error is None
+        own = alone(config)
+        for ours, theirs in zip(found.rows["training"], own.rows["training"], strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
+    configs = [with_knobs(config, train__device="cuda") for config in trio]
+    for found, config in zip(together(configs), configs, strict=True):
+        expected = alone(config)
+        for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_never_waits_for_the_gpu(tiny, count):
+    device = torch.device("cuda")
+    array = ModelArray([GPT(tiny.model).to(device) for _ in range(count)], tiny.optim)
+    ids = torch.randint(50257, (count, 4, tiny.model.context + 1), device=device)
+
+    def step():
+        array.gradients(ids[..., :-1], ids[..., 1:])
+        array.update(1e-3, 1.0, array.norms())
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
