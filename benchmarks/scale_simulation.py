@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.analysis_scale import SCHEMES, model_trial
-from gptcore.config import TrialConfig, spelling
-from gptcore.records import MemoryRecorder, Recorder, TrialResult
+from gptcore.config import spelling
+from gptcore.experiment import Trial
+from gptcore.records import MemoryRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIAL = model_trial(**{"model.n_layer": 4, "train.steps": 2, "train.device": "cpu"})
@@ -43,20 +45,20 @@ def recorded(file: Path) -> MemoryRecorder:
     return pickle.loads(file.read_bytes())
 
 
-def replay(config: TrialConfig, recorder: Recorder, checkpoint: Path, _: Any) -> TrialResult:
-    """In place of gptcore.experiment.run_trial."""
-    trial = recorded(checkpoint.parents[1] / RECORDED)
-    for rows in trial.rows.values():
-        recorder.log(rows)
-    recorder.close(trial.result)
-    return trial.result
+def replay(trials: Sequence[Trial]) -> None:
+    """In place of gptcore.experiment.run_trials."""
+    for trial in trials:
+        whole = recorded(trial.file.parents[1] / RECORDED)
+        for rows in whole.rows.values():
+            trial.recorder.log(rows)
+        trial.recorder.close(whole.result)
 
 
 def run_batch(config: dict[str, Any], texts: Any) -> None:
     """In place of sweeps.trainable.run_batch, which it calls, on a worker."""
     from sweeps import trainable
 
-    trainable.run_trial = replay
+    trainable.run_trials = replay
     begun = time.perf_counter()
     trainable.run_batch(config, texts)
     with Path(config["runs_dir"], BUSY).open("a") as file:
@@ -104,7 +106,14 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     ray.init = functools.partial(ray.init, num_cpus=cores)
     knobs = TRIAL.to_flat().items()
     flags = [word for knob, value in knobs for word in (f"--{knob}", spelling(value))]
-    flags += ["--init.scheme", *SCHEMES, "--init.seed", *map(str, range(n_trials // len(SCHEMES)))]
+    flags += [
+        "--array",
+        "off",
+        "--init.scheme",
+        *SCHEMES,
+        "--init.seed",
+        *map(str, range(n_trials // len(SCHEMES))),
+    ]
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         code = launch.main("", PRESETS, ["--runs-dir", folder, "--name", "scale", *flags])
     if code:

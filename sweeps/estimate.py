@@ -18,7 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, quantiles
+from statistics import fmean, median, quantiles
+from typing import Any
 
 import ray
 import torch
@@ -27,8 +28,9 @@ from rich.console import Console
 
 from gptcore.config import Scalar, TrialConfig
 from gptcore.corpus import GIVEN
-from gptcore.experiment import run_trial
+from gptcore.experiment import Trial, run_trials
 from gptcore.records import MemoryRecorder, Row, TrainingRow
+from sweeps.arrays import LONG_STEP, MOST, WORTH, best_size, split, together
 from sweeps.cluster import HEADROOM, fit, machines, needs_of, slots, there
 from sweeps.parquet import write_tables
 from sweeps.tracking import chart_points
@@ -43,8 +45,6 @@ SHORTEST = 4
 SECONDS_A_SHAPE = 20.0
 FILL = 0.9
 """Of a GPU's memory: how much of it trials may fill."""
-WORTH = 1.1
-"""How much faster a GPU has to become with twice the trials on it to be given those."""
 CONTEXT = 600 * 2**20
 """Bytes of a GPU that CUDA takes of it for a process, beside what PyTorch reserves."""
 OVERHEAD = 0.3
@@ -54,8 +54,16 @@ POINT_BYTES = 270
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Trials that train together, by their keys, and what they need of a machine, as needs_of."""
+
+    keys: tuple[str, ...]
+    needs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Cost:
-    """What one trial takes: seconds, also if all steps were as fast as the fastest tenth or as the
+    """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
     slowest, and bytes of memory, of a GPU's memory, and of disk."""
 
     seconds: float
@@ -73,11 +81,12 @@ class Estimate:
     trials: int
     steps: int
     concurrent: int  # trials at a time
-    per_gpu: int  # of them on one GPU, at most; 0 without any
+    array: int  # of them in one process, at most
+    per_gpu: int  # processes on one GPU, at most; 0 without any
     seconds: float
     low: float
     high: float
-    memory: int  # bytes, of the largest trial
+    memory: int  # bytes, of the largest process
     gpu_memory: int
     disk: int  # bytes, of all trials
     unknown: tuple[str, ...]  # of each shape that could not be measured, why
@@ -85,12 +94,14 @@ class Estimate:
     def lines(self) -> list[str]:
         """The estimate for a reader."""
         gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
-        on_gpu = f", {self.per_gpu} on a GPU" if self.per_gpu else ""
-        at_once = f"{self.concurrent} at a time{on_gpu}"
+        arrays = f" in arrays of {self.array}" if self.array > 1 else ""
+        on_gpu = f", {self.per_gpu * self.array} on a GPU" if self.per_gpu else ""
+        at_once = f"{self.concurrent} at a time{arrays}{on_gpu}"
         return [
             f"{self.trials} trials of {self.steps:,} steps in all, {at_once}: "
             f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)})",
-            f"  {size(self.memory)} of memory{gpu} a trial, {size(self.disk)} of disk for all",
+            f"  {size(self.memory)} of memory{gpu} {'an array' if self.array > 1 else 'a trial'}, "
+            f"{size(self.disk)} of disk for all",
             *(f"  not measured, and not counted: {why}" for why in self.unknown),
         ]
 
@@ -154,17 +165,23 @@ class Stopwatch(MemoryRecorder):
                 raise Enough
 
 
-def timed(config: TrialConfig) -> Stopwatch:
-    """Run the trial until it ends or has been measured for long enough."""
-    stopwatch = Stopwatch()
+def timed(config: TrialConfig, array: int) -> Stopwatch:
+    """Run such a trial, or an array of them, until it ends or has been measured for long enough;
+    -> the watch of the last one."""
+    stopwatches = [Stopwatch() for _ in range(array)]
     with contextlib.suppress(Enough):
-        run_trial(config, stopwatch)
-    return stopwatch
+        run_trials(
+            [
+                Trial(replace(config, init=replace(config.init, seed=seed)), stopwatch)
+                for seed, stopwatch in enumerate(stopwatches)
+            ]
+        )
+    return stopwatches[-1]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one shortened trial took."""
+    """What one shortened trial took, or an array of them."""
 
     began: float  # seconds after it was asked for, since the epoch at first; the process was warm
     steps: list[float]  # seconds; the first step's are those of all that comes before as well
@@ -175,9 +192,10 @@ class Measured:
     memory: int
     gpu_memory: int
     gpu_size: int
+    array: int = 1  # how many trials; rows, points and bytes are one's
 
 
-def measure(params: Mapping[str, Scalar], texts: Texts) -> Measured:
+def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
     """Run a trial as long as it is worth while; in a process of its own.
 
     The first trial of a process is slower by some seconds, once: a short one is run again, and what
@@ -185,9 +203,9 @@ def measure(params: Mapping[str, Scalar], texts: Texts) -> Measured:
     """
     GIVEN.update(texts)
     entered, config = time.time(), TrialConfig.from_flat(params)
-    first = stopwatch = timed(config)
+    first = stopwatch = timed(config, array)
     if first.seconds < SECONDS_A_SHAPE / 4:
-        stopwatch = timed(config)
+        stopwatch = timed(config, array)
     trained = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         sizes = {
@@ -198,7 +216,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts) -> Measured:
     return Measured(
         began=entered + first.seconds - stopwatch.seconds,
         steps=[end - start for start, end in itertools.pairwise(moments)],
-        writing=time.perf_counter() - trained,
+        writing=array * (time.perf_counter() - trained),
         rows={
             table: [getattr(row, "step", None) for row in rows]
             for table, rows in stopwatch.rows.items()
@@ -213,6 +231,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts) -> Measured:
         memory=peak_memory(),
         gpu_memory=gpu_memory,
         gpu_size=gpu_size,
+        array=array,
     )
 
 
@@ -224,7 +243,7 @@ def peak_gpu_memory() -> tuple[int, int]:
 
 
 def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
-    """A whole trial's cost from what shortened ones took, each kind of step counted as often as the
+    """A whole batch's cost from what shortened ones took, each kind of step counted as often as the
     trial has it."""
     short = shortened(config)
     taken: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
@@ -258,7 +277,7 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
         high=fixed + seconds * tenths[-1] / fmean(plain),
         memory=max(one.memory for one in measured),
         gpu_memory=max(one.gpu_memory for one in measured),
-        disk=round(disk),
+        disk=round(disk * measured[0].array),
     )
 
 
@@ -270,14 +289,16 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(ends)
 
 
-def side_by_side(config: TrialConfig, texts: ray.ObjectRef[Texts], count: int) -> list[Measured]:
-    """What so many trials of a shape take beside each other on one machine, and on one GPU where
-    they use any. Raises Ray's error for what they break on."""
+def side_by_side(
+    config: TrialConfig, texts: ray.ObjectRef[Texts], count: int, array: int = 1
+) -> list[Measured]:
+    """What so many trials of a shape, or arrays of them, take beside each other on one machine, and
+    on one GPU where they use any. Raises Ray's error for what they break on."""
     needs = needs_of(config, per_gpu=count)
     together = {name: math.ceil(count * need) for name, need in needs.items()}
     group = ray.util.placement_group([together])
     # A worker ends with its trial: the peak of its memory is that trial's.
-    task = ray.remote(
+    task: Any = ray.remote(
         num_cpus=needs["CPU"],
         num_gpus=needs.get("GPU", 0),
         max_calls=1,
@@ -289,25 +310,25 @@ def side_by_side(config: TrialConfig, texts: ray.ObjectRef[Texts], count: int) -
         while not group.wait(1):
             pass  # a cluster may have to start a machine
         asked = time.time()
-        measured = ray.get([task.remote(params, texts) for _ in range(count)])
+        measured = ray.get([task.remote(params, texts, array) for _ in range(count)])
         return [replace(one, began=one.began - asked) for one in measured]
     finally:
         ray.util.remove_placement_group(group)
 
 
 def share_of_gpu(
-    config: TrialConfig, trials: int, beside: Callable[[int], list[Measured]]
+    config: TrialConfig, batches: int, beside: Callable[[int], list[Measured]]
 ) -> tuple[int, list[Measured]]:
-    """How many trials of a shape a GPU is to have at a time, and what they then take.
+    """How many batches of a shape a GPU is to have at a time, and what they then take.
 
     One at first, then twice as many each time, `beside` each other, while that makes the GPU faster
     by more than WORTH, the machine has cores and memory, and the GPU memory, for them, and there
-    are so many `trials` for each GPU.
+    are so many `batches` for each GPU.
     """
     gpus = [machine for machine in machines() if machine.get("GPU")]
     cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
     memory = min(machine.get("memory", math.inf) / machine["GPU"] for machine in gpus)
-    most = min(cores, math.ceil(trials / sum(machine["GPU"] for machine in gpus)))
+    most = min(cores, math.ceil(batches / sum(machine["GPU"] for machine in gpus)))
     count, measured = 1, beside(1)
     while 2 * count <= most:
         if any(
@@ -327,53 +348,117 @@ def share_of_gpu(
     return count, measured
 
 
+def array_size(
+    shape: TrialConfig,
+    texts: ray.ObjectRef[Texts],
+    asked: str,
+    groups: Sequence[Sequence[str]],
+    alone: Measured,
+    console: Console,
+) -> int:
+    """How many trials of a shape train together, of groups that can.
+
+    As many as are `asked` for, if memory holds so many times what one takes that was measured
+    `alone`; with auto as many as make it faster, and no more than leave every slot something to do.
+    """
+    longest = max(map(len, groups))
+    if asked == "off" or longest == 1:
+        return 1
+    needs = needs_of(shape)
+    fits = [machine for machine in machines() if fit(machine, needs)]
+    memory = min(machine.get("memory", math.inf) / fit(machine, needs) for machine in fits)
+    held = memory / (HEADROOM * alone.memory)
+    if alone.gpu_memory:
+        held = min(held, FILL * alone.gpu_size / alone.gpu_memory)
+    most = max(1, int(min(longest, held)))
+    if asked != "auto":
+        if most < min(int(asked), longest):
+            console.print(f"--array {asked}: memory holds arrays of {most} of these trials")
+        return min(int(asked), most)
+    if median(alone.steps) > LONG_STEP:
+        return 1
+    most = min(most, MOST, math.ceil(longest / slots(needs)))
+    task = ray.remote(
+        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=0
+    )(best_size)
+    best: int = ray.get(task.remote(shape.to_flat(), texts, most)) if most > 1 else 1
+    return best
+
+
+def arranged(
+    shape: TrialConfig,
+    groups: Sequence[Sequence[str]],
+    texts: ray.ObjectRef[Texts],
+    array: str,
+    console: Console,
+) -> tuple[list[tuple[str, ...]], int, list[Measured]]:
+    """How trials of a shape, in groups that can train together, are to run: the arrays, how many of
+    them on a GPU, and what they then take."""
+    needs = needs_of(shape)
+    fits = 1 if "GPU" in needs else max(fit(machine, needs) for machine in machines())
+
+    def beside(count: int, members: int = 1) -> list[Measured]:
+        return side_by_side(shape, texts, count, members)
+
+    measured = beside(max(1, min(fits, sum(map(len, groups)))))
+    members = array_size(shape, texts, array, groups, measured[0], console)
+    arrays = [some for group in groups for some in split(group, members)]
+    if "GPU" in needs:
+        return arrays, *share_of_gpu(shape, len(arrays), functools.partial(beside, members=members))
+    if members > 1:
+        measured = beside(min(fits, len(arrays)), members)
+    return arrays, 1, measured
+
+
 def estimate(
-    trials: Mapping[str, TrialConfig], texts: Texts, console: Console
-) -> tuple[Estimate, dict[str, dict[str, float]]]:
-    """What these trials take on the Ray that runs, and by key what each needs of a machine."""
-    shapes: defaultdict[TrialConfig, list[str]] = defaultdict(list)
-    for key, config in trials.items():
-        shapes[shape_of(config)].append(key)
+    trials: Mapping[str, TrialConfig], texts: Texts, console: Console, array: str = "off"
+) -> tuple[Estimate, list[Batch]]:
+    """What these trials take on the Ray that runs, and how they are to run there: as single trials
+    or, as `array` says (--array), together."""
+    shapes: defaultdict[TrialConfig, list[list[str]]] = defaultdict(list)
+    for group in together(trials):
+        shapes[shape_of(trials[group[0]])].append(group)
     costs: list[Cost] = []
-    needs: dict[str, dict[str, float]] = {}
+    batches: list[Batch] = []
     unknown, beginning = [], 0.0
     given = ray.put(texts)
     with console.status("") as status:
-        for done, (shape, keys) in enumerate(shapes.items()):
+        for done, (shape, groups) in enumerate(shapes.items()):
             if not any(fit(one, needs_of(shape)) for one in there()):
                 console.print(
                     "waiting for a machine of the cluster: `ray status` on its head says what it "
                     "does, and what keeps it from it"
                 )
             status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
-            per_gpu = 1
             try:
-                if "GPU" in needs_of(shape):
-                    per_gpu, measured = share_of_gpu(
-                        shape, len(trials), functools.partial(side_by_side, shape, given)
-                    )
-                else:
-                    fits = max(fit(machine, needs_of(shape)) for machine in machines())
-                    measured = side_by_side(shape, given, max(1, min(fits, len(keys))))
+                arrays, per_gpu, measured = arranged(shape, groups, given, array, console)
             except ray.exceptions.RayError as error:
+                keys = [key for group in groups for key in group]
                 why = str(error).strip().splitlines()[-1].strip()
                 unknown.append(f"{len(keys)} trials such as {keys[0]}: {why}")
-                needs |= dict.fromkeys(keys, needs_of(shape))
+                batches += [Batch((key,), needs_of(shape)) for key in keys]
                 continue
             cost = cost_of(shape, measured)
-            costs += [cost] * len(keys)
-            needs |= dict.fromkeys(keys, needs_of(shape, cost.memory, per_gpu))
+            costs += [cost] * len(arrays)
+            needs = needs_of(shape, cost.memory, per_gpu)
+            batches += [Batch(some, needs) for some in arrays]
             beginning = max(beginning, *(one.began for one in measured))
-    concurrent = min(len(trials), *(slots(needs[keys[0]]) for keys in shapes.values()))
+    order = {key: i for i, key in enumerate(trials)}
+    batches.sort(key=lambda batch: order[batch.keys[0]])
+    at_once = min(len(batches), *(slots(batch.needs) for batch in batches))
+    largest = max(len(batch.keys) for batch in batches)
 
     def whole(name: str) -> float:
-        return beginning + makespan([getattr(cost, name) for cost in costs], concurrent)
+        return beginning + makespan([getattr(cost, name) for cost in costs], at_once)
 
     return Estimate(
         trials=len(trials),
         steps=sum(config.train.steps for config in trials.values()),
-        concurrent=concurrent,
-        per_gpu=max((round(1 / one["GPU"]) for one in needs.values() if "GPU" in one), default=0),
+        concurrent=min(len(trials), at_once * largest),
+        array=largest,
+        per_gpu=max(
+            (round(1 / one.needs["GPU"]) for one in batches if "GPU" in one.needs), default=0
+        ),
         seconds=whole("seconds"),
         low=whole("low"),
         high=whole("high"),
@@ -381,4 +466,4 @@ def estimate(
         gpu_memory=max((cost.gpu_memory for cost in costs), default=0),
         disk=sum(cost.disk for cost in costs),
         unknown=tuple(unknown),
-    ), needs
+    ), batches

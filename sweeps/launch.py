@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
+from sweeps.arrays import check_array, check_together
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.faults import GO_ON, Fault
 from sweeps.plan import Plan, make_plan, power, seeds_of, with_more_seeds, with_overrides
@@ -52,6 +53,7 @@ def _main(
         given = len(seeds_of(spaces))
         spaces = with_more_seeds(spaces, args.until_decided)
     plan = make_plan(args.name or args.preset, args.preset, spaces)
+    check_together(args.array, plan.trials)
     for note in plan.notes:
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
     if args.debug:
@@ -82,6 +84,11 @@ def command_line(
     )
     mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
     parser.add_argument(
+        "--array", default="auto", metavar="auto|off|K",
+        help="trials that train together in one process, sharing all but init and corpus: as many "
+        "as make it faster, none, or so many [auto]",
+    )  # fmt: skip
+    parser.add_argument(
         "--redo", nargs="+", default=[], metavar="KEY|failed|all",
         help="run these trials anew, though they have a run, which is kept and marked",
     )  # fmt: skip
@@ -97,6 +104,7 @@ def command_line(
     args, given = parse(parser, argv)
     if args.preset not in presets:
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
+    check_array(args.array)
     return args, {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
 
 
@@ -122,7 +130,7 @@ def run_sweep(
         if args.dry_run:
             wanted, alpha = next_look(plan, looks) if looks else (plan, None)
             return dry_run(wanted, alpha, args, console)
-        with Session(plan.name, runs_dir, console) as session:
+        with Session(plan.name, runs_dir, console, args.array) as session:
             if given is None:
                 stopped = session.run(plan, args.redo)
             else:
@@ -147,12 +155,12 @@ def dry_run(plan: Plan, alpha: float | None, args: argparse.Namespace, console: 
         for key, config in plan.trials.items()
         if key in again or not ledger[key].is_done
     }
-    for line in [*expected(missing, console), *power(plan, alpha)]:
+    for line in [*expected(missing, args.array, console), *power(plan, alpha)]:
         console.print(line, soft_wrap=True)
     return 0
 
 
-def expected(missing: Mapping[str, TrialConfig], console: Console) -> list[str]:
+def expected(missing: Mapping[str, TrialConfig], array: str, console: Console) -> list[str]:
     """What the missing trials will take, measured on Ray, for a reader."""
     if not missing:
         return []
@@ -162,6 +170,6 @@ def expected(missing: Mapping[str, TrialConfig], console: Console) -> list[str]:
     start_ray({config.train.device for config in missing.values()}, console)
     try:
         texts = texts_for({config.corpus.name for config in missing.values()})
-        return estimate(missing, texts, console)[0].lines()
+        return estimate(missing, texts, console, array)[0].lines()
     finally:
         stop_ray()

@@ -109,10 +109,12 @@ class SweepProgress(tune.Callback):
             raise Ended
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        (job,) = trial.config["batch"]
-        self.running.add(job["key"])
-        self.steps.setdefault(job["key"], job["params"]["train.steps"])
-        self.done.setdefault(job["key"], 0)
+        for job in trial.config["batch"]:
+            if job["key"] in self.finished or job["key"] in self.failed:
+                continue  # its array goes on without it
+            self.running.add(job["key"])
+            self.steps.setdefault(job["key"], job["params"]["train.steps"])
+            self.done.setdefault(job["key"], 0)
         self._show()
 
     def on_trial_result(
@@ -120,43 +122,48 @@ class SweepProgress(tune.Callback):
     ) -> None:
         if self.first_report is None:
             self.first_report = time.monotonic()
-        key = key_of(trial.config)
-        if result.get("status") == "failed":
+        key, status = result["trial_key"], result.get("status")
+        if key in self.finished or key in self.failed:
+            return  # said before: Tune repeats a batch's last result, and a retried one its first
+        if status:
+            self.running.discard(key)
+        if status == "failed":
             self.failed[key] = result["reason"]
             if result.get("ends_sweep"):
                 self.fault = result["reason"]
+            self._show(f"trial {key} failed: {self.failed[key]}")
             return
         # Not heard of before its end: it was too short to begin far from there.
-        self.begun.setdefault(key, 0 if "status" in result else result["step"])
-        self.done[key] = self.steps[key] if result.get("status") == "diverged" else result["step"]
-        self._show()
+        self.begun.setdefault(key, 0 if status else result["step"])
+        self.done[key] = self.steps[key] if status == "diverged" else result["step"]
+        if status:
+            self.finished.add(key)
+        self._show(f"trial {key} {status}" if status else "")
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        key = key_of(trial.config)
-        self.running.discard(key)
-        result = trial.last_result
-        if key in self.failed:
-            self._show(f"trial {key} failed: {self.failed[key]}")
-        elif "status" in result:
-            self.finished.add(key)
-            self._show(f"trial {key} {result['status']}")
-        else:
-            self.pruned[key] = f"pruned at step {result['step']}"
+        for key in self._left(trial):
+            self.running.discard(key)
+            self.pruned[key] = f"pruned at step {trial.last_result['step']}"
             self._show(f"trial {key} {self.pruned[key]}")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        key = key_of(trial.config)
-        self.running.discard(key)
-        self.retried.setdefault(key, []).append(_why(trial))
-        self._show(f"trial {key} goes on with another worker: {self.retried[key][-1]}")
+        for key in self._left(trial):
+            self.running.discard(key)
+            self.retried.setdefault(key, []).append(_why(trial))
+            self._show(f"trial {key} goes on with another worker: {self.retried[key][-1]}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        key = key_of(trial.config)
-        self.running.discard(key)
-        self.failed[key] = _why(trial)
-        self._show(f"trial {key} failed: {self.failed[key]}")
+        for key in self._left(trial):
+            self.running.discard(key)
+            self.failed[key] = _why(trial)
+            self._show(f"trial {key} failed: {self.failed[key]}")
+
+    def _left(self, trial: Trial) -> list[str]:
+        """The keys of Tune's trial that have no result."""
+        keys = [job["key"] for job in trial.config["batch"]]
+        return [key for key in keys if key not in self.finished and key not in self.failed]
 
 
 def _why(trial: Trial) -> str:
@@ -174,6 +181,6 @@ def _why(trial: Trial) -> str:
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """The key of the trial that a worker is given, known before the trial is."""
+    """The key of the first trial that a worker is given, known before the trial is."""
     key: str = config["key"]
     return key

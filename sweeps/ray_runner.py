@@ -22,6 +22,7 @@ from sweeps.tracking import close_runs, wait_no_longer
 from sweeps.trainable import run_batch
 
 if TYPE_CHECKING:
+    from sweeps.estimate import Batch
     from sweeps.study import Suggestions
 
 RETRIES, RETRIES_ON_SPOT = 2, 10
@@ -47,8 +48,8 @@ of each, finished or not, and goes through all of them again and again."""
 
 def run_on_ray(
     jobs: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
     store: Mapping[str, str],
-    needs: Mapping[str, Mapping[str, float]],
     texts: Mapping[str, tuple[str, str]],
     runs_dir: Path,
     console: Console,
@@ -56,12 +57,14 @@ def run_on_ray(
 ) -> bool:
     """Run trials; -> whether stopped.
 
-    A job is a trial as sweeps.trainable takes it; `needs` are those of each, by its key, as
-    needs_of; `texts` as texts_for gives them. A search adds its jobs as it suggests them.
+    A job is a trial as sweeps.trainable takes it; `batches` say which train together; `texts` are
+    as texts_for gives them. A search adds its jobs as it suggests them, each like the one batch.
     Afterwards no job's MLflow run is RUNNING: one that failed has its reason, one that was pruned
     or that Ctrl-C stopped is KILLED. Raises Fault for what ended the sweep before its trials did.
     """
     steps = {job["key"]: job["params"]["train.steps"] for job in jobs}
+    needs = {batch.keys[0]: batch.needs for batch in batches}
+    need = batches[0].needs  # of all that a search suggests
     progress = SweepProgress(console, steps, trials=search.left if search else len(jobs))
     progress.errors = search.errors if search else []
     # Whoever ends the driver politely ends it as Ctrl-C does; Ray itself would only print and die.
@@ -71,7 +74,7 @@ def run_on_ray(
         tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_batch, texts=dict(texts)),
-                lambda config: tune.PlacementGroupFactory([dict(needs[key_of(config)])]),
+                lambda config: tune.PlacementGroupFactory([dict(needs.get(key_of(config), need))]),
             ),
             param_space=space,
             tune_config=tune.TuneConfig(
@@ -99,22 +102,25 @@ def run_on_ray(
             with on_interrupt(progress.interrupt):
                 if search:
                     if addable():  # by itself Tune asks for one machine after the other
-                        most = slots(needs["any"])
+                        most = slots(need)
                         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most)
                     tune_trials(None)
                 else:
-                    kinds = {str(needs[job["key"]]): job for job in jobs}.values()
-                    most = max(PORTION, ROUNDS * max(slots(needs[job["key"]]) for job in kinds))
+                    kinds = {str(batch.needs): batch for batch in batches}.values()
+                    most = max(PORTION, ROUNDS * max(slots(batch.needs) for batch in kinds))
                     job_of = {job["key"]: dict(job) for job in jobs}
-                    for start in range(0, len(jobs), most):
-                        portion = [job["key"] for job in jobs[start : start + most]]
+                    batch_of = {
+                        batch.keys[0]: [job_of[key] for key in batch.keys] for batch in batches
+                    }
+                    for start in range(0, len(batches), most):
+                        portion = [batch.keys[0] for batch in batches[start : start + most]]
                         tune_trials(
                             {
                                 "store": dict(store),
                                 "runs_dir": str(runs_dir),
                                 # Tune copies its whole space for every trial of it.
                                 "key": tune.grid_search(portion),
-                                "batch": tune.sample_from(lambda config: [job_of[config["key"]]]),
+                                "batch": tune.sample_from(lambda config: batch_of[config["key"]]),
                             }
                         )
             stopped = False

@@ -265,12 +265,11 @@ class Tried:
         suggestions = Suggestions(
             self.study, trials, self.domains, self.prepared, self.answer, self.prune, common
         )
-        with self.session.estimated({f"trial {i}": largest for i in range(left)}) as needs:
-            need = next(iter(needs.values()))
+        with self.session.estimated({f"trial {i}": largest for i in range(left)}) as batches:
             return run_on_ray(
                 suggestions.jobs,
+                batches[:1],
                 store,
-                defaultdict(lambda: need),
                 self.session.texts,
                 runs_dir,
                 self.session.console,

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,9 @@ from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
 from sweeps.plan import Plan, jobs_of
 from sweeps.units import clock
 
+if TYPE_CHECKING:
+    from sweeps.estimate import Batch
+
 
 class Session:
     """A sweep while this driver holds it.
@@ -40,8 +43,9 @@ class Session:
     cleanly and, pressed again, at once.
     """
 
-    def __init__(self, name: str, runs_dir: Path, console: Console) -> None:
-        self.name, self.runs_dir, self.console = name, runs_dir, console
+    def __init__(self, name: str, runs_dir: Path, console: Console, array: str = "off") -> None:
+        """`array`: which trials train together, as --array takes it."""
+        self.name, self.runs_dir, self.console, self.array = name, runs_dir, console, array
         self.uri = tracking_uri(runs_dir)
         self.ended = "FAILED"
         self.held = ExitStack()
@@ -98,8 +102,8 @@ class Session:
         from sweeps.ray_runner import run_on_ray
 
         jobs = jobs_of(plan, missing)
-        with self.estimated({key: plan.trials[key] for key in missing}) as needs:
-            stopped = run_on_ray(jobs, self.store, needs, self.texts, self.runs_dir, self.console)
+        with self.estimated({key: plan.trials[key] for key in missing}) as batches:
+            stopped = run_on_ray(jobs, batches, self.store, self.texts, self.runs_dir, self.console)
         # By the client at hand: where the store is away just now, that one waits for it.
         self.ledger = read_ledger(plan.trials, plan.name, self.client, self.runs_dir)
         return stopped
@@ -128,18 +132,18 @@ class Session:
         self.record(plan)
 
     @contextmanager
-    def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[dict[str, dict[str, float]]]:
+    def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:
         """Around the running of some trials: what they will take is measured, told and recorded
-        before, what they took is after. Gives what each trial needs of a node."""
+        before, what they took is after. Gives which train together, and what they need."""
         from sweeps.estimate import estimate
 
         assert self.sweep
-        expected, needs = estimate(trials, self.texts, self.console)
+        expected, batches = estimate(trials, self.texts, self.console, self.array)
         for line in expected.lines():
             self.console.print(line, soft_wrap=True)
         tracking.set_tags(self.client, self.sweep.run_id, **expected.as_tags())
         begun = time.monotonic()
-        yield needs
+        yield batches
         took = time.monotonic() - begun
         tracking.set_tags(self.client, self.sweep.run_id, took_seconds=f"{took:.0f}")
         self.console.print(f"took {clock(took)}, estimated {clock(expected.seconds)}")

@@ -232,9 +232,11 @@ class MlflowRecorder(MemoryRecorder):
             with tempfile.TemporaryDirectory() as folder:
                 write_tables(self.rows, Path(folder))
                 self.client.log_artifacts(self.run_id, folder)
+        errors = {"loss_error": result.loss_error, "gradient_error": result.gradient_error}
         set_tags(
             self.client,
             self.run_id,
+            **{name: f"{error:.2e}" for name, error in errors.items() if error is not None},
             trial_status=result.status,
             reason=result.reason,
             steps=str(result.steps),

@@ -19,7 +19,7 @@ from ray import tune
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, seed_of
 from gptcore.corpus import GIVEN
-from gptcore.experiment import check_trial, run_trial
+from gptcore.experiment import Trial, check_trial, run_trials
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from sweeps.bucket import fetch, forget, keep
 from sweeps.faults import answers_again, fault_of_sweep, fault_of_trial, has_lost_device
@@ -33,7 +33,7 @@ def run_batch(
 ) -> None:
     """Run `config["batch"]`, a list of {key, name, params, tags}, and tell Tune how far each is.
 
-    The trials of a batch have one shape. `config["store"]` is the tracking URI and experiment id;
+    The trials of a batch train together. `config["store"]` is the tracking URI and experiment id;
     in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value
     of `config["metric"]` reported. `texts` are corpora that need not be on this machine.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
@@ -43,43 +43,48 @@ def run_batch(
     """
     GIVEN.update(texts)
     store, runs_dir = config["store"], Path(config["runs_dir"])
-    for trial in config["batch"]:
-        failed = {"trial_key": trial["key"], "status": "failed"}
-        try:
-            if why := _run_again_if_cut_off(trial, store, runs_dir, config.get("metric")):
-                tune.report({**failed, "reason": why})
-        except Exception as error:
-            ends = fault_of_sweep(error, store["uri"], runs_dir)
-            if ends is None:
-                raise
-            tune.report({**failed, "reason": ends, "ends_sweep": True})
-
-
-def _run_again_if_cut_off(
-    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
-) -> str | None:
-    """As _run, but once more, from the trial's checkpoint, where a tracking server failed that
-    answers again. MLflow asks again by itself, but not where a server died in its answer."""
+    batch, metric = config["batch"], config.get("metric")
     try:
-        return _run(trial, store, runs_dir, metric)
+        try:
+            _run(batch, store, runs_dir, metric)
+        except Exception as error:
+            # MLflow asks again by itself, but not where a server died in its answer.
+            if not (fault_of_sweep(error, store["uri"], runs_dir) and answers_again(store["uri"])):
+                raise
+            _run(batch, store, runs_dir, metric)
     except Exception as error:
-        if not (fault_of_sweep(error, store["uri"], runs_dir) and answers_again(store["uri"])):
+        ends = fault_of_sweep(error, store["uri"], runs_dir)
+        if ends is None:
             raise
-    return _run(trial, store, runs_dir, metric)
+        failed = {"trial_key": batch[0]["key"], "status": "failed"}
+        tune.report({**failed, "reason": ends, "ends_sweep": True})
 
 
 def _run(
-    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
-) -> str | None:
-    """Run one trial; -> why it failed, if it did. Raises what is no fault of the trial's own."""
-    with alone_with(trial["key"], runs_dir):
-        run = find_run(MlflowClient(store["uri"]), None, "trial", trial_key=trial["key"])
-        status = run.data.tags["trial_status"] if run else "missing"
-        if status in DONE:  # by another sweep, since the driver looked
-            steps = trial["params"]["train.steps"]
-            tune.report({"trial_key": trial["key"], "step": steps, "status": status})
-            return None
-        return _run_alone(trial, store, runs_dir, metric)
+    batch: Sequence[Mapping[str, Any]], store: dict[str, Any], runs_dir: Path, metric: str | None
+) -> None:
+    """Run what is missing of the trials. Raises what is no fault of a trial's own."""
+    with contextlib.ExitStack() as held:
+        for key in sorted(trial["key"] for trial in batch):  # as every other worker does
+            held.enter_context(alone_with(key, runs_dir))
+        batch = [trial for trial in batch if not _is_done(trial, store)]
+        if len(batch) > 1 and not _attempt(batch, store, runs_dir, metric):
+            # Which of them broke the array is not known: each goes on by itself.
+            batch = [trial for trial in batch if not _is_done(trial, store)]
+        elif len(batch) > 1:
+            return
+        for trial in batch:
+            _attempt([trial], store, runs_dir, metric)
+
+
+def _is_done(trial: Mapping[str, Any], store: Mapping[str, str]) -> bool:
+    """Whether the trial has its result, by now or from another sweep; the driver is told."""
+    run = find_run(MlflowClient(store["uri"]), None, "trial", trial_key=trial["key"])
+    status = run.data.tags["trial_status"] if run else "missing"
+    if status in DONE:
+        steps = trial["params"]["train.steps"]
+        tune.report({"trial_key": trial["key"], "step": steps, "status": status})
+    return status in DONE
 
 
 @contextlib.contextmanager
@@ -95,45 +100,74 @@ def alone_with(key: str, runs_dir: Path) -> Iterator[None]:
         yield
 
 
-def _run_alone(
-    trial: dict[str, Any], store: dict[str, Any], runs_dir: Path, metric: str | None
-) -> str | None:
-    recorder = MlflowRecorder(**store, **trial)
-    file = checkpoint_file(runs_dir, trial["key"])
-    fetch(file)
+def _attempt(
+    batch: Sequence[Mapping[str, Any]], store: dict[str, Any], runs_dir: Path, metric: str | None
+) -> bool:
+    """Run trials together; -> False where several broke that may do better alone.
+
+    One that cannot even begin is left out, and fails.
+    """
+    trials, recorders = [], []
+    for job in batch:
+        said = {**job, "tags": {**job["tags"], "array": str(len(batch))}}
+        recorder = MlflowRecorder(**store, **said)
+        file = checkpoint_file(runs_dir, job["key"])
+        fetch(file)
+        try:
+            config = TrialConfig.from_flat(job["params"])
+            key = config.key(check_trial(config).digest)
+            if key != job["key"]:
+                raise InputError(
+                    f"trial {job['key']} is {key} on this worker: "
+                    "its corpus or its gptcore is not the driver's"
+                )
+        except Exception as error:
+            if fault_of_sweep(error, store["uri"], runs_dir):
+                raise
+            _fail(job["key"], recorder, fault_of_trial(error), traceback.format_exc())
+            continue
+        reporting = _Reporting(recorder, job["key"], metric, REPORT_SECONDS * len(batch))
+        trials.append(Trial(config, reporting, file, keep))
+        recorders.append((job["key"], recorder))
+    if not trials:
+        return True
     try:
-        config = TrialConfig.from_flat(trial["params"])
-        key = config.key(check_trial(config).digest)
-        if key != trial["key"]:
-            raise InputError(
-                f"trial {trial['key']} is {key} on this worker: "
-                "its corpus or its gptcore is not the driver's"
-            )
-        run_trial(config, _Reporting(recorder, key, metric), file, keep)
-        with contextlib.suppress(OSError):  # it has its result; what is left of it hurts nobody
-            forget(file)
-        return None
+        run_trials(trials)
+        for trial in trials:
+            assert trial.file
+            with contextlib.suppress(OSError):  # it has its result; what is left hurts nobody
+                forget(trial.file)
+        return True
     except Exception as error:
         if fault_of_sweep(error, store["uri"], runs_dir):
             raise
         if has_lost_device(error):
-            # Tune has the trial go on in another process, from its checkpoint.
+            # Tune has the trials go on in another process, from their checkpoints.
             raise RuntimeError(f"the GPU failed: {str(error).splitlines()[0]}") from error
         why, details = fault_of_trial(error), traceback.format_exc()
     # The error is gone by now, and with it the tensors that its frames held.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # other processes may want what this trial leaves
+    if len(trials) == 1:
+        ((key, recorder),) = recorders
+        _fail(key, recorder, why, details)
+    return len(trials) == 1
+
+
+def _fail(key: str, recorder: MlflowRecorder, why: str, details: str) -> None:
     recorder.fail(why, details)
-    return why
+    tune.report({"trial_key": key, "status": "failed", "reason": why})
 
 
 class _Reporting:
     """A recorder that also tells Tune now and then how far the trial is."""
 
-    def __init__(self, recorder: Recorder, key: str, metric: str | None) -> None:
-        self.recorder, self.key, self.metric = recorder, key, metric
+    def __init__(
+        self, recorder: Recorder, key: str, metric: str | None, seconds: float = REPORT_SECONDS
+    ) -> None:
+        self.recorder, self.key, self.metric, self.seconds = recorder, key, metric, seconds
         # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
-        self.next = time.monotonic() + REPORT_SECONDS
+        self.next = time.monotonic() + seconds
 
     def log(self, rows: Sequence[Row]) -> None:
         self.recorder.log(rows)
@@ -144,7 +178,7 @@ class _Reporting:
         for row in rows:
             if isinstance(row, TrainingRow) and time.monotonic() >= self.next:
                 tune.report({"trial_key": self.key, "step": row.step, "loss": row.loss})
-                self.next = time.monotonic() + REPORT_SECONDS
+                self.next = time.monotonic() + self.seconds
 
     def close(self, result: TrialResult) -> None:
         self.recorder.close(result)

@@ -123,6 +123,7 @@ def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
 
     runs_dir = tmp_path / "runs"
     arguments = [*flags(config), "--init.seed", "0", "1", "--name", "away", "--no-report"]
+    arguments += ["--array", "off"]  # so that every bit is to be as alone
     killed = start("init_sweep.py", runs_dir, *arguments)
     wait_for(lambda: len(checkpoints()) == 2)
     os.killpg(killed.pid, signal.SIGKILL)

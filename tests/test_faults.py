@@ -50,7 +50,7 @@ def run(folder, *arguments, **environment):
 
 
 def seeds(count):
-    return ["--init.seed", *map(str, range(count))]
+    return ["--array", "off", "--init.seed", *map(str, range(count))]
 
 
 def drilled(seed):

@@ -398,8 +398,9 @@ print(json.dumps(said))
 
 def test_a_sweep_outlives_a_cut_cable_and_a_machine_that_is_switched_off(lab, cluster):
     tiny = TrialConfig.from_flat(LONG)
-    command = f"{SWEEP} --name spread {shlex.join(flags(tiny))} --init.seed " + " ".join(
-        map(str, SEEDS)
+    command = (
+        f"{SWEEP} --name spread --array off {shlex.join(flags(tiny))} --init.seed "
+        + " ".join(map(str, SEEDS))
     )
     checkpoints = lab.folder / "shared" / "runs" / "checkpoints"
     begun = time.monotonic()
@@ -460,7 +461,8 @@ def test_machines_that_share_a_bucket_alone_find_its_checkpoints(lab, cluster):
     kept = lab.folder / "shared" / "bucket"
     kept.mkdir()
     known = f"GPT_SWEEPS_BUCKET=file://{kept} GPT_SWEEPS_RUNS_DIR=/root/runs"
-    command = f"{known} {SWEEP} --name bucket {shlex.join(flags(TrialConfig.from_flat(LONG)))}"
+    alone = TrialConfig.from_flat({**LONG, "init.seed": len(SEEDS)})
+    command = f"{known} {SWEEP} --name bucket {shlex.join(flags(alone))}"
     with ThreadPoolExecutor(max_workers=1) as beside:
         driver = beside.submit(lab.ssh, "h1", command, 300)
         wait_for(lambda: driver.done() or list(kept.glob("checkpoints/*.pt")), 200)

@@ -27,7 +27,7 @@ def shown(clock):
 
 
 def result(shown, key, step, **more):
-    shown.on_trial_result(0, [], trial(key), {"step": step, **more})
+    shown.on_trial_result(0, [], trial(key), {"trial_key": key, "step": step, **more})
 
 
 def test_it_counts_and_foretells_at_the_pace_so_far(shown, clock):
@@ -40,8 +40,8 @@ def test_it_counts_and_foretells_at_the_pace_so_far(shown, clock):
         result(shown, key, 50)
     # 100 of 300 steps in 10 s
     assert shown.line() == "0 of 3 finished, 2 running, 0 failed, 0:20 left"
-    result(shown, "a", 100)
-    shown.on_trial_complete(0, [], trial("a", status="finished"))
+    result(shown, "a", 100, status="finished")
+    shown.on_trial_complete(0, [], trial("a"))
     assert shown.line() == "1 of 3 finished, 1 running, 0 failed, 0:10 left"
 
 
@@ -58,7 +58,7 @@ def test_a_trial_that_is_heard_of_only_at_its_end_counts_whole(shown, clock):
     clock.seconds += 10
     result(shown, "a", 51)
     result(shown, "b", 100, status="finished")
-    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, 0:09 left"
+    assert shown.line() == "1 of 3 finished, 0 running, 0 failed, 0:09 left"
 
 
 def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
@@ -83,10 +83,13 @@ def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock,
     assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
 
 
+FULL = {"trial_key": "a", "status": "failed", "reason": "OSError: full"}
+
+
 def test_a_trial_that_broke_by_itself_is_told_with_its_reason(shown):
     shown.on_trial_start(0, [], trial("a"))
-    shown.on_trial_result(0, [], trial("a"), {"status": "failed", "reason": "OSError: full"})
-    shown.on_trial_complete(0, [], trial("a", status="failed"))
+    shown.on_trial_result(0, [], trial("a"), FULL)
+    shown.on_trial_complete(0, [], trial("a"))
     assert (shown.failed, shown.finished) == ({"a": "OSError: full"}, set())
     assert "trial a failed: OSError: full" in shown.console.file.getvalue()
 
@@ -99,7 +102,8 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     shown.on_trial_recover(0, [], lost)
     assert (shown.retried, shown.running) == ({"a": ["the worker died: It never ran."]}, set())
     shown.on_trial_start(0, [], lost)
-    shown.on_trial_complete(0, [], trial("a", status="finished"))
+    result(shown, "a", 100, status="finished")
+    shown.on_trial_complete(0, [], trial("a"))
     assert (shown.finished, shown.failed) == ({"a"}, {})
 
 
@@ -134,9 +138,8 @@ def test_a_worker_that_ray_killed_for_its_memory_leaves_rays_numbers(shown, tmp_
 
 def test_a_fault_of_the_sweep_ends_it(shown):
     shown.on_step_end(0, [])
-    shown.on_trial_result(
-        0, [], trial("a"), {"status": "failed", "reason": "no room", "ends_sweep": True}
-    )
+    no_room = {"trial_key": "a", "status": "failed", "reason": "no room", "ends_sweep": True}
+    shown.on_trial_result(0, [], trial("a"), no_room)
     with pytest.raises(progress.Ended):
         shown.on_step_end(0, [])
     assert (shown.fault, shown.failed) == ("no room", {"a": "no room"})
@@ -144,7 +147,7 @@ def test_a_fault_of_the_sweep_ends_it(shown):
 
 def test_nothing_is_foretold_when_every_trial_has_ended(shown):
     for key in ("a", "b", "c"):
-        shown.on_trial_complete(0, [], trial(key, status="finished"))
+        result(shown, key, 100, status="finished")
     assert shown.line() == "3 of 3 finished, 0 running, 0 failed"
 
 
@@ -160,5 +163,27 @@ def test_a_search_tells_what_it_pruned_and_counts_trials_that_are_yet_to_be_sugg
     # 100 steps in 10 s; half of b and two trials to go.
     assert searching.line() == "0 of 4 finished, 1 pruned, 1 running, 0 failed, 0:25 left"
     assert searching.pruned == {"a": "pruned at step 50"}
-    searching.on_trial_complete(0, [], trial("b", status="finished"))
+    result(searching, "b", 100, status="finished")
     assert (searching.ended, searching.finished) == (2, {"b"})
+
+
+def test_of_an_array_each_trial_is_counted_as_it_ends(shown, tmp_path):
+    jobs = [{"key": key, "params": {"train.steps": 100}} for key in ("a", "b", "c")]
+    array = SimpleNamespace(config={"key": "a", "batch": jobs}, last_result={})
+    array.error_file = tmp_path / "error.txt"
+    array.error_file.write_text("Failure # 1\nThe actor died.\nIt was killed.\n")
+    shown.on_trial_start(0, [], array)
+    assert shown.running == {"a", "b", "c"}
+    shown.on_trial_result(0, [], array, {"trial_key": "b", "step": 20, "status": "diverged"})
+    assert (shown.running, shown.finished) == ({"a", "c"}, {"b"})
+    shown.on_trial_recover(0, [], array)
+    assert set(shown.retried) == {"a", "c"}
+    shown.on_trial_start(0, [], array)
+    assert shown.running == {"a", "c"}
+    for _ in range(2):  # a batch that goes on says again what it had
+        shown.on_trial_result(0, [], array, {"trial_key": "b", "step": 20, "status": "diverged"})
+    shown.on_trial_result(0, [], array, {"trial_key": "c", "step": 100, "status": "finished"})
+    shown.on_trial_result(0, [], array, {**FULL, "trial_key": "a"})
+    shown.on_trial_complete(0, [], array)
+    assert shown.line() == "2 of 3 finished, 0 running, 1 failed"
+    assert shown.console.file.getvalue().count("trial b diverged") == 1

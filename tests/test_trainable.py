@@ -12,6 +12,7 @@ import torch
 
 from analysis.runs import connect, trial_runs
 from gptcore import checkpoint
+from gptcore.config import TrialConfig
 from gptcore.corpus import GIVEN, Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
@@ -222,7 +223,7 @@ def test_a_trial_whose_gpu_is_lost_is_left_to_another_worker(tiny, tmp_path, mon
     def lose(*_):
         raise torch.AcceleratorError("CUDA error: the device fell off the bus\nCompile with ...")
 
-    monkeypatch.setattr(trainable, "run_trial", lose)
+    monkeypatch.setattr(trainable, "run_trials", lose)
     key = tiny.key(check_trial(tiny).digest)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = connect(uri)
@@ -233,3 +234,109 @@ def test_a_trial_whose_gpu_is_lost_is_left_to_another_worker(tiny, tmp_path, mon
         run_batch({"store": store, "runs_dir": str(tmp_path), "batch": [job]})
     # Neither failed nor closed: the driver does that, once nobody goes on with it.
     assert trial_runs(client)[key].data.tags["trial_status"] == "running"
+
+
+@pytest.fixture
+def three(tiny, tmp_path, monkeypatch):
+    """Three trials that go together, one of which diverges, as a batch; -> it, what Tune is told,
+    and the store's client."""
+    told = []
+    monkeypatch.setattr(trainable.tune, "report", told.append)
+    plain = tiny.to_flat()
+    configs = [
+        TrialConfig.from_flat({**plain, **knobs})
+        for knobs in (
+            {"init.seed": 0},
+            {"init.scheme": "normal", "init.std": 1e18},
+            {"init.seed": 2, "corpus.subset": "0-0.5"},
+        )
+    ]
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = connect(uri)
+    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    jobs = [
+        {
+            "key": config.key(check_trial(config).digest),
+            "name": "a trial",
+            "params": config.to_flat(),
+            "tags": {"sweep": "sweep"},
+        }
+        for config in configs
+    ]
+    return {"store": store, "runs_dir": str(tmp_path), "batch": jobs}, told, client
+
+
+def losses_of(client, key):
+    run_id = trial_runs(client)[key].info.run_id
+    return [point.value for point in client.get_metric_history(run_id, "loss/train")]
+
+
+def test_trials_of_an_array_leave_what_each_leaves_alone(three, tmp_path):
+    work, told, client = three
+    run_batch(work)
+    first, wild, last = (job["key"] for job in work["batch"])
+    statuses = {one["trial_key"]: one["status"] for one in told if "status" in one}
+    assert statuses == {first: "finished", wild: "diverged", last: "finished"}
+    runs = trial_runs(client)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.tags["array"] for run in runs.values()} == {"3"}
+    for job in (work["batch"][0], work["batch"][2]):
+        alone = MemoryRecorder()
+        run_trial(TrialConfig.from_flat(job["params"]), alone)
+        expected = [row.loss for row in alone.rows["training"]]
+        assert losses_of(client, job["key"]) == pytest.approx(expected, abs=1e-5)
+    told.clear()
+    run_batch(work)  # as another sweep might, that wants the same trials
+    assert {one["trial_key"]: one["status"] for one in told} == statuses
+
+
+def test_a_trial_that_cannot_begin_leaves_the_array_to_the_others(three):
+    work, told, client = three
+    work["batch"][0]["key"] = "planned"
+    run_batch(work)
+    statuses = {one["trial_key"]: one["status"] for one in told if "status" in one}
+    assert list(statuses.values()) == ["failed", "diverged", "finished"]
+    assert trial_runs(client)["planned"].info.status == "FAILED"
+
+
+def test_an_array_that_breaks_goes_on_as_single_trials_and_the_broken_one_alone_fails(
+    three, monkeypatch
+):
+    work, told, client = three
+    broken = work["batch"][2]["key"]
+    seed = work["batch"][2]["params"]["init.seed"]
+    run, sizes = trainable.run_trials, []
+
+    def break_on_one(trials):
+        sizes.append(len(trials))
+        if any(trial.config.init.seed == seed for trial in trials):
+            raise ArithmeticError("no such number")
+        return run(trials)
+
+    monkeypatch.setattr(trainable, "run_trials", break_on_one)
+    run_batch(work)
+    statuses = {one["trial_key"]: one["status"] for one in told if "status" in one}
+    assert sizes == [3, 1, 1, 1]
+    assert list(statuses.values()) == ["finished", "diverged", "failed"]
+    assert "no such number" in trial_runs(client)[broken].data.tags["reason"]
+
+
+def test_an_array_that_was_cut_off_goes_on_and_holds_every_point_once(three, monkeypatch):
+    work, told, client = three
+    for job in work["batch"]:
+        job["params"]["train.checkpoint_seconds"] = 0.0
+    monkeypatch.setattr(trainable, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+
+    def cut(result):
+        if result["step"] == 3:
+            raise SystemExit
+
+    monkeypatch.setattr(trainable.tune, "report", cut)
+    with pytest.raises(SystemExit):
+        run_batch(work)
+    monkeypatch.setattr(trainable.tune, "report", told.append)
+    run_batch(work)
+    for job in (work["batch"][0], work["batch"][2]):
+        assert len(losses_of(client, job["key"])) == job["params"]["train.steps"] + 1
+    assert {run.info.status for run in trial_runs(client).values()} == {"FINISHED"}
