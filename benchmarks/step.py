@@ -1,0 +1,213 @@
+"""How fast is a training step? Ours as it runs, with all it records by default, against others.
+
+    python benchmarks/step.py [--shapes d64 d128 model5] [--rounds 8] [--device cpu] [--profile]
+
+The others are a plain step (the same model, whole logits, cross_entropy, AdamW that loops over its
+parameters) and, where transformers is installed, GPT2LMHeadModel with AdamW. Our own side is
+run_trial itself: the recorder that it logs to takes the time between its calls, and there lets the
+others do one step each, so that a noisy machine hits all alike. A round is ten of our steps, of
+which one is looked at; ratios are taken within a round.
+
+The floor is what the head's three matrix products take at this machine's rate, on one thread, for
+products of 1024 x 1024, measured in the same rounds. Runs with torch, numpy and tiktoken alone.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+
+from gptcore.config import CorpusConfig, ModelConfig, TrainConfig, TrialConfig
+from gptcore.experiment import device_of, one_thread, run_trial
+from gptcore.init_schemes import initialise
+from gptcore.model import GPT
+from gptcore.records import Row, TrainingRow, TrialResult
+
+SHAPES = {
+    "d64": TrialConfig(model=ModelConfig(d_model=64, n_layer=4, n_head=4, context=64)),
+    "d128": TrialConfig(model=ModelConfig(d_model=128, n_layer=6, n_head=4, context=64)),
+    "model5": TrialConfig(
+        model=ModelConfig(d_model=768, n_layer=12, n_head=12, context=1024),
+        train=TrainConfig(batch_size=1),
+    ),
+}
+ROUND = 10
+"""Steps: the shortest cadence of a probe."""
+GEMM = 1024
+
+
+class Interleaved:
+    """A recorder that times what logs to it, step by step, and the others in between."""
+
+    def __init__(self, others: dict[str, Callable[[], None]], clock: Callable[[], float]) -> None:
+        self.others, self.clock = others, clock
+        self.times: dict[str, list[float]] = {"ours": [], **{name: [] for name in others}}
+        self.resumed = clock()
+
+    def log(self, rows: Sequence[Row]) -> None:
+        ends = [row for row in rows if isinstance(row, TrainingRow)]
+        if not ends:
+            return
+        # On a GPU some steps are told of at once.
+        seconds = (self.clock() - self.resumed) / len(ends)
+        self.times["ours"] += [seconds] * len(ends)
+        for name, step in self.others.items():
+            for _ in ends:
+                start = self.clock()
+                step()
+                self.times[name].append(self.clock() - start)
+        self.resumed = self.clock()
+
+    def close(self, result: TrialResult) -> None:
+        pass
+
+
+def plain_step(config: TrialConfig, device: torch.device) -> Callable[[], None]:
+    """The same model as anyone would train it."""
+    model = GPT(config.model)
+    initialise(model, config.init)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, foreach=False)
+    ids = random_ids(config, device)
+
+    def step() -> None:
+        logits = model.head(model(ids[:, :-1]))
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def hugging_face_step(config: TrialConfig, device: torch.device) -> Callable[[], None]:
+    """GPT2LMHeadModel of the same shape, as its documentation trains it. Raises ImportError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = config.model
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocab_size, n_positions=shape.context, n_embd=shape.d_model,
+            n_layer=shape.n_layer, n_head=shape.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, use_cache=False,
+        )
+    ).to(device)  # fmt: skip
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
+    ids = random_ids(config, device)[:, 1:]
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def gemm_step(device: torch.device) -> Callable[[], None]:
+    a, b = torch.randn(2, GEMM, GEMM, device=device)
+    return lambda: torch.mm(a, b)
+
+
+def random_ids(config: TrialConfig, device: torch.device) -> torch.Tensor:
+    shape = config.model
+    draws = torch.rand(config.train.batch_size, shape.context + 1)
+    return ((shape.vocab_size**draws).long() - 1).to(device)  # by Zipf's law
+
+
+def measure(name: str, config: TrialConfig, rounds: int) -> None:
+    device = device_of(config)
+    others = {"plain": plain_step(config, device), "gemm": gemm_step(device)}
+    try:
+        others["hugging_face"] = hugging_face_step(config, device)
+    except ImportError:
+        print("transformers is not installed: GPT2LMHeadModel is left out", file=sys.stderr)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with one_thread():
+        for step in others.values():
+            step()
+        recorder = Interleaved(others, clock)
+        # A round to get warm, and one for the last step, which has no update.
+        steps = (rounds + 2) * ROUND
+        run_trial(replace(config, train=replace(config.train, steps=steps)), recorder)
+    of_round = {
+        side: [statistics.fmean(times[end - ROUND : end]) for end in range(2 * ROUND, steps, ROUND)]
+        for side, times in recorder.times.items()
+    }
+    ours, gemm = of_round.pop("ours"), of_round.pop("gemm")
+    tokens = config.train.batch_size * config.model.context
+    shape = config.model
+    print(
+        f"\n{name}: d_model {shape.d_model}, {shape.n_layer} layers, {config.train.batch_size} x "
+        f"{shape.context} tokens, {device}, torch {torch.__version__}, one thread, "
+        f"{len(ours)} rounds of {ROUND} steps"
+    )
+    for side, times in {"ours": ours, **of_round}.items():
+        median = statistics.median(times)
+        line = f"  {side:13s} {median * 1e3:9.1f} ms a step {tokens / median:9.0f} tokens/s"
+        if side != "ours":
+            line += f"   ours is {spread(times, ours)} times as fast"
+        print(line)
+    better = [min(both) for both in zip(*of_round.values(), strict=True)]
+    print(f"  against the better of them in each round: {spread(better, ours)}")
+    products = 3 * tokens * shape.vocab_size * shape.d_model / GEMM**3
+    floor = [products * one for one in gemm]
+    rate = 2 * GEMM**3 / statistics.median(gemm) / 1e9
+    print(
+        f"  floor: the head's products at {rate:.0f} GFLOP/s, {statistics.median(floor) * 1e3:.1f} "
+        f"ms; ours takes {spread(ours, floor)} times that",
+        flush=True,
+    )
+
+
+def spread(above: Sequence[float], below: Sequence[float]) -> str:
+    """The ratios of pairs: `2.61 (2.55 to 2.70)`, their median, least and largest."""
+    ratios = [one / other for one, other in zip(above, below, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def profile(name: str, config: TrialConfig) -> None:
+    """Where the time of our steps goes, by PyTorch's own profiler."""
+    from gptcore.records import MemoryRecorder
+
+    config = replace(config, train=replace(config.train, steps=2 * ROUND - 1))
+    with torch.profiler.profile() as found:
+        run_trial(config, MemoryRecorder())
+    print(f"\n{name}, {2 * ROUND} steps with their beginning and end:")
+    by = f"self_{'cuda' if device_of(config).type == 'cuda' else 'cpu'}_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=48))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--profile", action="store_true", help="show where our time goes instead")
+    args = parser.parse_args()
+    for name in args.shapes:
+        config = replace(
+            SHAPES[name],
+            corpus=CorpusConfig(name="pydocs"),
+            train=replace(SHAPES[name].train, device=args.device),
+        )
+        if args.profile:
+            profile(name, config)
+        else:
+            measure(name, config, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
