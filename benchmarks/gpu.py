@@ -24,13 +24,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
+from benchmarks.vocabulary import use_a_vocabulary
 from gptcore.config import CorpusConfig, ModelConfig, TrainConfig, TrialConfig
 from gptcore.experiment import run_trial, step_seconds
 from gptcore.model import GPT
 from gptcore.records import MemoryRecorder
 
 MODEL5 = TrialConfig(
-    model=ModelConfig(d_model=768, n_layer=12, n_head=12, context=1024),
+    model=ModelConfig(d_model=768, n_layer=12, n_head=12, context=256),
     corpus=CorpusConfig(name="pydocs"),
 )
 SMALL = {
@@ -141,12 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 16, 32])
-    parser.add_argument("--batches", nargs="*", type=int, default=[4, 16])
+    parser.add_argument("--batches", nargs="*", type=int, default=[16, 64])
     parser.add_argument(
         "--precisions", nargs="+", default=["float32", "bf16"], choices=list(DTYPES)
     )
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    use_a_vocabulary()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
     print(f"{name}, torch {torch.__version__}, {date.today()}")
     if args.batches:

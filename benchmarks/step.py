@@ -1,6 +1,7 @@
 """How fast is a training step? Ours as it runs, with all it records by default, against others.
 
-    python benchmarks/step.py [--shapes d64 d128 model5] [--rounds 8] [--device cpu] [--profile]
+    python benchmarks/step.py [--shapes d64 d128 model5] [--rounds 8] [--device cpu]
+                                 [--precision float32] [--profile]
 
 The others are a plain step (the same model, whole logits, cross_entropy, AdamW that loops over its
 parameters) and, where transformers is installed, GPT2LMHeadModel with AdamW. Our own side is
@@ -25,6 +26,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 import torch.nn.functional as F
 
+from benchmarks.vocabulary import use_a_vocabulary
+from gptcore.array import DTYPES
 from gptcore.config import CorpusConfig, ModelConfig, TrainConfig, TrialConfig
 from gptcore.experiment import device_of, one_thread, run_trial
 from gptcore.init_schemes import initialise
@@ -35,8 +38,8 @@ SHAPES = {
     "d64": TrialConfig(model=ModelConfig(d_model=64, n_layer=4, n_head=4, context=64)),
     "d128": TrialConfig(model=ModelConfig(d_model=128, n_layer=6, n_head=4, context=64)),
     "model5": TrialConfig(
-        model=ModelConfig(d_model=768, n_layer=12, n_head=12, context=1024),
-        train=TrainConfig(batch_size=1),
+        model=ModelConfig(d_model=768, n_layer=12, n_head=12, context=256),
+        train=TrainConfig(batch_size=2),
     ),
 }
 ROUND = 10
@@ -151,8 +154,8 @@ def measure(name: str, config: TrialConfig, rounds: int) -> None:
     shape = config.model
     print(
         f"\n{name}: d_model {shape.d_model}, {shape.n_layer} layers, {config.train.batch_size} x "
-        f"{shape.context} tokens, {device}, torch {torch.__version__}, one thread, "
-        f"{len(ours)} rounds of {ROUND} steps"
+        f"{shape.context} tokens, {device}, {config.train.precision}, torch {torch.__version__}, "
+        f"one thread, {len(ours)} rounds of {ROUND} steps"
     )
     for side, times in {"ours": ours, **of_round}.items():
         median = statistics.median(times)
@@ -195,13 +198,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--precision", default="float32", choices=list(DTYPES), help="ours; the others stay as is"
+    )
     parser.add_argument("--profile", action="store_true", help="show where our time goes instead")
     args = parser.parse_args()
+    use_a_vocabulary()
     for name in args.shapes:
         config = replace(
             SHAPES[name],
             corpus=CorpusConfig(name="pydocs"),
-            train=replace(SHAPES[name].train, device=args.device),
+            train=replace(SHAPES[name].train, device=args.device, precision=args.precision),
         )
         if args.profile:
             profile(name, config)

@@ -25,7 +25,8 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gptcore.config import TrialConfig
-from sweeps.spaces import PRESETS, trials_of
+from sweeps.plan import make_plan
+from sweeps.spaces import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 10
@@ -33,9 +34,9 @@ EVERY = 10
 
 
 def trials(steps: int) -> list[dict[str, Any]]:
-    """The default sweep's trials, by dotted keys."""
-    found = [config for space in PRESETS["quick"].spaces for config in trials_of(space)]
-    return [{**config.to_flat(), "train.steps": steps} for config in found]
+    """The default sweep's trials, by dotted keys, on the text that it finds here."""
+    plan = make_plan("quick", "quick", PRESETS["quick"].spaces)
+    return [{**config.to_flat(), "train.steps": steps} for config in plan.trials.values()]
 
 
 def train_the_usual_way(flat: dict[str, Any], report: Callable[[dict[str, float]], object]) -> None:
@@ -87,7 +88,7 @@ def stock(steps: int, folder: Path) -> None:
     def trainable(config: dict[str, Any]) -> None:
         train_the_usual_way(config["trial"], tune.report)
 
-    tune.Tuner(
+    found = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
         param_space={"trial": tune.grid_search(trials(steps))},
         run_config=tune.RunConfig(
@@ -99,6 +100,8 @@ def stock(steps: int, folder: Path) -> None:
             ],
         ),
     ).fit()
+    if found.errors:
+        raise found.errors[0]
 
 
 def loop(steps: int, folder: Path) -> None:

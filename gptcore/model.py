@@ -195,8 +195,10 @@ def loss_of(
     is_whole = tile >= V  # then the tile itself has the maximum, and nothing is asked of a GPU
     bounded = not is_whole and _bounded(h_ND, w_VD)
     exp_VC, tile_TC, low_VD = _workspace(
-        V, min(tile, V), min(chunk, N), D if is_low else 0, dtype, h_ND.device
+        V, 0 if is_whole else tile, min(chunk, N), D if is_low else 0, dtype, h_ND.device
     )
+    if is_whole:
+        tile_TC = exp_VC
     factor_VD = low_VD.copy_(w_VD) if is_low else w_VD
 
     def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -223,7 +225,7 @@ def loss_of(
             torch.exp2(bits, out=exp)
             total += exp.sum(0, dtype=total.dtype)
             add_product(dh_DC, w.T, exp)
-        log_z.copy_(total.log() + shift * math.log(2))
+        log_z.copy_(total.log() + shift.to(total.dtype) * math.log(2))
         scale = (1 / (total * N))[:, None]
         dh.copy_(dh_DC.T * scale).sub_(w_VD[y], alpha=1 / N)
         scaled_h = (h * scale).to(dtype)

@@ -76,10 +76,26 @@ def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
         assert_alike(found, alone(config))
 
 
-def test_an_array_stays_with_its_trials_for_200_steps(trio):
+def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
     configs = [with_knobs(config, train__steps=200, probes__every=50) for config in trio]
     for found, config in zip(together(configs), configs, strict=True):
-        assert_alike(found, alone(config))
+        expected = alone(config)
+        assert_alike(found, expected)
+        losses, stds = (
+            [
+                (getattr(ours, column), getattr(theirs, column))
+                for ours, theirs in zip(found.rows[table], expected.rows[table], strict=True)
+            ]
+            for table, column in (("training", "loss"), ("weights", "std"))
+        )
+        off = max(abs(ours - theirs) for ours, theirs in losses)
+        share = max(abs(ours / theirs - 1) for ours, theirs in stds if theirs)
+        with capsys.disabled():
+            print(
+                f"\narray and alone, {config.init.scheme}: {len(losses)} losses within {off:.1e}, "
+                f"{len(stds)} stds within {share:.1e} of themselves",
+                end="",
+            )
 
 
 def test_one_that_diverges_leaves_the_others_alone(trio):

@@ -105,7 +105,7 @@ def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
 def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 150}))
-    process = drive(runs_dir, *arguments, "--init.seed", "0", "1", "2")
+    process = drive(runs_dir, *arguments, "--array", "off", "--init.seed", "0", "1", "2")
     wait_for(lambda: training(runs_dir))
     os.kill(workers()[0], signal.SIGKILL)
     code, output = outcome(process, 300)
@@ -119,6 +119,38 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     # It went on under its own run, and holds every point once.
     history = connect(tracking_uri(runs_dir)).get_metric_history(lost.info.run_id, "loss/train")
     assert [point.step for point in history] == list(range(151))
+
+
+def test_arrays_one_of_which_loses_its_worker_reach_the_verdicts_of_single_trials(tmp_path):
+    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 150}))
+    arguments += ["--init.scheme", "model5", "gpt2", "--init.seed", "0", "1", "2"]
+    alone, together = tmp_path / "alone" / "runs", tmp_path / "together" / "runs"
+    for runs_dir in (alone, together):
+        runs_dir.parent.mkdir()
+    code, output = run(alone, *arguments, "--array", "off")
+    assert code == 0, output
+    process = drive(together, *arguments, "--array", "3")
+    wait_for(lambda: len(training(together)) >= 3)
+    os.kill(workers()[0], signal.SIGKILL)
+    code, output = outcome(process, 300)
+    assert code == 0, output
+    assert "6 trials of 900 steps in all, 6 at a time in arrays of 3" in output
+    assert output.count("goes on with another worker: ") == 3
+    assert {run.data.tags["array"] for run in runs_in(together).values()} == {"3"}
+    found, expected = (
+        json.loads((runs_dir / "reports" / "e2e" / "findings.json").read_text())
+        for runs_dir in (together, alone)
+    )
+    losses, expected_losses = (
+        {run["trial_key"]: run["last_loss"] for run in findings["runs"]}
+        for findings in (found, expected)
+    )
+    assert losses == pytest.approx(expected_losses, abs=1e-5)
+    verdicts, expected_verdicts = (
+        {claim: judged["verdict"] for claim, judged in findings["claims"]["here"].items()}
+        for findings in (found, expected)
+    )
+    assert verdicts == expected_verdicts
 
 
 def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_on(tmp_path):
