@@ -56,17 +56,14 @@ class Interleaved:
         self.resumed = clock()
 
     def log(self, rows: Sequence[Row]) -> None:
-        ends = [row for row in rows if isinstance(row, TrainingRow)]
-        if not ends:
+        if not any(isinstance(row, TrainingRow) for row in rows):
             return
-        # On a GPU some steps are told of at once.
-        seconds = (self.clock() - self.resumed) / len(ends)
-        self.times["ours"] += [seconds] * len(ends)
+        # On a GPU the steps of a round are told of one after another at its end.
+        self.times["ours"].append(self.clock() - self.resumed)
         for name, step in self.others.items():
-            for _ in ends:
-                start = self.clock()
-                step()
-                self.times[name].append(self.clock() - start)
+            start = self.clock()
+            step()
+            self.times[name].append(self.clock() - start)
         self.resumed = self.clock()
 
     def close(self, result: TrialResult) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/sweep.py [--steps 200] [--sides ours bf16 stock loop]
 
-The trials are those of the default sweep. `ours` is `python sweeps/init_sweep.py` as it is; `bf16`
-is that with --train.precision bf16-head. `stock` puts the same trials together as the documentation
-of its libraries shows: Ray Tune with a function, transformers' GPT2LMHeadModel with AdamW, every
+The trials are those of the default sweep, on the CPU. `ours` is `python sweeps/init_sweep.py`;
+`bf16` is that with --train.precision bf16-head. `stock` puts the same trials together as the
+documentation of its libraries shows: Ray Tune with a function, GPT2LMHeadModel with AdamW, every
 ten steps the std of the weights and the log-softmax of token groups from whole logits, and
 MLflowLoggerCallback. `loop` is the same function for one trial after the other, a thread for each
 core, without Ray and MLflow. The sides run one after the other, each from nothing.
@@ -115,7 +115,7 @@ def seconds_of(side: str, steps: int) -> float:
     """What a side takes, as a command of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", folder]
-        command += ["--train.steps", str(steps)]
+        command += ["--train.steps", str(steps), "--train.device", "cpu"]
         if side == "bf16":
             command += ["--train.precision", "bf16-head"]
         if side in ("stock", "loop"):

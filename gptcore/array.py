@@ -6,27 +6,26 @@ A trial by itself is an array of one. Shapes as in gptcore.model, and: K models.
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gptcore.config import OptimConfig
-from gptcore.model import GPT, HeadOutput, loss_of
+from gptcore.model import GPT, CausalSelfAttention, HeadOutput, loss_of
 from gptcore.optimizers import make_optimizer
-
-# On a CPU attention has no kernel for several models at once, and goes through them one by one.
-warnings.filterwarnings("ignore", "There is a performance drop because we have not yet impl")
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "bf16-head": (torch.bfloat16, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
-"""Name of a precision -> dtype of the products of the head, and of what lies before it."""
+"""Name of a precision -> dtype of the products of the head, and of what lies before it. What adds a
+bias rounds its sum to bfloat16 as well, but not in an array of several."""
 
 State = Mapping[str, Any]
 """A model and its optimiser's state as plain tensors, whatever array they come from."""
@@ -55,6 +54,7 @@ class ModelArray:
                 own = model.get_parameter(name)
                 own.data, own.grad = values, grad
         self.optimizer = make_optimizer(self.parameters, config)
+        self.side_by_side = _SideBySide(models[0]) if len(models) > 1 else None
 
     def gradients(self, ids_KBT: Tensor, targets_KBT: Tensor) -> tuple[Tensor, list[HeadOutput]]:
         """Make the gradient of every model's own loss; -> the hidden states, [K, B, T, D], without
@@ -89,9 +89,9 @@ class ModelArray:
         return hidden_KBTD.detach(), heads
 
     def _trunk(self, x_KBTD: Tensor) -> Tensor:
-        if len(self.models) == 1:
+        trunk = self.side_by_side
+        if trunk is None:
             return self.models[0].trunk(x_KBTD[0])[None]
-        trunk = _Trunk(self.models[0])
         parameters = {f"model.{name}": stacked for name, stacked in self.parameters.items()}
 
         def of_one(parameters: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class ModelArray:
         return torch.cat([grad.norm(dim=-1).view(K, -1) for grad in grads], 1).double().norm(dim=1)
 
     def state(self, k: int) -> State:
-        """A copy of all that model k needs to go on, in this array or another one."""
+        """All that model k needs to go on, in this array or another one; its tensors are copies."""
         optimizer = self.optimizer.state_dict()
         return {
             "model": {
@@ -165,12 +165,47 @@ def _is_of_models(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-class _Trunk(nn.Module):
-    """A model's trunk as a module, as functional_call takes it."""
+class _SideBySide(nn.Module):
+    """The trunk of a model like this one, as functional_call and vmap take it: without values."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model).to("meta")
+        for module in self.model.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attend = _attend_side_by_side
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.model.trunk(x_BTD)
+
+
+def _attend_side_by_side(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    attended: Tensor = _Attention.apply(q, k, v, is_causal)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """Attention for vmap: to it a further model is as good as a further sequence.
+
+    PyTorch's own rule goes through the models one by one on a CPU, and on a GPU keeps nothing for
+    the backward pass, since under vmap no tensor says that it wants a gradient.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        raise NotImplementedError("for use under vmap alone")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: bool
+    ) -> tuple[Tensor, int]:
+        """The models' own dimension is joined to that of their sequences, and parted again."""
+        q, k, v = (
+            x.movedim(dim, 0).flatten(0, 1) for x, dim in zip((q, k, v), in_dims[:3], strict=True)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return y.unflatten(0, (info.batch_size, -1)), 0

@@ -61,12 +61,13 @@ class Checkpoint:
     def due(self) -> bool:
         return time.perf_counter() >= self.next
 
-    def save(self, progress: Progress, state: State) -> None:
+    def save(self, progress: Progress, state: State, begun: float | None = None) -> None:
         """Write everything to a file that then takes the old one's place.
 
-        Raises InputError where it cannot be written; the old one is then left as it was.
+        `begun`: when the saving began, by time.perf_counter, if others of an array were saved
+        before. Raises InputError where it cannot be written; the old one is then left as it was.
         """
-        start = time.perf_counter()
+        start = begun or time.perf_counter()
         # To memory first: from writing to a disk, PyTorch raises what it also raises for faults.
         written = io.BytesIO()
         torch.save(

@@ -17,7 +17,7 @@ from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import InputError, TrialConfig, varied
 from gptcore.corpus import Corpus, load_corpus
 from gptcore.init_schemes import check_init, initialise
-from gptcore.model import GPT
+from gptcore.model import GPT, workspace
 from gptcore.optimizers import check_optim
 from gptcore.probes import values_of
 from gptcore.records import Recorder, TrialResult
@@ -115,6 +115,7 @@ def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:
             )
             for size in sizes
         ]
+        del model
         for step in range(ROUNDS + 1):
             batch = corpus.batch(step, batch_size=config.train.batch_size, seed=0)
             ids_BT, targets_BT = (upload(side, device) for side in batch)
@@ -182,3 +183,4 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
+        workspace.cache_clear()  # other processes may want what a GPU has of it

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from gptcore.config import ModelConfig
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it."""
 
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -33,7 +35,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = self.heads(self.qkv(x_BTD))
-        y_BHTC = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y_BHTC = self.attend(q, k, v, is_causal=True)
         return self.proj(y_BHTC.transpose(1, 2).flatten(2))
 
     def heads(self, qkv_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,10 +154,11 @@ CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 1 << 20)}
 
 
 @functools.lru_cache(maxsize=1)
-def _workspace(
+def workspace(
     V: int, T: int, C: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Scratch for one head at a time, [V, C], [T, C] and [V, D], kept from step to step.
+    """Scratch for one head at a time, [V, C], [T, C] and [V, D], kept from step to step, until
+    workspace.cache_clear().
 
     New memory of this size would be mapped and zeroed by the kernel at every step.
     """
@@ -181,8 +184,8 @@ def loss_of(
     core's cache, and exp(z) is carried to and from memory by plain copies: that is what makes this
     faster than the same arithmetic over whole rows.
 
-    `dtype`: of logits, exp(z) and the factors of every product, by default the weight's. Sums over
-    the vocabulary and over chunks are the weight's in any case.
+    `dtype`: of logits, exp(z) and the factors of every product, by default the weight's. Z, and
+    sums over tiles and chunks, are the weight's in any case.
     """
     h_ND, y_N, w_VD = hidden_BTD.flatten(0, 1), targets_BT.flatten(), weight_VD.detach()
     (N, D), V = h_ND.shape, w_VD.shape[0]
@@ -194,7 +197,7 @@ def loss_of(
     log_z_N, dh_ND, dw_VD = h_ND.new_empty(N), torch.empty_like(h_ND), weight_VD.grad
     is_whole = tile >= V  # then the tile itself has the maximum, and nothing is asked of a GPU
     bounded = not is_whole and _bounded(h_ND, w_VD)
-    exp_VC, tile_TC, low_VD = _workspace(
+    exp_VC, tile_TC, low_VD = workspace(
         V, 0 if is_whole else tile, min(chunk, N), D if is_low else 0, dtype, h_ND.device
     )
     if is_whole:
@@ -243,7 +246,7 @@ def head_errors(
     of those to its two gradients, as a share of their L2 norm."""
     losses, gradients = [], []
     for kind in (weight_VD.dtype, dtype):
-        weight = weight_VD.detach().view_as(weight_VD)  # with a gradient of its own
+        weight = weight_VD.detach()  # with a gradient of its own
         head = loss_of(hidden_BTD, weight, targets_BT, kind)
         assert weight.grad is not None
         losses.append(head.loss)
@@ -257,7 +260,12 @@ def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tup
 
     `member_GV` is 1 where a token is of a group, else 0.
     """
-    tiles = weight_VD.split(CHUNK_AND_TILE[hidden_ND.device.type][1])
+    chunk, tile = CHUNK_AND_TILE[hidden_ND.device.type]
+    if len(hidden_ND) > chunk:
+        parts = [softmax_sums(some, weight_VD, member_GV) for some in hidden_ND.split(chunk)]
+        sums, log_z = zip(*parts, strict=True)
+        return torch.cat(sums), torch.cat(log_z)
+    tiles = weight_VD.split(tile)
     shift_N = hidden_ND.new_zeros(len(hidden_ND))
     if not _bounded(hidden_ND, weight_VD):
         shift_N = torch.stack([(w @ hidden_ND.T).amax(0) for w in tiles]).amax(0)

@@ -262,7 +262,7 @@ class TrialResult:
     reason: str  # why it diverged; empty otherwise
     device: str  # cpu, or the name of the GPU
     seconds: float  # wall time of the training loop
-    tokens_per_second: float
+    tokens_per_second: float  # of this trial, whatever else its array trained in that time
     # What less precision than float32 does to the head at the last step, as head_errors.
     loss_error: float | None = None
     gradient_error: float | None = None

@@ -48,7 +48,7 @@ class Member:
     recorder: Recorder
     checkpoint: Checkpoint | None
     begun: Progress
-    state: State | None  # where it goes on, if it has begun
+    state: State | None  # where it goes on, if it has begun, until an array takes it over
 
     def __post_init__(self) -> None:
         device = self.model.wte.weight.device
@@ -113,14 +113,12 @@ def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
     for member in members:
         for rows in member.rows:
             member.recorder.log(rows)
-    array = array_of(members, [member.state for member in members])
+    array = array_of(members)
     unread: list[tuple[int, Tensor]] = []  # steps, with the loss, log Z and norm of each, [3, K]
     start = time.perf_counter()
     for step in range(members[0].begun.step, steps + 1):
-        for k, member in enumerate(members):
-            if member.checkpoint and member.checkpoint.due() and not unread:
-                seconds = member.begun.seconds + time.perf_counter() - start
-                member.checkpoint.save(Progress(step, member.rows, seconds), array.state(k))
+        if not unread:
+            save(members, array, step, time.perf_counter() - start)
         batches = [member.batch(step) for member in members]
         ids_KBT, targets_KBT = (
             upload(np.stack(side), device) for side in zip(*batches, strict=True)
@@ -173,8 +171,11 @@ def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
             left = [k for k, member in enumerate(members) if member.status != "diverged"]
             if not left:
                 return
-            members, states = [members[k] for k in left], [array.state(k) for k in left]
-            array = array_of(members, states)
+            for k in left:
+                members[k].state = array.state(k)
+            members = [members[k] for k in left]
+            hidden_KBTD, targets_KBT = hidden_KBTD[left], targets_KBT[left]
+            array = array_of(members)
     seconds = time.perf_counter() - start
     for k, member in enumerate(members):
         if array.head_dtype != torch.float32:
@@ -183,16 +184,30 @@ def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
         yield member, member.result(seconds)
 
 
-def array_of(members: Sequence[Member], states: Sequence[State | None]) -> ModelArray:
-    """The models as an array, at the states where there are any."""
+def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float) -> None:
+    """Save every trial once it is due for all, so that they go on from one step, as an array."""
+    saved = [(k, member, member.checkpoint) for k, member in enumerate(members)]
+    if not all(checkpoint and checkpoint.due() for _, _, checkpoint in saved):
+        return
+    begun = time.perf_counter()
+    for k, member, checkpoint in saved:
+        assert checkpoint
+        progress = Progress(step, member.rows, member.begun.seconds + seconds)
+        checkpoint.save(progress, array.state(k), begun)
+
+
+def array_of(members: Sequence[Member]) -> ModelArray:
+    """The models as an array, at the states that they have left off at, which go over to it."""
     array = ModelArray(
         [member.model for member in members],
         members[0].config.optim,
         members[0].config.train.precision,
     )
-    begun = [state for state in states if state]
-    if begun:
-        array.load(begun)
+    states = [member.state for member in members if member.state]
+    if len(states) == len(members):  # else no step has been made, and some have saved that
+        array.load(states)
+    for member in members:
+        member.state = None
     return array
 
 

@@ -1,6 +1,7 @@
 """Trials that train side by side: each as it would be alone, whatever becomes of the others."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,23 @@ def test_one_that_diverges_leaves_the_others_alone(trio):
     assert recorders[1].result.reason == expected.result.reason
 
 
+def test_one_that_diverges_at_the_last_step_leaves_the_others_their_own_errors(trio, monkeypatch):
+    configs = [with_knobs(config, train__precision="bf16-head") for config in trio]
+    has_diverged = train.Member.has_diverged
+
+    def is_first_at_the_end(member, row):
+        if member.config == configs[0] and row.step == configs[0].train.steps:
+            member.status = "diverged"
+            return True
+        return has_diverged(member, row)
+
+    monkeypatch.setattr(train.Member, "has_diverged", is_first_at_the_end)
+    for found, config in zip(together(configs)[1:], configs[1:], strict=True):
+        expected = alone(config).result
+        assert found.result.loss_error == pytest.approx(expected.loss_error, rel=0.1)
+        assert found.result.gradient_error == pytest.approx(expected.gradient_error, rel=0.1)
+
+
 class Cut(Exception):
     """Stands for whatever ends a process in the middle of an array."""
 
@@ -133,10 +151,48 @@ def test_an_array_that_was_cut_off_ends_like_one_that_was_not(trio, tmp_path, mo
     recorders = [CutAt(3 if k == who else 99) for k in range(3)]
     with pytest.raises(Cut):
         run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
-    assert all(file.exists() for file in files)
+    assert {torch.load(file, weights_only=False)["step"] for file in files} == {3}
     resumed, whole = together(configs, files), together(configs)
     assert [one.rows for one in resumed] == [one.rows for one in whole]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_array_goes_on_that_was_killed_while_it_saved_its_beginning(trio, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    configs = [
+        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
+    ]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    with pytest.raises(Cut):
+        run_trials([Trial(c, CutAt(0), file) for c, file in zip(configs, files, strict=True)])
+    files[1].unlink()
+    assert [one.rows for one in together(configs, files)] == [one.rows for one in together(configs)]
+
+
+def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
+    tiny, tmp_path, monkeypatch
+):
+    """A clock that the saving of a trial moves on by a second, and a step by ten."""
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 0.01)
+    now, saved_at = [0.0], []
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+
+    def write_in_a_second(*_):
+        saved_at.append(now[0])
+        now[0] += 1
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write_in_a_second)
+    array = ModelArray([GPT(tiny.model) for _ in range(3)], tiny.optim)
+    members = []
+    for k in range(3):
+        held = checkpoint.Checkpoint(tmp_path / f"{k}.pt", {}, pause=10.0)
+        begun = checkpoint.Progress(0, [], 0.0)
+        members.append(SimpleNamespace(checkpoint=held, rows=[], begun=begun))
+        now[0] += 6  # to prepare a trial takes time
+    for step in range(70):
+        train.save(members, array, step, now[0])
+        now[0] += 10
+    assert saved_at == [28, 29, 30, 331, 332, 333, 634, 635, 636]
 
 
 def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(
