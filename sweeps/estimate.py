@@ -30,6 +30,7 @@ from gptcore.config import Scalar, TrialConfig
 from gptcore.corpus import GIVEN
 from gptcore.experiment import Trial, run_trials
 from gptcore.records import MemoryRecorder, Row, TrainingRow
+from gptcore.train import READ_EVERY
 from sweeps.arrays import LONG_STEP, MOST, WORTH, best_size, split, together
 from sweeps.cluster import HEADROOM, fit, machines, needs_of, slots, there
 from sweeps.parquet import write_tables
@@ -64,7 +65,7 @@ class Batch:
 @dataclass(frozen=True)
 class Cost:
     """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
-    slowest, and bytes of memory, of a GPU's memory, and of disk."""
+    slowest, bytes of memory and of a GPU's memory, and of disk for each of its trials."""
 
     seconds: float
     low: float
@@ -161,13 +162,13 @@ class Stopwatch(MemoryRecorder):
         super().log(rows)
         if any(isinstance(row, TrainingRow) for row in rows):
             self.ends.append(time.perf_counter())
-            if self.seconds > SECONDS_A_SHAPE:
+            if self.ends[-1] - self.ends[0] > SECONDS_A_SHAPE:
                 raise Enough
 
 
 def timed(config: TrialConfig, array: int) -> Stopwatch:
     """Run such a trial, or an array of them, until it ends or has been measured for long enough;
-    -> the watch of the last one."""
+    -> the watch of the first one."""
     stopwatches = [Stopwatch() for _ in range(array)]
     with contextlib.suppress(Enough):
         run_trials(
@@ -176,7 +177,7 @@ def timed(config: TrialConfig, array: int) -> Stopwatch:
                 for seed, stopwatch in enumerate(stopwatches)
             ]
         )
-    return stopwatches[-1]
+    return stopwatches[0]
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class Measured:
     memory: int
     gpu_memory: int
     gpu_size: int
+    empty: int = 0  # bytes of memory that the process held before
     array: int = 1  # how many trials; rows, points and bytes are one's
 
 
@@ -202,6 +204,8 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
     it took then is what the next ones will.
     """
     GIVEN.update(texts)
+    READ_EVERY["cuda"] = 1  # each step is timed by itself
+    empty = peak_memory()
     entered, config = time.time(), TrialConfig.from_flat(params)
     first = stopwatch = timed(config, array)
     if first.seconds < SECONDS_A_SHAPE / 4:
@@ -231,6 +235,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
         memory=peak_memory(),
         gpu_memory=gpu_memory,
         gpu_size=gpu_size,
+        empty=empty,
         array=array,
     )
 
@@ -256,7 +261,7 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
     seconds = sum(count * mean[kind] for kind, count in wanted.items())
     plain = taken.get((), [1.0])
     tenths = quantiles(plain, n=10) if len(plain) > 1 else [plain[0]] * 9
-    fixed = OVERHEAD + fmean(one.writing for one in measured)
+    fixed = measured[0].array * OVERHEAD + fmean(one.writing for one in measured)
     held = Counter(kind_of(short, step) for step in range(len(measured[0].steps)))
 
     def stands_for(step: int | None) -> float:
@@ -277,7 +282,7 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
         high=fixed + seconds * tenths[-1] / fmean(plain),
         memory=max(one.memory for one in measured),
         gpu_memory=max(one.gpu_memory for one in measured),
-        disk=round(disk * measured[0].array),
+        disk=round(disk),
     )
 
 
@@ -317,19 +322,22 @@ def side_by_side(
 
 
 def share_of_gpu(
-    config: TrialConfig, batches: int, beside: Callable[[int], list[Measured]]
+    config: TrialConfig,
+    batches: int,
+    beside: Callable[[int], list[Measured]],
+    measured: list[Measured],
 ) -> tuple[int, list[Measured]]:
     """How many batches of a shape a GPU is to have at a time, and what they then take.
 
-    One at first, then twice as many each time, `beside` each other, while that makes the GPU faster
-    by more than WORTH, the machine has cores and memory, and the GPU memory, for them, and there
-    are so many `batches` for each GPU.
+    One at first, as `measured`, then twice as many each time, `beside` each other, while that makes
+    the GPU faster by more than WORTH, the machine has cores and memory, and the GPU memory, for
+    them, and there are so many `batches` for each GPU.
     """
     gpus = [machine for machine in machines() if machine.get("GPU")]
     cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
     memory = min(machine.get("memory", math.inf) / machine["GPU"] for machine in gpus)
     most = min(cores, math.ceil(batches / sum(machine["GPU"] for machine in gpus)))
-    count, measured = 1, beside(1)
+    count = 1
     while 2 * count <= most:
         if any(
             2 * count * one.gpu_memory > FILL * one.gpu_size
@@ -358,8 +366,9 @@ def array_size(
 ) -> int:
     """How many trials of a shape train together, of groups that can.
 
-    As many as are `asked` for, if memory holds so many times what one takes that was measured
-    `alone`; with auto as many as make it faster, and no more than leave every slot something to do.
+    As many as are `asked` for, if memory holds so many times what one that was measured `alone`
+    takes beside what its process does; with auto as many as make it faster, and no more than leave
+    every slot something to do.
     """
     longest = max(map(len, groups))
     if asked == "off" or longest == 1:
@@ -367,9 +376,10 @@ def array_size(
     needs = needs_of(shape)
     fits = [machine for machine in machines() if fit(machine, needs)]
     memory = min(machine.get("memory", math.inf) / fit(machine, needs) for machine in fits)
-    held = memory / (HEADROOM * alone.memory)
+    held = (memory / HEADROOM - alone.empty) / max(1, alone.memory - alone.empty)
     if alone.gpu_memory:
-        held = min(held, FILL * alone.gpu_size / alone.gpu_memory)
+        free = FILL * alone.gpu_size - CONTEXT
+        held = min(held, free / max(1, alone.gpu_memory - CONTEXT))
     most = max(1, int(min(longest, held)))
     if asked != "auto":
         if most < min(int(asked), longest):
@@ -377,11 +387,17 @@ def array_size(
         return min(int(asked), most)
     if median(alone.steps) > LONG_STEP:
         return 1
-    most = min(most, MOST, math.ceil(longest / slots(needs)))
+    most = min(most, MOST, math.ceil(sum(map(len, groups)) / slots(needs)))
+    if most == 1:
+        return 1
     task = ray.remote(
         num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=0
     )(best_size)
-    best: int = ray.get(task.remote(shape.to_flat(), texts, most)) if most > 1 else 1
+    try:
+        best: int = ray.get(task.remote(shape.to_flat(), texts, most))
+    except ray.exceptions.RayError as error:
+        console.print(f"arrays could not be tried: {_why(error)}", soft_wrap=True)
+        return 1
     return best
 
 
@@ -400,14 +416,27 @@ def arranged(
     def beside(count: int, members: int = 1) -> list[Measured]:
         return side_by_side(shape, texts, count, members)
 
-    measured = beside(max(1, min(fits, sum(map(len, groups)))))
-    members = array_size(shape, texts, array, groups, measured[0], console)
-    arrays = [some for group in groups for some in split(group, members)]
-    if "GPU" in needs:
-        return arrays, *share_of_gpu(shape, len(arrays), functools.partial(beside, members=members))
-    if members > 1:
-        measured = beside(min(fits, len(arrays)), members)
-    return arrays, 1, measured
+    alone = beside(max(1, min(fits, sum(map(len, groups)))))
+    most = array_size(shape, texts, array, groups, alone[0], console)
+    while True:
+        arrays = [some for group in groups for some in split(group, most)]
+        members = max(map(len, arrays))
+        try:
+            measured = beside(min(fits, len(arrays)), members) if members > 1 else alone
+        except ray.exceptions.RayError as error:
+            most = members // 2
+            console.print(
+                f"arrays of {members} cannot be: {_why(error)}; {most} are tried", soft_wrap=True
+            )
+            continue
+        if "GPU" not in needs:
+            return arrays, 1, measured
+        of_these = functools.partial(beside, members=members)
+        return arrays, *share_of_gpu(shape, len(arrays), of_these, measured)
+
+
+def _why(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def estimate(
@@ -420,7 +449,7 @@ def estimate(
         shapes[shape_of(trials[group[0]])].append(group)
     costs: list[Cost] = []
     batches: list[Batch] = []
-    unknown, beginning = [], 0.0
+    unknown, beginning, disk = [], 0.0, 0
     given = ray.put(texts)
     with console.status("") as status:
         for done, (shape, groups) in enumerate(shapes.items()):
@@ -434,12 +463,12 @@ def estimate(
                 arrays, per_gpu, measured = arranged(shape, groups, given, array, console)
             except ray.exceptions.RayError as error:
                 keys = [key for group in groups for key in group]
-                why = str(error).strip().splitlines()[-1].strip()
-                unknown.append(f"{len(keys)} trials such as {keys[0]}: {why}")
+                unknown.append(f"{len(keys)} trials such as {keys[0]}: {_why(error)}")
                 batches += [Batch((key,), needs_of(shape)) for key in keys]
                 continue
             cost = cost_of(shape, measured)
             costs += [cost] * len(arrays)
+            disk += cost.disk * sum(map(len, arrays))
             needs = needs_of(shape, cost.memory, per_gpu)
             batches += [Batch(some, needs) for some in arrays]
             beginning = max(beginning, *(one.began for one in measured))
@@ -464,6 +493,6 @@ def estimate(
         high=whole("high"),
         memory=max((cost.memory for cost in costs), default=0),
         gpu_memory=max((cost.gpu_memory for cost in costs), default=0),
-        disk=sum(cost.disk for cost in costs),
+        disk=disk,
         unknown=tuple(unknown),
     ), batches

@@ -123,14 +123,14 @@ class SweepProgress(tune.Callback):
         if self.first_report is None:
             self.first_report = time.monotonic()
         key, status = result["trial_key"], result.get("status")
+        if result.get("ends_sweep"):
+            self.fault = result["reason"]
         if key in self.finished or key in self.failed:
             return  # said before: Tune repeats a batch's last result, and a retried one its first
         if status:
             self.running.discard(key)
         if status == "failed":
             self.failed[key] = result["reason"]
-            if result.get("ends_sweep"):
-                self.fault = result["reason"]
             self._show(f"trial {key} failed: {self.failed[key]}")
             return
         # Not heard of before its end: it was too short to begin far from there.
@@ -143,7 +143,8 @@ class SweepProgress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        for key in self._left(trial):
+        # What ends the sweep leaves its batch without results, and that is no pruning.
+        for key in () if self.fault else self._left(trial):
             self.running.discard(key)
             self.pruned[key] = f"pruned at step {trial.last_result['step']}"
             self._show(f"trial {key} {self.pruned[key]}")
@@ -153,6 +154,8 @@ class SweepProgress(tune.Callback):
             self.running.discard(key)
             self.retried.setdefault(key, []).append(_why(trial))
             self._show(f"trial {key} goes on with another worker: {self.retried[key][-1]}")
+            # What has cost two workers may be one of its trials: that one is to fail alone.
+            trial.config["apart"] = len(self.retried[key]) > 1
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         for key in self._left(trial):

@@ -42,8 +42,8 @@ for chatty in (
 
 
 PORTION, ROUNDS = 500, 20
-"""So many trials are Tune's at a time, or as many as fill every slot so many times: it keeps 70 kB
-of each, finished or not, and goes through all of them again and again."""
+"""So many trials, or arrays of them, are Tune's at a time, or as many as fill every slot so many
+times: it keeps 70 kB of each, finished or not, and goes through all of them again and again."""
 
 
 def run_on_ray(

@@ -33,9 +33,10 @@ def run_batch(
 ) -> None:
     """Run `config["batch"]`, a list of {key, name, params, tags}, and tell Tune how far each is.
 
-    The trials of a batch train together. `config["store"]` is the tracking URI and experiment id;
-    in `config["runs_dir"]` a trial that was cut off finds its checkpoint. A search has every value
-    of `config["metric"]` reported. `texts` are corpora that need not be on this machine.
+    The trials of a batch train together, unless `config["apart"]`. `config["store"]` is the
+    tracking URI and experiment id; in `config["runs_dir"]` a trial that was cut off finds its
+    checkpoint. A search has every value of `config["metric"]` reported. `texts` are corpora that
+    need not be on this machine.
     A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: it
     would break again. What every trial would break on is told to the driver, which ends the sweep
     and closes the run. What Tune tries again is a worker that died. A trial that Tune stops (by
@@ -44,14 +45,20 @@ def run_batch(
     GIVEN.update(texts)
     store, runs_dir = config["store"], Path(config["runs_dir"])
     batch, metric = config["batch"], config.get("metric")
+    batches = [[trial] for trial in batch] if config.get("apart") else [batch]
     try:
-        try:
-            _run(batch, store, runs_dir, metric)
-        except Exception as error:
-            # MLflow asks again by itself, but not where a server died in its answer.
-            if not (fault_of_sweep(error, store["uri"], runs_dir) and answers_again(store["uri"])):
-                raise
-            _run(batch, store, runs_dir, metric)
+        for some in batches:
+            answers = False
+            try:
+                _run(some, store, runs_dir, metric)
+            except Exception as error:
+                # MLflow asks again by itself, but not where a server died in its answer.
+                if fault_of_sweep(error, store["uri"], runs_dir):
+                    answers = answers_again(store["uri"])
+                if not answers:
+                    raise
+            if answers:  # the error is gone by now, and with it what its frames held
+                _run(some, store, runs_dir, metric)
     except Exception as error:
         ends = fault_of_sweep(error, store["uri"], runs_dir)
         if ends is None:
@@ -126,17 +133,13 @@ def _attempt(
                 raise
             _fail(job["key"], recorder, fault_of_trial(error), traceback.format_exc())
             continue
-        reporting = _Reporting(recorder, job["key"], metric, REPORT_SECONDS * len(batch))
+        reporting = _Reporting(recorder, job["key"], metric, file, REPORT_SECONDS * len(batch))
         trials.append(Trial(config, reporting, file, keep))
         recorders.append((job["key"], recorder))
     if not trials:
         return True
     try:
         run_trials(trials)
-        for trial in trials:
-            assert trial.file
-            with contextlib.suppress(OSError):  # it has its result; what is left hurts nobody
-                forget(trial.file)
         return True
     except Exception as error:
         if fault_of_sweep(error, store["uri"], runs_dir):
@@ -163,9 +166,10 @@ class _Reporting:
     """A recorder that also tells Tune now and then how far the trial is."""
 
     def __init__(
-        self, recorder: Recorder, key: str, metric: str | None, seconds: float = REPORT_SECONDS
+        self, recorder: Recorder, key: str, metric: str | None, file: Path, seconds: float
     ) -> None:
-        self.recorder, self.key, self.metric, self.seconds = recorder, key, metric, seconds
+        self.recorder, self.key, self.metric = recorder, key, metric
+        self.file, self.seconds = file, seconds
         # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
         self.next = time.monotonic() + seconds
 
@@ -182,4 +186,6 @@ class _Reporting:
 
     def close(self, result: TrialResult) -> None:
         self.recorder.close(result)
+        with contextlib.suppress(OSError):  # it has its result; what is left hurts nobody
+            forget(self.file)
         tune.report({"trial_key": self.key, "step": result.steps, "status": result.status})

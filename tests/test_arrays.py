@@ -1,6 +1,9 @@
 """Which trials train together."""
 
+from dataclasses import replace
+
 import pytest
+import ray
 from rich.console import Console
 
 import sweeps.arrays
@@ -8,7 +11,7 @@ import sweeps.estimate
 from conftest import TINY
 from gptcore.config import InputError, TrialConfig
 from sweeps.arrays import best_size, check_array, check_together, split, together
-from sweeps.estimate import Measured, array_size
+from sweeps.estimate import Measured, arranged, array_size
 
 
 def configured(**more):
@@ -53,14 +56,14 @@ GIB = 2**30
 # Steps too long for calls to matter.
 ALONE = Measured(
     began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
-    memory=GIB, gpu_memory=0, gpu_size=0,
+    memory=GIB, gpu_memory=0, gpu_size=0, empty=GIB // 2,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("asked", "trials", "expected", "said"),
     [("off", 8, 1, ""), ("auto", 8, 1, ""), ("4", 8, 4, ""), ("4", 2, 2, ""), ("1", 8, 1, ""),
-     ("32", 40, 9, "--array 32: memory holds arrays of 9 of these trials")],
+     ("32", 40, 17, "--array 32: memory holds arrays of 17 of these trials")],
 )  # fmt: skip
 def test_an_array_that_memory_does_not_hold_is_made_smaller_and_that_is_said(
     asked, trials, expected, said, monkeypatch
@@ -71,6 +74,93 @@ def test_an_array_that_memory_does_not_hold_is_made_smaller_and_that_is_said(
     groups = [[str(i) for i in range(trials)]]
     size = array_size(configured(train__device="cpu"), None, asked, groups, ALONE, console)
     assert (size, console.export_text().strip()) == (expected, said)
+
+
+class Task:
+    """In place of a task of Ray's: what it is asked, it gives or raises."""
+
+    def __init__(self, best):
+        self.best, self.asked = best, []
+
+    def remote(self, params, texts, most):
+        self.asked.append(most)
+        return self.best(most)
+
+
+@pytest.fixture
+def eight_slots(monkeypatch):
+    """-> a function that has tasks on a machine of eight cores done in a given way."""
+    machine = {"CPU": 8.0, "memory": 800.0 * GIB}
+    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine])
+    monkeypatch.setattr("sweeps.cluster.machines", lambda: [machine])
+
+    def do(best):
+        task = Task(best)
+        monkeypatch.setattr(sweeps.estimate.ray, "remote", lambda **_: lambda _: task)
+        monkeypatch.setattr(sweeps.estimate.ray, "get", lambda given: given)
+        return task
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [([64], 8), ([8] * 8, 8), ([100] * 8, 64), ([20], 3), ([2, 2, 2, 2, 2], 2)],
+)
+def test_auto_tries_arrays_that_leave_every_slot_something_to_do(sizes, most, eight_slots):
+    task = eight_slots(lambda most: most)
+    groups = [[f"{i}-{j}" for j in range(size)] for i, size in enumerate(sizes)]
+    short = replace(ALONE, steps=[1.0, *[0.01] * 5])
+    shape = configured(train__device="cpu")
+    assert array_size(shape, None, "auto", groups, short, Console()) == most
+    assert task.asked == [most]
+
+
+@pytest.mark.parametrize("sizes", [[8], [1] * 30])
+def test_auto_tries_none_where_there_are_too_few_trials_or_none_go_together(sizes, eight_slots):
+    task = eight_slots(lambda most: most)
+    groups = [[f"{i}-{j}" for j in range(size)] for i, size in enumerate(sizes)]
+    short = replace(ALONE, steps=[0.01] * 6)
+    assert array_size(configured(), None, "auto", groups, short, Console()) == 1
+    assert task.asked == []
+
+
+def test_arrays_that_cannot_be_tried_leave_single_trials_and_a_line(eight_slots):
+    def break_down(most):
+        raise ray.exceptions.RayError("the worker died: out of memory")
+
+    eight_slots(break_down)
+    console = Console(record=True, width=200)
+    short = replace(ALONE, steps=[0.01] * 6)
+    groups = [[str(i) for i in range(64)]]
+    assert array_size(configured(), None, "auto", groups, short, console) == 1
+    said = "arrays could not be tried: the worker died: out of memory"
+    assert console.export_text().strip() == said
+
+
+def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(monkeypatch):
+    machine = {"CPU": 2.0, "memory": 800.0 * GIB}
+    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine])
+    asked = []
+
+    def side_by_side(shape, texts, count, array=1):
+        asked.append((count, array))
+        if array > 3:
+            raise ray.exceptions.RayError("out of memory")
+        return [replace(ALONE, array=array)] * count
+
+    monkeypatch.setattr(sweeps.estimate, "side_by_side", side_by_side)
+    console = Console(record=True, width=200)
+    groups = [[str(i) for i in range(13)]]
+    arrays, per_gpu, measured = arranged(
+        configured(train__device="cpu"), groups, None, "13", console
+    )
+    assert asked == [(2, 1), (1, 13), (2, 5), (2, 2)]
+    assert ([len(array) for array in arrays], per_gpu) == ([1, 2, 2, 2, 2, 2, 2], 1)
+    assert measured[0].array == 2
+    said = ["arrays of 13 cannot be: out of memory; 6 are tried",
+            "arrays of 5 cannot be: out of memory; 2 are tried"]  # fmt: skip
+    assert console.export_text().splitlines() == said
 
 
 @pytest.mark.parametrize(
@@ -91,5 +181,6 @@ def test_an_array_grows_while_that_makes_a_step_of_each_trial_shorter(
     assert best_size(configured().to_flat(), {}, most) == expected
 
 
-def test_a_real_shape_is_measured():
-    assert best_size(configured().to_flat(), {}, 4) in (1, 2, 4)
+def test_of_a_real_shape_every_size_up_to_the_most_is_measured(monkeypatch):
+    monkeypatch.setattr(sweeps.arrays, "WORTH", 0.0)
+    assert best_size(configured().to_flat(), {}, 4) == 4

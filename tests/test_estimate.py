@@ -163,7 +163,7 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
         ] * count  # fmt: skip
 
     config = configured({"train.steps": 5})
-    count, measured = share_of_gpu(config, trials, beside)
+    count, measured = share_of_gpu(config, trials, beside, beside(1))
     assert (count, len(measured)) == (share, share)
     assert all(memory * count <= 0.9 * 24 for count in tried)
 
@@ -183,4 +183,13 @@ def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch)
             raise ray.exceptions.RayError("out of memory")
         return alone
 
-    assert share_of_gpu(configured({"train.steps": 5}), 100, beside) == (1, alone)
+    assert share_of_gpu(configured({"train.steps": 5}), 100, beside, alone) == (1, alone)
+
+
+def test_an_array_whose_first_step_takes_all_the_time_there_is_has_a_step_all_the_same(monkeypatch):
+    monkeypatch.setattr(sweeps.estimate, "SECONDS_A_SHAPE", 0.0)
+    measured = measure(shortened(configured(LONG)).to_flat(), {}, array=3)
+    assert len(measured.steps) == 2  # what comes before the first is no pace
+    assert 0 < measured.empty <= measured.memory
+    cost = cost_of(configured(LONG), [measured])
+    assert cost.seconds > 3 * OVERHEAD

@@ -36,7 +36,7 @@ from sweeps.spaces import PRESETS
 
 pytestmark = pytest.mark.slow
 
-WORKERS_KILLED, DRIVERS_KILLED = 25, 10
+WORKERS_KILLED, DRIVERS_KILLED = 12, 5  # 25 and 10 take CI over its hour
 
 
 def drive(folder, *arguments, **environment):

@@ -145,6 +145,19 @@ def test_a_fault_of_the_sweep_ends_it(shown):
     assert (shown.fault, shown.failed) == ("no room", {"a": "no room"})
 
 
+def test_a_fault_that_an_array_tells_of_by_a_trial_that_has_its_result_ends_the_sweep(shown):
+    jobs = [{"key": key, "params": {"train.steps": 100}} for key in ("a", "b")]
+    array = SimpleNamespace(config={"key": "a", "batch": jobs})
+    array.last_result = {**FULL, "ends_sweep": True}
+    shown.on_trial_start(0, [], array)
+    shown.on_trial_result(0, [], array, {"trial_key": "a", "step": 20, "status": "diverged"})
+    shown.on_trial_result(0, [], array, array.last_result)
+    shown.on_trial_complete(0, [], array)
+    assert (shown.fault, shown.finished, shown.pruned) == ("OSError: full", {"a"}, {})
+    with pytest.raises(progress.Ended):
+        shown.on_step_end(0, [])
+
+
 def test_nothing_is_foretold_when_every_trial_has_ended(shown):
     for key in ("a", "b", "c"):
         result(shown, key, 100, status="finished")
@@ -178,6 +191,7 @@ def test_of_an_array_each_trial_is_counted_as_it_ends(shown, tmp_path):
     assert (shown.running, shown.finished) == ({"a", "c"}, {"b"})
     shown.on_trial_recover(0, [], array)
     assert set(shown.retried) == {"a", "c"}
+    assert not array.config["apart"]
     shown.on_trial_start(0, [], array)
     assert shown.running == {"a", "c"}
     for _ in range(2):  # a batch that goes on says again what it had

@@ -16,7 +16,7 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import GIVEN, Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
-from sweeps import trainable
+from sweeps import tracking, trainable
 from sweeps.parquet import write_tables
 from sweeps.tracking import MlflowRecorder, open_experiment
 from sweeps.trainable import run_batch
@@ -304,20 +304,26 @@ def test_an_array_that_breaks_goes_on_as_single_trials_and_the_broken_one_alone_
 ):
     work, told, client = three
     broken = work["batch"][2]["key"]
-    seed = work["batch"][2]["params"]["init.seed"]
     run, sizes = trainable.run_trials, []
 
-    def break_on_one(trials):
+    def counted(trials):
         sizes.append(len(trials))
-        if any(trial.config.init.seed == seed for trial in trials):
-            raise ArithmeticError("no such number")
         return run(trials)
 
-    monkeypatch.setattr(trainable, "run_trials", break_on_one)
+    log = trainable.MlflowRecorder.log
+
+    def break_at_step_3(recorder, rows):
+        log(recorder, rows)
+        at_3 = any(getattr(row, "step", 0) == 3 for row in rows)
+        if at_3 and trial_runs(client)[broken].info.run_id == recorder.run_id:
+            raise ArithmeticError("no such number")
+
+    monkeypatch.setattr(trainable, "run_trials", counted)
+    monkeypatch.setattr(trainable.MlflowRecorder, "log", break_at_step_3)
     run_batch(work)
     statuses = {one["trial_key"]: one["status"] for one in told if "status" in one}
-    assert sizes == [3, 1, 1, 1]
-    assert list(statuses.values()) == ["finished", "diverged", "failed"]
+    assert sizes == [3, 1, 1]  # one had diverged by then
+    assert list(statuses.values()) == ["diverged", "finished", "failed"]
     assert "no such number" in trial_runs(client)[broken].data.tags["reason"]
 
 
@@ -327,6 +333,7 @@ def test_an_array_that_was_cut_off_goes_on_and_holds_every_point_once(three, mon
         job["params"]["train.checkpoint_seconds"] = 0.0
     monkeypatch.setattr(trainable, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    monkeypatch.setattr(tracking, "FLUSH_AT", 1)
 
     def cut(result):
         if result["step"] == 3:
@@ -335,6 +342,8 @@ def test_an_array_that_was_cut_off_goes_on_and_holds_every_point_once(three, mon
     monkeypatch.setattr(trainable.tune, "report", cut)
     with pytest.raises(SystemExit):
         run_batch(work)
+    first = work["batch"][0]["key"]
+    assert len(losses_of(client, first)) == 4  # which come again
     monkeypatch.setattr(trainable.tune, "report", told.append)
     run_batch(work)
     for job in (work["batch"][0], work["batch"][2]):
