@@ -106,14 +106,8 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     ray.init = functools.partial(ray.init, num_cpus=cores)
     knobs = TRIAL.to_flat().items()
     flags = [word for knob, value in knobs for word in (f"--{knob}", spelling(value))]
-    flags += [
-        "--array",
-        "off",
-        "--init.scheme",
-        *SCHEMES,
-        "--init.seed",
-        *map(str, range(n_trials // len(SCHEMES))),
-    ]
+    flags += ["--array", "off", "--init.scheme", *SCHEMES]
+    flags += ["--init.seed", *map(str, range(n_trials // len(SCHEMES)))]
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         code = launch.main("", PRESETS, ["--runs-dir", folder, "--name", "scale", *flags])
     if code:
