@@ -18,6 +18,7 @@ import pytest
 import requests
 
 from gptcore.config import Scalar, TrialConfig, spelling
+from gptcore.records import MemoryRecorder, Row, TrainingRow
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -53,6 +54,23 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny() -> TrialConfig:
     """A trial of a fraction of a second, on the corpus that is always there."""
     return TrialConfig.from_flat(TINY)
+
+
+class Cut(Exception):
+    """Stands for whatever ends a process in the middle of a trial."""
+
+
+class CutAt(MemoryRecorder):
+    """Raises Cut once it has been told of a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
+        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
+            raise Cut
 
 
 @pytest.fixture

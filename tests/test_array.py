@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import Cut, CutAt
 from gptcore import checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import Trial, apart, run_trial, run_trials
 from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS
-from gptcore.records import MemoryRecorder, TrainingRow
+from gptcore.records import MemoryRecorder
 
 
 def with_knobs(config, **knobs):
@@ -126,43 +127,28 @@ def test_one_that_diverges_at_the_last_step_leaves_the_others_their_own_errors(t
         assert found.result.gradient_error == pytest.approx(expected.gradient_error, rel=0.1)
 
 
-class Cut(Exception):
-    """Stands for whatever ends a process in the middle of an array."""
-
-
-class CutAt(MemoryRecorder):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def log(self, rows):
-        super().log(rows)
-        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
-            raise Cut
+@pytest.fixture
+def saved(trio, tmp_path, monkeypatch):
+    """The trio, saved at every step, and where."""
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
+    configs = [with_knobs(config, train__checkpoint_seconds=0.0) for config in trio]
+    return configs, [tmp_path / f"{k}.pt" for k in range(3)]
 
 
 @pytest.mark.parametrize("who", [0, 2])  # the first to be told of a step, and the last
-def test_an_array_that_was_cut_off_ends_like_one_that_was_not(trio, tmp_path, monkeypatch, who):
-    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
-    configs = [
-        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
-    ]
-    files = [tmp_path / f"{k}.pt" for k in range(3)]
+def test_an_array_that_was_cut_off_ends_like_one_that_was_not(saved, who):
+    configs, files = saved
     recorders = [CutAt(3 if k == who else 99) for k in range(3)]
     with pytest.raises(Cut):
         run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
     assert {torch.load(file, weights_only=False)["step"] for file in files} == {3}
     resumed, whole = together(configs, files), together(configs)
     assert [one.rows for one in resumed] == [one.rows for one in whole]
-    assert not list(tmp_path.iterdir())
+    assert not any(file.exists() for file in files)
 
 
-def test_an_array_goes_on_that_was_killed_while_it_saved_its_beginning(trio, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
-    configs = [
-        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
-    ]
-    files = [tmp_path / f"{k}.pt" for k in range(3)]
+def test_an_array_goes_on_that_was_killed_while_it_saved_its_beginning(saved):
+    configs, files = saved
     with pytest.raises(Cut):
         run_trials([Trial(c, CutAt(0), file) for c, file in zip(configs, files, strict=True)])
     files[1].unlink()
@@ -195,14 +181,8 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
     assert saved_at == [28, 29, 30, 331, 332, 333, 634, 635, 636]
 
 
-def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(
-    trio, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
-    configs = [
-        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
-    ]
-    files = [tmp_path / f"{k}.pt" for k in range(3)]
+def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(saved):
+    configs, files = saved
     for config, file, step in zip(configs, files, (1, 4, 1), strict=True):
         with pytest.raises(Cut):
             run_trial(config, CutAt(step), file)
@@ -210,14 +190,8 @@ def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(
         assert_alike(found, alone(config))
 
 
-def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(
-    trio, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
-    configs = [
-        replace(config, train=replace(config.train, checkpoint_seconds=0.0)) for config in trio
-    ]
-    files = [tmp_path / f"{k}.pt" for k in range(3)]
+def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(saved, tmp_path):
+    configs, files = saved
     recorders = [CutAt(3 if k == 0 else 99) for k in range(3)]
     with pytest.raises(Cut):
         run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from conftest import Cut, CutAt
 from gptcore import checkpoint
 from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
@@ -15,22 +16,7 @@ from gptcore.corpus import Corpus
 from gptcore.experiment import run_trial
 from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS
-from gptcore.records import MemoryRecorder, TrainingRow
-
-
-class Cut(Exception):
-    """Stands for whatever ends a process in the middle of a trial."""
-
-
-class CutAt(MemoryRecorder):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def log(self, rows):
-        super().log(rows)
-        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
-            raise Cut
+from gptcore.records import MemoryRecorder
 
 
 @pytest.fixture(autouse=True)
