@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -18,11 +19,33 @@ from gptcore.config import OptimConfig, check_choice, parameters_of
 Parameters = Mapping[str, Tensor]
 
 
+class _Plain(Optimizer):
+    """PyTorch's optimiser without the import of its compiler, two seconds of every process, which
+    its methods make only to say that they are not to be compiled."""
+
+    add_param_group = unwrap(Optimizer.add_param_group)
+    load_state_dict = unwrap(Optimizer.load_state_dict)
+    state_dict = unwrap(Optimizer.state_dict)
+    zero_grad = unwrap(Optimizer.zero_grad)
+
+
+class _AdamW(_Plain, torch.optim.AdamW):
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class _Adam(_Plain, torch.optim.Adam):
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
+
+class _SGD(_Plain, torch.optim.SGD):
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
+
+
 def adamw(
     parameters: Parameters, lr: float, weight_decay: float, beta1: float, beta2: float, eps: float
 ) -> Optimizer:
     """Adam with decoupled weight decay, lr * weight_decay * w. Loshchilov & Hutter 2019."""
-    return torch.optim.AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
+    return _AdamW(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def adam(
@@ -32,7 +55,7 @@ def adam(
 
     A large `eps` makes rows with small gradients move in proportion to them, as under SGD.
     """
-    return torch.optim.Adam(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
+    return _Adam(parameters.values(), lr, (beta1, beta2), eps, weight_decay, fused=True)
 
 
 def coupled_adam(
@@ -57,12 +80,12 @@ def coupled_adam(
 
 def sgd(parameters: Parameters, lr: float, weight_decay: float, momentum: float) -> Optimizer:
     """Gradient descent with heavy-ball momentum; weight decay is added to the gradient."""
-    return torch.optim.SGD(
+    return _SGD(
         parameters.values(), momentum=momentum, fused=True, lr=lr, weight_decay=weight_decay
     )
 
 
-class _CoupledAdam(Optimizer):
+class _CoupledAdam(_Plain):
     """AdamW; in groups with `coupled`, rows share the mean of their second moments."""
 
     @torch.no_grad()

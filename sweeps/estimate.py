@@ -32,9 +32,9 @@ from gptcore.experiment import Trial, run_trials
 from gptcore.records import MemoryRecorder, Row, TrainingRow
 from gptcore.train import READ_EVERY
 from sweeps.arrays import LONG_STEP, MOST, WORTH, best_size, split, together
+from sweeps.charts import chart_points
 from sweeps.cluster import HEADROOM, fit, machines, needs_of, slots, there
 from sweeps.parquet import write_tables
-from sweeps.tracking import chart_points
 from sweeps.units import clock, peak_memory, size
 
 Texts = Mapping[str, tuple[str, str]]

@@ -12,7 +12,7 @@ import platform
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,8 @@ from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 
 from gptcore.config import InputError, Scalar, spelling
 from gptcore.files import remove_leftovers
-from gptcore.records import (
-    MemoryRecorder,
-    Row,
-    TextLossRow,
-    TokenGroupRow,
-    TrainingRow,
-    TrialResult,
-    WeightRow,
-    is_primary,
-)
+from gptcore.records import MemoryRecorder, Row, TrialResult
+from sweeps.charts import chart_points
 from sweeps.parquet import write_tables
 
 DONE = ("finished", "diverged")
@@ -267,25 +259,6 @@ def set_tags(client: MlflowClient, run_id: str, **tags: str) -> None:
 def cut(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags no longer than MLflow takes."""
     return {name: value[:5000] for name, value in tags.items()}
-
-
-def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
-    """(metric, step, value) of a row for MLflow's charts; what stands before "/" is a section."""
-    match row:
-        case TrainingRow():
-            yield "loss/train", row.step, row.loss
-            yield "grad_norm/global", row.step, row.grad_norm
-        case TextLossRow():
-            yield f"loss/{'val' if row.text == 'held_out' else row.text}", row.step, row.loss
-        case TokenGroupRow(mean_logprob=float(value)) if is_primary(row):
-            yield f"logprob/{row.group}", row.step, value
-        case WeightRow(kind="qkv"):
-            yield f"qkv_std/layer_{row.layer:02d}", row.step, row.std
-        case WeightRow(kind="q" | "k" | "v" | "proj" | "fc" | "mlp_proj"):
-            inside = row.tensor.split(".", 2)[2]
-            yield f"w_std/layer_{row.layer:02d}.{inside}", row.step, row.std
-        case WeightRow(kind="wte" | "wpe" | "head"):
-            yield f"w_std/{row.tensor}", row.step, row.std
 
 
 def set_aside(client: MlflowClient, run: Run) -> None:

@@ -22,8 +22,9 @@ from gptcore.corpus import GIVEN
 from gptcore.experiment import Trial, check_trial, run_trials
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from sweeps.bucket import fetch, forget, keep
+from sweeps.charts import chart_points
 from sweeps.faults import answers_again, fault_of_sweep, fault_of_trial, has_lost_device
-from sweeps.tracking import DONE, MlflowRecorder, chart_points, find_run
+from sweeps.tracking import DONE, MlflowRecorder, find_run
 
 REPORT_SECONDS = 1.0
 

@@ -11,6 +11,7 @@ from conftest import TINY
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
+from sweeps.charts import chart_points
 from sweeps.estimate import (
     OVERHEAD,
     POINT_BYTES,
@@ -24,7 +25,6 @@ from sweeps.estimate import (
     shortened,
 )
 from sweeps.parquet import write_tables
-from sweeps.tracking import chart_points
 
 LONG = {"train.steps": 200, "probes.every": 10, "probes.histogram_every": 50}
 CADENCES = [

@@ -8,8 +8,8 @@ import pytest
 
 from analysis.runs import chart_page, connect
 from conftest import SCREENSHOTS
+from sweeps.charts import chart_points
 from sweeps.mlflow_view import view_of_sweep, view_state
-from sweeps.tracking import chart_points
 
 
 def test_the_view_is_packed_as_mlflow_unpacks_it():

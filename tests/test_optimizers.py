@@ -1,8 +1,12 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from conftest import ROOT
 from gptcore.array import ModelArray
 from gptcore.config import InitConfig, InputError, ModelConfig, OptimConfig
 from gptcore.init_schemes import initialise
@@ -124,3 +128,31 @@ def test_unknown_names_and_knobs_of_others_are_refused():
     with pytest.raises(InputError, match=r"adamw takes no optim.momentum: those that do are sgd"):
         check_optim(OptimConfig(momentum=0.5))
     check_optim(OptimConfig(name="sgd", momentum=0.5))
+
+
+ALL = """
+import sys
+from pathlib import Path
+from conftest import TINY
+from gptcore.config import TrialConfig
+from gptcore.experiment import Trial, run_trials
+from gptcore.optimizers import OPTIMIZERS
+from gptcore.records import MemoryRecorder
+
+eager = {"train.checkpoint_seconds": 1e-9}
+for name in OPTIMIZERS:
+    configs = [TrialConfig.from_flat({**TINY, **eager, "optim.name": name, "init.seed": seed})
+               for seed in range(3)]
+    file = Path(sys.argv[1], name)
+    run_trials([Trial(configs[0], MemoryRecorder(), file)])
+    run_trials([Trial(configs[0], MemoryRecorder(), file)])  # from its last checkpoint
+    run_trials([Trial(config, MemoryRecorder()) for config in configs[1:]])
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_trial_waits_for_the_import_of_pytorchs_compiler(tmp_path):
+    command = [sys.executable, "-c", ALL, str(tmp_path)]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    ended = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr
