@@ -7,7 +7,7 @@ import fcntl
 import math
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,17 +72,19 @@ def _run(
     batch: Sequence[Mapping[str, Any]], store: dict[str, Any], runs_dir: Path, metric: str | None
 ) -> None:
     """Run what is missing of the trials. Raises what is no fault of a trial's own."""
-    with contextlib.ExitStack() as held:
-        for key in sorted(trial["key"] for trial in batch):  # as every other worker does
-            held.enter_context(alone_with(key, runs_dir))
+    with alone_with([trial["key"] for trial in batch], runs_dir) as done_with:
+
+        def attempt(batch: Sequence[Mapping[str, Any]]) -> bool:
+            return _attempt(batch, store, runs_dir, metric, done_with)
+
         batch = [trial for trial in batch if not _is_done(trial, store)]
-        if len(batch) > 1 and not _attempt(batch, store, runs_dir, metric):
+        if len(batch) > 1 and not attempt(batch):
             # Which of them broke the array is not known: each goes on by itself.
             batch = [trial for trial in batch if not _is_done(trial, store)]
         elif len(batch) > 1:
             return
         for trial in batch:
-            _attempt([trial], store, runs_dir, metric)
+            attempt([trial])
 
 
 def _is_done(trial: Mapping[str, Any], store: Mapping[str, str]) -> bool:
@@ -96,24 +98,34 @@ def _is_done(trial: Mapping[str, Any], store: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def alone_with(key: str, runs_dir: Path) -> Iterator[None]:
-    """While inside, no other process with this runs folder runs the trial; one that does is waited
-    for. The lock is the file system's: a worker that dies holds nothing, but one whose machine is
-    cut off may for as long as that runs."""
+def alone_with(keys: Iterable[str], runs_dir: Path) -> Iterator[Callable[[str], None]]:
+    """While inside, no other process with this runs folder runs the trials; one that does is waited
+    for. Gives a function to call with a key when that trial is done with.
+
+    The locks are the file system's: a worker that dies holds nothing, but one whose machine is cut
+    off may for as long as that runs."""
     file = runs_dir / "locks" / "trials"
     file.parent.mkdir(parents=True, exist_ok=True)
+    # A byte of the file for each trial, wherever it lies; the file stays empty.
+    byte_of = {key: seed_of("lock", key) >> 2 for key in sorted(keys)}
+    # One opening of it: when any is closed, the process loses every lock that it has on the file.
     with file.open("a") as lock:
-        # A byte of the file for each trial, wherever it lies; the file stays empty.
-        fcntl.lockf(lock, fcntl.LOCK_EX, 1, seed_of("lock", key) >> 2)
-        yield
+        for byte in byte_of.values():  # in the order in which every other worker does
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, byte)
+        yield lambda key: fcntl.lockf(lock, fcntl.LOCK_UN, 1, byte_of[key])
 
 
 def _attempt(
-    batch: Sequence[Mapping[str, Any]], store: dict[str, Any], runs_dir: Path, metric: str | None
+    batch: Sequence[Mapping[str, Any]],
+    store: dict[str, Any],
+    runs_dir: Path,
+    metric: str | None,
+    done_with: Callable[[str], None],
 ) -> bool:
     """Run trials together; -> False where several broke that may do better alone.
 
-    One that cannot even begin is left out, and fails.
+    One that cannot even begin is left out, and fails. `done_with` is called with the key of each
+    that has its result.
     """
     trials, recorders = [], []
     for job in batch:
@@ -134,7 +146,8 @@ def _attempt(
                 raise
             _fail(job["key"], recorder, fault_of_trial(error), traceback.format_exc())
             continue
-        reporting = _Reporting(recorder, job["key"], metric, file, REPORT_SECONDS * len(batch))
+        seconds = REPORT_SECONDS * len(batch)
+        reporting = _Reporting(recorder, job["key"], metric, file, seconds, done_with)
         trials.append(Trial(config, reporting, file, keep))
         recorders.append((job["key"], recorder))
     if not trials:
@@ -167,10 +180,16 @@ class _Reporting:
     """A recorder that also tells Tune now and then how far the trial is."""
 
     def __init__(
-        self, recorder: Recorder, key: str, metric: str | None, file: Path, seconds: float
+        self,
+        recorder: Recorder,
+        key: str,
+        metric: str | None,
+        file: Path,
+        seconds: float,
+        done_with: Callable[[str], None],
     ) -> None:
         self.recorder, self.key, self.metric = recorder, key, metric
-        self.file, self.seconds = file, seconds
+        self.file, self.seconds, self.done_with = file, seconds, done_with
         # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
         self.next = time.monotonic() + seconds
 
@@ -189,4 +208,5 @@ class _Reporting:
         self.recorder.close(result)
         with contextlib.suppress(OSError):  # it has its result; what is left hurts nobody
             forget(self.file)
+        self.done_with(self.key)
         tune.report({"trial_key": self.key, "step": result.steps, "status": result.status})

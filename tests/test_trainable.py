@@ -162,7 +162,7 @@ def test_an_answer_that_a_server_did_not_end_is_asked_for_again(
 
 
 def _hold(key, runs_dir, held, release):
-    with trainable.alone_with(key, runs_dir):
+    with trainable.alone_with([key], runs_dir):
         held.set()
         release.wait(60)
 
@@ -288,6 +288,40 @@ def test_trials_of_an_array_leave_what_each_leaves_alone(three, tmp_path):
     told.clear()
     run_batch(work)  # as another sweep might, that wants the same trials
     assert {one["trial_key"]: one["status"] for one in told} == statuses
+
+
+def _take(key, runs_dir):
+    with trainable.alone_with([key], runs_dir):
+        pass
+
+
+def free(keys, runs_dir):
+    """Those of the trials that another process could run now."""
+    fork = multiprocessing.get_context("fork")
+    others = {key: fork.Process(target=_take, args=(key, runs_dir)) for key in keys}
+    for other in others.values():
+        other.start()
+        other.join(2)
+        other.kill()
+        other.join()
+    return [key for key, other in others.items() if other.exitcode == 0]
+
+
+def test_a_trial_of_an_array_that_has_its_result_is_free_while_the_others_train(
+    three, tmp_path, monkeypatch
+):
+    work, _, _ = three
+    keys = [job["key"] for job in work["batch"]]
+    found = {}
+
+    def told(result):
+        if "status" in result:
+            found[result["trial_key"]] = free(keys, tmp_path)
+
+    monkeypatch.setattr(trainable.tune, "report", told)
+    run_batch(work)
+    first, wild, last = keys
+    assert found == {wild: [wild], first: [first, wild], last: keys}
 
 
 def test_a_trial_that_cannot_begin_leaves_the_array_to_the_others(three):
