@@ -200,7 +200,7 @@ class Measured:
 def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
     """Run a trial as long as it is worth while; in a process of its own.
 
-    The first trial of a process is slower by some seconds, once: a short one is run again, and what
+    The first trial of a process is slower by half a second, once: a short one is run again, and what
     it took then is what the next ones will.
     """
     GIVEN.update(texts)
@@ -208,7 +208,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
     empty = peak_memory()
     entered, config = time.time(), TrialConfig.from_flat(params)
     first = stopwatch = timed(config, array)
-    if first.seconds < SECONDS_A_SHAPE / 4:
+    if first.seconds < SECONDS_A_SHAPE / 8:
         stopwatch = timed(config, array)
     trained = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
