@@ -25,7 +25,11 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
 """Name of a precision -> dtype of the products of the head, and of what lies before it. What adds a
-bias rounds its sum to bfloat16 as well, but not in an array of several."""
+bias rounds its sum to bfloat16 as well, but not under vmap."""
+
+VMAP = {"cpu": False, "cuda": True}
+"""Whether the trunks of an array are gone through together on a device. On a CPU that is no faster
+than one by one, which gives each trial the very bits that it has alone."""
 
 State = Mapping[str, Any]
 """A model and its optimiser's state as plain tensors, whatever array they come from."""
@@ -54,7 +58,8 @@ class ModelArray:
                 own = model.get_parameter(name)
                 own.data, own.grad = values, grad
         self.optimizer = make_optimizer(self.parameters, config)
-        self.side_by_side = _SideBySide(models[0]) if len(models) > 1 else None
+        vmapped = len(models) > 1 and VMAP[models[0].wte.weight.device.type]
+        self.side_by_side = _SideBySide(models[0]) if vmapped else None
 
     def gradients(self, ids_KBT: Tensor, targets_KBT: Tensor) -> tuple[Tensor, list[HeadOutput]]:
         """Make the gradient of every model's own loss; -> the hidden states, [K, B, T, D], without
@@ -91,7 +96,9 @@ class ModelArray:
     def _trunk(self, x_KBTD: Tensor) -> Tensor:
         trunk = self.side_by_side
         if trunk is None:
-            return self.models[0].trunk(x_KBTD[0])[None]
+            return torch.stack(
+                [model.trunk(x_BTD) for model, x_BTD in zip(self.models, x_KBTD, strict=True)]
+            )
         parameters = {f"model.{name}": stacked for name, stacked in self.parameters.items()}
 
         def of_one(parameters: dict[str, Tensor], x_BTD: Tensor) -> Tensor:

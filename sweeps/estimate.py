@@ -200,8 +200,8 @@ class Measured:
 def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
     """Run a trial as long as it is worth while; in a process of its own.
 
-    The first trial of a process is slower by half a second, once: a short one is run again, and what
-    it took then is what the next ones will.
+    The first trial of a process is slower by half a second, once: a short one is run again, and
+    what it took then is what the next ones will.
     """
     GIVEN.update(texts)
     READ_EVERY["cuda"] = 1  # each step is timed by itself

@@ -7,13 +7,19 @@ import pytest
 import torch
 
 from conftest import Cut, CutAt
-from gptcore import checkpoint, train
+from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import Trial, apart, run_trial, run_trials
 from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Trunks go through vmap on a CPU as well, but where a test is of what a CPU does by itself."""
+    monkeypatch.setitem(array.VMAP, "cpu", True)
 
 
 def with_knobs(config, **knobs):
@@ -76,6 +82,19 @@ def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
     ]
     for found, config in zip(together(configs), configs, strict=True):
         assert_alike(found, alone(config))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
+    trio, name, tied, monkeypatch
+):
+    monkeypatch.setitem(array.VMAP, "cpu", False)
+    knobs = {"optim__name": name, "model__tied": tied, "optim__clip": 0.5, "train__steps": 30}
+    configs = [with_knobs(config, **knobs) for config in trio]
+    configs.append(with_knobs(configs[1], init__std=1e18, init__scheme="normal"))  # diverges
+    for found, config in zip(together(configs), configs, strict=True):
+        assert found.rows == alone(config).rows
 
 
 def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
@@ -168,7 +187,7 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
         now[0] += 1
 
     monkeypatch.setattr(checkpoint, "write_atomically", write_in_a_second)
-    array = ModelArray([GPT(tiny.model) for _ in range(3)], tiny.optim)
+    models = ModelArray([GPT(tiny.model) for _ in range(3)], tiny.optim)
     members = []
     for k in range(3):
         held = checkpoint.Checkpoint(tmp_path / f"{k}.pt", {}, pause=10.0)
@@ -176,9 +195,19 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
         members.append(SimpleNamespace(checkpoint=held, rows=[], begun=begun))
         now[0] += 6  # to prepare a trial takes time
     for step in range(70):
-        train.save(members, array, step, now[0])
+        train.save(members, models, step, now[0])
         now[0] += 10
     assert saved_at == [28, 29, 30, 331, 332, 333, 634, 635, 636]
+
+
+def test_on_a_cpu_a_member_that_goes_on_alone_ends_as_if_it_had_always_been(saved, monkeypatch):
+    monkeypatch.setitem(array.VMAP, "cpu", False)
+    configs, files = saved
+    with pytest.raises(Cut):
+        run_trials([Trial(c, CutAt(3), file) for c, file in zip(configs, files, strict=True)])
+    resumed = MemoryRecorder()
+    run_trial(configs[1], resumed, files[1])
+    assert resumed.rows == alone(configs[1]).rows
 
 
 def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(saved):
@@ -256,12 +285,12 @@ def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_step_never_waits_for_the_gpu(tiny, count):
     device = torch.device("cuda")
-    array = ModelArray([GPT(tiny.model).to(device) for _ in range(count)], tiny.optim)
+    models = ModelArray([GPT(tiny.model).to(device) for _ in range(count)], tiny.optim)
     ids = torch.randint(50257, (count, 4, tiny.model.context + 1), device=device)
 
     def step():
-        array.gradients(ids[..., :-1], ids[..., 1:])
-        array.update(1e-3, 1.0, array.norms())
+        models.gradients(ids[..., :-1], ids[..., 1:])
+        models.update(1e-3, 1.0, models.norms())
 
     step()
     torch.cuda.set_sync_debug_mode("error")
