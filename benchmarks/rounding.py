@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     for scheme in args.schemes:
         knobs = {"init.scheme": scheme, "init.seed": args.seed, "train.steps": args.steps}
-        config = TrialConfig.from_flat({**TrialConfig().to_flat(), **knobs, "train.device": "cpu"})
+        config = TrialConfig.from_flat({**knobs, "train.device": "cpu"})
         experiment.initialise = initialise
         whole = losses(config)
         experiment.initialise = moved

@@ -1,6 +1,7 @@
-"""Models of one shape that train side by side, each as if it were alone, by one call an operation.
+"""Models of one shape that train side by side, each as if it were alone.
 
-Where a model is too small to fill a machine, a step of K of them takes little longer than of one.
+On a GPU that a model is too small to fill, by one call an operation (VMAP), a step of K of them
+takes little longer than of one.
 A trial by itself is an array of one. Shapes as in gptcore.model, and: K models.
 """
 
