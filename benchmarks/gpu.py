@@ -1,6 +1,6 @@
 """What does a GPU make of it? Model 5's step, arrays of small trials, memory and probes.
 
-    python benchmarks/gpu.py [--device cuda] [--sizes 1 4 16 32] [--precision float32 bf16]
+    python benchmarks/gpu.py [--device cuda] [--sizes 1 4 16 32] [--precisions float32 bf16]
 
 Runs with torch, numpy and tiktoken alone, also on a CPU, and prints tables as RESULTS.md has them.
 The share of the product rate: a step's arithmetic is 6 FLOP a token and parameter, but for the
