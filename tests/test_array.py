@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import Cut, CutAt
 from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import Trial, apart, run_trial, run_trials
-from gptcore.model import GPT
+from gptcore.model import CHUNK_AND_TILE, GPT, workspace
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
 
@@ -278,6 +279,33 @@ def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
         expected = alone(config)
         for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
+
+
+def step_without_values(config):
+    """A step on tensors that have a shape and no values; raises where one of these is asked for."""
+    workspace.cache_clear()
+    try:
+        with FakeTensorMode():
+            models = ModelArray([GPT(config.model)], config.optim, config.train.precision)
+            ids = torch.randint(50257, (1, 4, config.model.context + 1))
+            models.gradients(ids[..., :-1], ids[..., 1:])
+            models.update(1e-3, 1.0, models.norms())
+    finally:
+        workspace.cache_clear()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("precision", array.DTYPES)
+def test_a_step_in_a_gpus_tiles_asks_for_no_value(tiny, monkeypatch, name, precision):
+    """So a GPU is never waited for. What goes through vmap has no values to be asked for."""
+    config = with_knobs(tiny, optim__name=name, train__precision=precision)
+    monkeypatch.setitem(CHUNK_AND_TILE, "cpu", CHUNK_AND_TILE["cuda"])
+    step_without_values(config)
+
+
+def test_a_step_in_a_cpus_tiles_asks_how_large_logits_may_be(tiny):
+    with pytest.raises(DataDependentOutputException):
+        step_without_values(tiny)
 
 
 @pytest.mark.gpu
