@@ -96,9 +96,11 @@ def connect(uri: str) -> MlflowClient:
             uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).stat().st_size
         ):
             raise ValueError("the file is empty")  # of which MLflow would make a store
+        # MLflow's client would go on trying for minutes.
         if uri.startswith(("http://", "https://")):
-            # MLflow's client would go on trying for minutes.
             requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).raise_for_status()
+        elif uri.startswith(("postgresql", "mysql", "mssql")):
+            sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:

@@ -13,7 +13,7 @@ from gptcore.corpus import CORPORA
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
 from sweeps.launch import main
-from sweeps.plan import make_plan
+from sweeps.plan import make_plan, power
 from sweeps.spaces import PRESETS
 
 
@@ -98,7 +98,7 @@ def test_a_book_that_was_asked_for_and_cannot_be_had_is_refused(runs_dir, monkey
 def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "GULLIVER_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 1)
-    assert run("--runs-dir", str(runs_dir), "--dry-run") == 0
+    assert run("--runs-dir", str(runs_dir), "--debug", "--train.steps", "1") == 0
     assert (
         "NOTE: pydocs (Python's manual) stands in for the default corpus" in capsys.readouterr().out
     )
@@ -112,6 +112,7 @@ def test_a_dry_run_lists_the_trials_and_writes_nothing(runs_dir, capsys):
     output = capsys.readouterr().out
     assert "sweep quick: 12 trials, 0 done, 12 missing" in output
     assert output.count("│ missing │") == 12
+    assert "2 seeds in every configuration, 14 claims:" in output
     assert not runs_dir.exists()
 
 
@@ -162,17 +163,20 @@ def test_mlflow_is_opened_by_what_is_printed():
 
 def test_every_corpus_can_be_named_on_the_command_line(book, runs_dir, capsys):
     for name in CORPORA:
-        assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", name) == 0
+        wanted = ["--debug", "--train.steps", "1", "--corpus.name", name]
+        assert run("--runs-dir", str(runs_dir), *wanted) == 0
 
 
-def test_a_dry_run_says_what_the_seeds_can_decide(runs_dir, capsys):
-    wanted = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", "--init.seed"]
-    assert run("--runs-dir", str(runs_dir), "--dry-run", *wanted, "0", "1") == 0
-    few = capsys.readouterr().out
+def test_a_plan_says_what_its_seeds_can_decide():
+    def said(seeds):
+        space = {**{key: [value] for key, value in TINY.items()}, "init.seed": [*range(seeds)]}
+        plan = make_plan("n", "p", [{**space, "init.scheme": ["model5", "gpt2"]}])
+        return "\n".join(power(plan))
+
+    few = said(2)
     assert "2 seeds in every configuration, 14 claims:" in few
     medians = "widening, depth_gradient, depth_gradient_lasts, heavier_tails"
     assert f"cannot support {medians}: 8 seeds can" in few
-    assert run("--runs-dir", str(runs_dir), "--dry-run", *wanted, *map(str, range(16))) == 0
-    many = capsys.readouterr().out
+    many = said(16)
     assert "cannot" not in many
     assert "can support first_layer_widest, order, rare_flips" in many
