@@ -100,7 +100,12 @@ def connect(uri: str) -> MlflowClient:
         if uri.startswith(("http://", "https://")):
             requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS).raise_for_status()
         elif uri.startswith(("postgresql", "mysql", "mssql")):
-            sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
+            # With the certificates and options that MLflow itself connects with.
+            from mlflow.store.db.utils import create_sqlalchemy_engine
+
+            engine = create_sqlalchemy_engine(uri)
+            engine.connect().close()
+            engine.dispose()
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:

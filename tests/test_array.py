@@ -91,7 +91,7 @@ def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
     trio, name, tied, monkeypatch
 ):
     monkeypatch.setitem(array.VMAP, "cpu", False)
-    knobs = {"optim__name": name, "model__tied": tied, "optim__clip": 0.5, "train__steps": 15}
+    knobs = {"optim__name": name, "model__tied": tied, "optim__clip": 0.5, "train__steps": 30}
     configs = [with_knobs(config, **knobs) for config in trio]
     configs.append(with_knobs(configs[1], init__std=1e18, init__scheme="normal"))  # diverges
     for found, config in zip(together(configs), configs, strict=True):
