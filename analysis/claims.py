@@ -118,7 +118,7 @@ def untrained_level(sweep: RunTables) -> Values:
     start = (
         sweep.tables["token_groups"]
         .filter(step=0, mask=PRIMARY["mask"])
-        .pivot("group", index="trial_key", values="mean_logprob")
+        .pivot("group", groups, index="trial_key", values="mean_logprob")
         .join(closed_form(sweep), on="trial_key")
     )
     numbers = {f"{group} - level": pl.col(group) - pl.col("level") for group in groups}
@@ -243,7 +243,7 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
 def never_suppressed(sweep: RunTables) -> Values:
     """Change of never's mean log-prob, and by how much it exceeds rare's."""
     found = _change(sweep, {"never": ("change", "never_100"), "rare": ("change", "rare_100")})
-    wide = found.pivot("part", index="trial_key", values="value")
+    wide = found.pivot("part", ["never", "rare"], index="trial_key", values="value")
     return _long(wide, {"never": pl.col("never"), "never - rare": pl.col("never") - pl.col("rare")})
 
 
@@ -265,7 +265,7 @@ def _change(sweep: RunTables, parts: Mapping[str, tuple[str, str]]) -> Values:
 def mask_matters(sweep: RunTables) -> Values:
     """log p of the common group at the last step, without the mask minus with it."""
     rows = last_steps(sweep.tables["token_groups"]).filter(group="common_100")
-    by_mask = rows.pivot("mask", index="trial_key", values="mean_logprob")
+    by_mask = rows.pivot("mask", ["none", "sequence"], index="trial_key", values="mean_logprob")
     return _long(by_mask, {"common, unmasked - masked": pl.col("none") - pl.col("sequence")})
 
 

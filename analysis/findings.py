@@ -23,10 +23,10 @@ from analysis.rare_tokens import ORDERS, orders_hold, primary
 from analysis.runs import RunTables, read_some
 from analysis.specifications import SPECIFIED, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
-from analysis.verdicts import ALPHA, UNTESTED, compare, judge
+from analysis.verdicts import ALPHA, NOT_MEASURED, compare, judge
 from gptcore.config import compared, spelling, varied
 from gptcore.records import PRIMARY
-from gptcore.tokenizer import gpt2_encoding
+from gptcore.tokenizer import spell
 
 RUNS_OF_A_SUBSET = 4
 """As many runs of one scheme and subset are read for what is too large to read of all."""
@@ -139,9 +139,8 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
         .sort("most", "token", descending=[True, False])
         .head(TOKENS_FOLLOWED)
     )
-    text = pl.col("token").map_elements(
-        lambda token: repr(gpt2_encoding().decode([token])), pl.String
-    )
+    tokenizer = str(some["corpus.tokenizer"].first())  # one scheme's runs have one tokenizer
+    text = pl.col("token").map_elements(lambda token: spell(tokenizer, token), pl.String)
     followed_tokens = tokens.join(followed.select("token"), on="token").with_columns(text=text)
     return followed_tokens, unreadable
 
@@ -368,8 +367,10 @@ def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
 def outcome(name: str, claims: Mapping[str, Any]) -> str:
     """What a paper would print after the claim: its verdict here, with the numbers, in general."""
     claim, finding = CLAIMS[name], claims["here"][name]
-    if finding["verdict"] == UNTESTED:
-        return "Not tested: no seed has the numbers for it in every configuration of this sweep."
+    if finding["verdict"] == NOT_MEASURED:
+        return (
+            "Not measured: no seed has all the numbers for it in every configuration of this sweep."
+        )
     numbers = "; ".join(
         f"{part} {format_estimate(found['estimate'])}" for part, found in finding["parts"].items()
     )

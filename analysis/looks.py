@@ -18,7 +18,7 @@ from typing import Any
 
 from analysis.claims import CLAIMS, digest
 from analysis.runs import RunTables
-from analysis.verdicts import ALPHA, UNDERPOWERED, UNTESTED, least_seeds
+from analysis.verdicts import ALPHA, NOT_MEASURED, UNDERPOWERED, least_seeds
 
 MOST_LOOKS = 5
 
@@ -88,7 +88,9 @@ def take(record: Record, found: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     look = {
         **record["schedule"][len(record["looks"])],
         "decided": [
-            name for name, one in findings.items() if one["verdict"] not in (UNDERPOWERED, UNTESTED)
+            name
+            for name, one in findings.items()
+            if one["verdict"] not in (UNDERPOWERED, NOT_MEASURED)
         ],
         "findings": findings,
     }

@@ -53,7 +53,8 @@ def orders_hold(changes: pl.DataFrame) -> pl.DataFrame:
 
     Null where one of the groups has no log-prob.
     """
-    last = changes.pivot("group", index="trial_key", values="end")
+    groups = sorted({group for order in ORDERS.values() for group in order})
+    last = changes.pivot("group", groups, index="trial_key", values="end")
     return last.select(
         "trial_key",
         *(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -39,7 +39,7 @@ MOST_SEEDS = 1000
 """More than this are not recommended to anyone."""
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
-NOT_SUPPORTED, UNDERPOWERED, UNTESTED = "not supported", "underpowered", "not tested"
+NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED = "not supported", "underpowered", "not measured"
 
 
 def judge(
@@ -97,9 +97,11 @@ def _judge_one(
             against = [(seed, config, adverse) for seed, config in diverged]
             worst.append(judge_part(rule, runs + against, general, alpha) or found)
     deciding = [part for part in parts.values() if part["decides"]]
+    # A claim is not decided by some of its parts: over bytes, for one, no token is rare.
+    missing = [NOT_MEASURED for part in claim.parts if is_missing(claim, part, parts)]
     return {
-        "verdict": combined([part["verdict"] for part in deciding]),
-        "verdict_with_diverged": combined([part["verdict"] for part in worst]),
+        "verdict": combined([part["verdict"] for part in deciding] + missing),
+        "verdict_with_diverged": combined([part["verdict"] for part in worst] + missing),
         "course": course(list(parts.values())) if claim.course else None,
         "p": max((part["p"] for part in deciding), default=None),
         "p_with_diverged": max((part["p"] for part in worst), default=None),
@@ -110,6 +112,11 @@ def _judge_one(
         "configurations": max((part["configurations"] for part in deciding), default=0),
         "parts": parts,
     }
+
+
+def is_missing(claim: Claim, part: str, found: Collection[str]) -> bool:
+    """Whether a part that the claim names, and that helps decide it, has no number."""
+    return part != "*" and claim.parts[part].decides and part not in found
 
 
 def judge_part(
@@ -198,10 +205,10 @@ def decide(rule: Part, estimate: Estimate) -> str:
 
 def combined(verdicts: Sequence[str]) -> str:
     """Of verdicts on the parts of a claim, which all have to hold: the worst."""
-    for verdict in (CONTRADICTED, NOT_SUPPORTED, UNDERPOWERED, SUPPORTED):
+    for verdict in (CONTRADICTED, NOT_SUPPORTED, NOT_MEASURED, UNDERPOWERED, SUPPORTED):
         if verdict in verdicts:
             return verdict
-    return UNTESTED
+    return NOT_MEASURED
 
 
 def course(parts: Sequence[Mapping[str, Any]]) -> str | None:

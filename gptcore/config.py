@@ -28,6 +28,9 @@ EXPERIMENT_VERSION = 2
 """Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial."""
 
 
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+"""By the name of each tokenizer, how many tokens it has, <|endoftext|> included."""
+
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -94,7 +97,9 @@ class ModelConfig:
     n_head: int = knob(4, "attention heads a block", low=1)
     d_model: int = knob(64, "width of the residual stream", low=1)
     context: int = knob(64, "tokens a sequence", low=2)
-    vocab_size: int = knob(50257, "rows of the token embedding", low=50257)
+    vocab_size: int = knob(
+        50257, "rows of the token embedding; if not given, the tokenizer's number of tokens", low=1
+    )
     tied: bool = knob(True, "whether the output head is the token embedding")
     norm: str = knob(
         "pre",
@@ -122,6 +127,12 @@ class CorpusConfig:
     # The text's digest stands in the key instead: the same bytes under another name or path are
     # the same trial.
     name: str = knob("gulliver", "path of a UTF-8 text file, or a corpus", in_key=False)
+    tokenizer: str = knob(
+        "gpt2",
+        "what a token is: a piece of GPT-2's encoding, or a byte",
+        choices=tuple(VOCAB_SIZES),
+        later=True,
+    )
     subset: str = knob("all", "`all`, a section such as `part-1`, or fractions such as `0-0.25`")
     data_seed: int = knob(0, "seed of the order of batches, and of draws among tied tokens", low=0)
     windows: int = knob(4, "sequences in the probe text, and in the text that is held out", low=1)
@@ -197,6 +208,11 @@ class TrialConfig:
                 f"model.n_head must divide model.d_model: "
                 f"{self.model.n_head} heads do not divide a width of {self.model.d_model}"
             )
+        if self.model.vocab_size < (tokens := VOCAB_SIZES[self.corpus.tokenizer]):
+            raise InputError(
+                f"model.vocab_size takes a whole number >= {tokens}, the number of tokens of "
+                f"corpus.tokenizer {self.corpus.tokenizer}, not {self.model.vocab_size}"
+            )
         if self.optim.warmup >= self.train.steps:
             raise InputError(
                 f"optim.warmup must be below train.steps: a warm-up of {self.optim.warmup} steps "
@@ -225,13 +241,15 @@ class TrialConfig:
     def from_flat(cls, flat: Mapping[str, Scalar]) -> TrialConfig:
         """Build a config from dotted keys; keys left out take their defaults.
 
-        Raises InputError, naming the key, for an unknown key, a value of the wrong type or one
-        out of range.
+        The default of model.vocab_size is the tokenizer's number of tokens. Raises InputError,
+        naming the key, for an unknown key, a value of the wrong type or one out of range.
         """
         sections: dict[str, dict[str, Scalar]] = {}
         for key, value in flat.items():
             section, _, name = key.partition(".")
             sections.setdefault(section, {})[name] = check_value(key, value)
+        tokenizer = sections.get("corpus", {}).get("tokenizer", TOKENIZER)
+        sections.setdefault("model", {}).setdefault("vocab_size", VOCAB_SIZES[str(tokenizer)])
         types = get_type_hints(cls)
         return cls(**{section: types[section](**values) for section, values in sections.items()})
 
@@ -273,6 +291,8 @@ KNOBS: dict[str, Field[Any]] = {
 }
 """Every knob by its dotted key, in the order of the dataclasses."""
 
+TOKENIZER = str(KNOBS["corpus.tokenizer"].default)
+
 COMPARED = tuple(
     knob
     for knob, entry in KNOBS.items()
@@ -286,8 +306,16 @@ seeds, which are the sample; nor subsets, which have a place of their own; nor w
 
 
 def varied(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
-    """The knobs in which trials differ, each trial given by its dotted keys."""
-    return [knob for knob in KNOBS if len({trial[knob] for trial in trials}) > 1]
+    """The knobs in which trials differ, each trial given by its dotted keys.
+
+    Not model.vocab_size where it is every trial's tokenizer's own: the tokenizer says it already.
+    """
+    differ = [knob for knob in KNOBS if len({trial[knob] for trial in trials}) > 1]
+    follows = all(
+        trial["model.vocab_size"] == VOCAB_SIZES.get(str(trial["corpus.tokenizer"]))
+        for trial in trials
+    )
+    return [knob for knob in differ if not (knob == "model.vocab_size" and follows)]
 
 
 def compared(knobs: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Texts to train on: find or fetch one, tokenise it once, cut a subset, draw batches.
 
-A corpus is tokenised once per machine into `<cache>/<digest>.npy` (uint16), which every trial
-memory-maps. `$GPTCORE_CACHE` moves the cache from ~/.cache/gpt-sweeps; `$GPTCORE_CORPORA` names a
-folder of texts to look in first.
+A corpus is tokenised once per machine into `<cache>/<digest>.npy` (uint16; by bytes into
+`<digest>-bytes.npy`), which every trial memory-maps. `$GPTCORE_CACHE` moves the cache from
+~/.cache/gpt-sweeps; `$GPTCORE_CORPORA` names a folder of texts to look in first.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore.config import CorpusConfig, InputError, seed_of
+from gptcore.config import VOCAB_SIZES, CorpusConfig, InputError, seed_of
 from gptcore.files import write_atomically
 from gptcore.records import FixedTextRow
-from gptcore.tokenizer import VOCAB_SIZE, gpt2_encoding, token_bytes
+from gptcore.tokenizer import encode, token_bytes
 
 GULLIVER_URL = "https://www.gutenberg.org/cache/epub/829/pg829.txt"
 GULLIVER_FILES = ("gulliver.txt", "pg829.txt", "829-0.txt")
@@ -49,6 +49,7 @@ class Corpus:
     """
 
     name: str
+    tokenizer: str
     subset: str
     digest: str  # SHA-256 of the whole text, UTF-8
     origin: str  # where the text came from
@@ -96,10 +97,11 @@ class Corpus:
         ]
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in what is trained on, [VOCAB_SIZE]."""
-        everywhere = np.bincount(self.tokens, minlength=VOCAB_SIZE)
+        """How often each token of the tokenizer occurs in what is trained on, [n_vocab]."""
+        n_vocab = VOCAB_SIZES[self.tokenizer]
+        everywhere = np.bincount(self.tokens, minlength=n_vocab)
         held_out = self.fixed_texts()["held_out"].flatten()
-        return everywhere - np.bincount(held_out, minlength=VOCAB_SIZE)
+        return everywhere - np.bincount(held_out, minlength=n_vocab)
 
     def _windows(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
@@ -123,7 +125,7 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     """
     text, origin = read_text(config.name)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    tokens = _tokenised(text, digest)
+    tokens = _tokenised(text, digest, config.tokenizer)
     start, stop = _subset_bounds(config, text, tokens)
     # The fixed windows do not touch then, and between two held-out ones is room to train on.
     if stop - start < (least := 2 * config.windows * (context + 1)):
@@ -133,6 +135,7 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
         )
     return Corpus(
         name=config.name,
+        tokenizer=config.tokenizer,
         subset=config.subset,
         digest=digest,
         origin=origin,
@@ -160,7 +163,7 @@ def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) 
     sections = CORPORA[config.name].sections(text) if config.name in CORPORA else {}
     if config.subset in sections:
         # The token in which a character of the text lies, by the bytes before each token's end.
-        ends = np.cumsum(np.array([len(piece) for piece in token_bytes()])[tokens])
+        ends = np.cumsum(np.array([len(piece) for piece in token_bytes(config.tokenizer)])[tokens])
         offsets = [len(text[:char].encode()) for char in sections[config.subset]]
         start, stop = np.searchsorted(ends, offsets, side="right")
         return int(start), int(stop)
@@ -214,12 +217,12 @@ def _read_file(path: str) -> tuple[str, str]:
     return text, str(file.resolve())
 
 
-def _tokenised(text: str, digest: str) -> NDArray[np.uint16]:
-    """The text's GPT-2 tokens, memory-mapped from the cache, where the first caller puts them."""
-    file = cache_dir() / f"{digest}.npy"
+def _tokenised(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
+    """The text's tokens, memory-mapped from the cache, where the first caller puts them."""
+    # GPT-2's came first, and keep the name that they have in everybody's cache.
+    file = cache_dir() / (f"{digest}.npy" if tokenizer == "gpt2" else f"{digest}-{tokenizer}.npy")
     if not file.exists():
-        # A text that spells <|endoftext|> means those characters, not the special token.
-        tokens = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+        tokens = encode(tokenizer, text)
         _keep(file, lambda temporary: np.save(temporary, tokens))
     return np.load(file, mmap_mode="r")
 

@@ -92,13 +92,13 @@ def run_trials(trials: Sequence[Trial]) -> list[TrialResult]:
 
 
 OWN = ("init.", "corpus.")
-"""The knobs that each trial of an array has to itself."""
+"""The knobs that each trial of an array has to itself, but for corpus.tokenizer."""
 
 
 def apart(configs: Sequence[TrialConfig]) -> list[str]:
     """The knobs for whose sake trials cannot train together: all that differ but their own."""
     differ = varied([config.to_flat() for config in configs])
-    return [knob for knob in differ if not knob.startswith(OWN)]
+    return [knob for knob in differ if not knob.startswith(OWN) or knob == "corpus.tokenizer"]
 
 
 def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:
@@ -143,7 +143,7 @@ def _prepared(trial: Trial) -> Member:
     model = GPT(config.model)
     trial.recorder.log(initialise(model, config.init))
     model.to(device)
-    groups = token_groups(corpus.counts(), config.corpus.data_seed)
+    groups = token_groups(corpus.counts(), config.corpus.data_seed, corpus.tokenizer)
     trial.recorder.log([*groups.rows(), *corpus.fixed_text_rows()])
     begun, state = checkpoint.load(device) if checkpoint else (Progress(0, [], 0.0), None)
     return Member(

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore.config import seed_of
+from gptcore.config import TOKENIZER, seed_of
 from gptcore.records import GroupMembersRow
-from gptcore.tokenizer import is_word_piece
+from gptcore.tokenizer import word_pieces
 
-Counts = NDArray[np.int64]  # [VOCAB_SIZE], occurrences of each id
+Counts = NDArray[np.int64]  # [n_vocab], occurrences of each id
+Pieces = NDArray[np.bool_]  # [n_vocab], the ids that are text of their own
 Ids = NDArray[np.int64]
 
 
@@ -26,7 +27,7 @@ class TokenGroups:
 
     ids: Mapping[str, Ids]
     counts: Counts
-    log_unigram: NDArray[np.float64]  # [VOCAB_SIZE], as log_unigram gives it
+    log_unigram: NDArray[np.float64]  # [n_vocab], as log_unigram gives it
 
     def rows(self) -> list[GroupMembersRow]:
         return [
@@ -35,10 +36,17 @@ class TokenGroups:
         ]
 
 
-def token_groups(counts: Counts, seed: int) -> TokenGroups:
-    """Every group of TOKEN_GROUPS by these counts; `seed` decides draws among tied tokens."""
+def token_groups(counts: Counts, seed: int, tokenizer: str = TOKENIZER) -> TokenGroups:
+    """Form every group of TOKEN_GROUPS by these counts of the tokenizer's tokens.
+
+    `seed` decides draws among tied tokens. A group may be empty: a text of bytes has few tokens
+    that are rare.
+    """
+    pieces = word_pieces(tokenizer)
     ids = {
-        name: np.sort(choose(counts, np.random.default_rng(seed_of("token_groups", name, seed))))
+        name: np.sort(
+            choose(counts, pieces, np.random.default_rng(seed_of("token_groups", name, seed)))
+        )
         for name, choose in TOKEN_GROUPS.items()
     }
     return TokenGroups(ids, counts, log_unigram(counts))
@@ -57,34 +65,41 @@ def log_unigram(counts: Counts) -> NDArray[np.float64]:
     return np.log(np.where(counts > 0, (1 - missing) * counts / total, missing / max(unseen, 1)))
 
 
-def common_100(counts: Counts, rng: np.random.Generator) -> Ids:
+Choose = Callable[[Counts, Pieces, np.random.Generator], Ids]
+
+
+def common_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
     """The 100 most frequent tokens (experiment B)."""
-    return _first_100(np.flatnonzero(counts), -counts, rng)
+    return _drawn(np.flatnonzero(pieces & (counts > 0)), -counts, rng)[:100]
 
 
-def rare_100(counts: Counts, rng: np.random.Generator) -> Ids:
-    """100 of the least frequent tokens that do occur (experiment B)."""
-    return _first_100(np.flatnonzero(counts), counts, rng)
+def rare_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
+    """100 of the least frequent tokens that do occur (experiment B).
+
+    Fewer where fewer are left beside the 100 most frequent: a token is not both.
+    """
+    occurring_ids = np.flatnonzero(pieces & (counts > 0))
+    left = max(0, len(occurring_ids) - 100)
+    return _drawn(occurring_ids, counts, rng)[: min(100, left)]
 
 
-def never_100(counts: Counts, rng: np.random.Generator) -> Ids:
+def never_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
     """100 tokens that never occur (experiment B)."""
-    return _first_100(np.flatnonzero(counts == 0), counts, rng)
+    return _drawn(np.flatnonzero(pieces & (counts == 0)), counts, rng)[:100]
 
 
-def occurring(low: int, high: float) -> Callable[[Counts, np.random.Generator], Ids]:
+def occurring(low: int, high: float) -> Choose:
     """The group of all tokens that occur at least `low` and fewer than `high` times."""
-    return lambda counts, rng: np.flatnonzero((counts >= low) & (counts < high))
+    return lambda counts, pieces, rng: np.flatnonzero((counts >= low) & (counts < high))
 
 
-def _first_100(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
-    """The 100 ids that come first in `order`, byte and undecodable ids left out, ties drawn."""
-    pieces = np.array([token for token in ids if is_word_piece(token)], dtype=np.int64)
-    shuffled = rng.permutation(pieces)
-    return shuffled[np.argsort(order[shuffled], kind="stable")][:100]
+def _drawn(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
+    """The ids in ascending `order`, ties in an order that is drawn."""
+    shuffled = rng.permutation(ids)
+    return shuffled[np.argsort(order[shuffled], kind="stable")]
 
 
-TOKEN_GROUPS: dict[str, Callable[[Counts, np.random.Generator], Ids]] = {
+TOKEN_GROUPS: dict[str, Choose] = {
     "common_100": common_100,
     "rare_100": rare_100,
     "never_100": never_100,

@@ -1,49 +1,54 @@
-"""What tests share: a private cache and home, a tiny trial, a text that stands in for the book."""
+"""Fixtures that tests share: private folders, a tiny trial, sweeps made once, a browser.
+
+What tests share that is no fixture is in tests/helpers.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
-from gptcore.config import Scalar, TrialConfig, spelling
-from gptcore.records import MemoryRecorder, Row, TrainingRow
+from gptcore.config import Scalar, TrialConfig
+from helpers.paths import CHROMIUM, REAL_CORPORA
+from helpers.servers import free_port, start_server
+from helpers.store import make_sweep
+from helpers.trials import TINY
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL_CORPORA = ROOT.parent / "shared" / "corpora"
 
-TINY = {
-    "model.n_layer": 2,
-    "model.n_head": 2,
-    "model.d_model": 16,
-    "model.context": 16,
-    "corpus.name": "pydocs",
-    "train.steps": 5,
-    "train.batch_size": 4,
-    "train.device": "cpu",
-    "probes.every": 2,
-    "probes.histogram_every": 4,
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="run everything, also what is marked `full`"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked `full`, unless they are asked for by --all, -m or their name."""
+    named = any("::" in argument for argument in config.args)
+    if config.getoption("--all") or config.getoption("-m") or named:
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep tests out of the user's cache, home, corpora and tracking server."""
-    os.environ["GPTCORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the folder of the session, which its processes share
+    for variable, name in (("GPTCORE_CACHE", "cache"), ("GPT_SWEEPS_TEST_SHARED", "shared")):
+        folder = base / name
+        folder.mkdir(exist_ok=True)
+        os.environ[variable] = str(folder)
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ.pop("GPTCORE_CORPORA", None)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -54,23 +59,6 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny() -> TrialConfig:
     """A trial of a fraction of a second, on the corpus that is always there."""
     return TrialConfig.from_flat(TINY)
-
-
-class Cut(Exception):
-    """Stands for whatever ends a process in the middle of a trial."""
-
-
-class CutAt(MemoryRecorder):
-    """Raises Cut once it has been told of a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def log(self, rows: Sequence[Row]) -> None:
-        super().log(rows)
-        if any(isinstance(row, TrainingRow) and row.step == self.step for row in rows):
-            raise Cut
 
 
 @pytest.fixture
@@ -99,111 +87,6 @@ def real_gulliver(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (REAL_CORPORA / "gulliver.txt").exists():
         pytest.skip(f"Gulliver's Travels is not at {REAL_CORPORA}")
     monkeypatch.setenv("GPTCORE_CORPORA", str(REAL_CORPORA))
-
-
-def flags(config: TrialConfig) -> list[str]:
-    """The command line that asks for this one trial."""
-    flat = config.to_flat()
-    return [word for key, value in flat.items() for word in (f"--{key}", spelling(value))]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
-    """The first true value of a condition."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-    return found
-
-
-def start(
-    script: str, runs_dir: Path, *arguments: str, **environment: str
-) -> subprocess.Popen[str]:
-    """A command of sweeps/, under way in another folder than the checkout, as a user may stand in.
-
-    It is a group of processes of its own.
-    """
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sweeps" / script), "--runs-dir", runs_dir.name, *arguments],
-        cwd=runs_dir.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-        start_new_session=True,
-    )
-
-
-def outcome(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
-    """The exit code of a command, which ends within so many seconds, and what it has printed."""
-    output, _ = process.communicate(timeout=seconds)
-    assert "Traceback" not in output, output
-    return process.returncode, output
-
-
-def runs_of(uri: str) -> dict[str, Any]:
-    """The trials' runs in a store, each whole, by trial key: there is one of each."""
-    from analysis.runs import connect, experiment_ids, search_runs
-
-    client = connect(uri)
-    found = search_runs(client, experiment_ids(client), "trial")
-    runs = {run.data.tags["trial_key"]: client.get_run(run.info.run_id) for run in found}
-    assert len(runs) == len(found)
-    return runs
-
-
-def workers() -> list[int]:
-    """Process ids of our own Ray workers in the middle of a trial."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            title, environment = (
-                (process / name).read_bytes().decode(errors="replace")
-                for name in ("cmdline", "environ")
-            )
-        except OSError:
-            continue
-        if title.startswith("ray::ImplicitFunc") and f"HOME={os.environ['HOME']}\0" in environment:
-            found.append(int(process.name))
-    return found
-
-
-def make_sweep(
-    uri: str, runs_dir: Path, name: str, knobs: Sequence[Mapping[str, Scalar]], missing: int = 0
-) -> None:
-    """Run tiny trials in this process and record them as a sweep, whose last ones are only planned.
-
-    A trial that another sweep has already run is planned here, and not run again.
-    """
-    from analysis.claims import digest
-    from analysis.runs import connect, trial_runs
-    from gptcore.experiment import check_trial, run_trial
-    from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
-    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
-
-    client = connect(uri)
-    view = {VIEW_TAG: view_of_sweep(["init.scheme"], TINY["model.n_layer"])}
-    experiment_id = open_experiment(client, name, runs_dir, view)
-    trials = {}
-    for one in knobs:
-        config = TrialConfig.from_flat({**TINY, **one})
-        trials[config.key(check_trial(config).digest)] = config
-    done = trial_runs(client)
-    for key, config in list(trials.items())[: len(trials) - missing]:
-        if key not in done:
-            flat = config.to_flat()
-            label = f"{flat['init.scheme']}, {flat['corpus.subset']}, seed {flat['init.seed']}"
-            tags = {"sweep": name}
-            run_trial(config, MlflowRecorder(uri, experiment_id, key, label, flat, tags))
-    plan = {
-        "sweep": name,
-        "tags": {},
-        "claims_digest": digest(),
-        "notes": ["made by a test <b>&</b>"],
-        "command": f"python sweeps/init_sweep.py --name {name}",
-        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
-    }
-    SweepRun(client, experiment_id, plan, launched=time.time()).end("FINISHED")
 
 
 @pytest.fixture(scope="session")
@@ -237,50 +120,6 @@ def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs_dir
 
 
-def moved(runs_dir: Path, to: Path) -> Path:
-    """A copy of a runs folder whose artifacts are those of the copy: it can be changed."""
-    shutil.copytree(runs_dir, to)
-    with sqlite3.connect(to / "mlflow.db") as store:
-        store.execute(
-            "update runs set artifact_uri = replace(artifact_uri, ?, ?)", (str(runs_dir), str(to))
-        )
-    return to
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
-def start_server(uri: str, folder: Path) -> subprocess.Popen[bytes]:
-    """A real MLflow server that answers at `uri` and keeps everything in a folder.
-
-    It is a group of processes, to be ended by os.killpg.
-    """
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
-        "--port", uri.rpartition(":")[2], "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("a") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
-        )
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            requests.get(f"{uri}/health", timeout=5).raise_for_status()
-            return server
-        except requests.RequestException:
-            assert server.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.5)
-
-
 @pytest.fixture(scope="session")
 def server_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real MLflow server with a sweep `served` of 2 schemes x 2 seeds."""
@@ -298,12 +137,6 @@ def server_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-SCREENSHOTS = ROOT / ".screenshots"
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from conftest import Cut, CutAt
 from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
@@ -15,18 +14,13 @@ from gptcore.experiment import Trial, apart, run_trial, run_trials
 from gptcore.model import CHUNK_AND_TILE, GPT, workspace
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
+from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Trunks go through vmap on a CPU as well, but where a test is of what a CPU does by itself."""
     monkeypatch.setitem(array.VMAP, "cpu", True)
-
-
-def with_knobs(config, **knobs):
-    return TrialConfig.from_flat(
-        {**config.to_flat(), **{key.replace("__", "."): value for key, value in knobs.items()}}
-    )
 
 
 @pytest.fixture
@@ -52,12 +46,6 @@ def together(configs, files=None):
     return recorders
 
 
-def alone(config):
-    recorder = MemoryRecorder()
-    run_trial(config, recorder)
-    return recorder
-
-
 def assert_alike(found, expected):
     """Losses within 1e-5, stds within 1e-4 of themselves, every row there."""
     assert found.result.status == expected.result.status
@@ -77,17 +65,17 @@ def assert_alike(found, expected):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
+def test_each_trial_of_an_array_is_what_it_is_undisturbed(trio, name, tied):
     configs = [
         with_knobs(config, optim__name=name, model__tied=tied, optim__clip=0.5) for config in trio
     ]
     for found, config in zip(together(configs), configs, strict=True):
-        assert_alike(found, alone(config))
+        assert_alike(found, undisturbed(config))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
+def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_undisturbed(
     trio, name, tied, monkeypatch
 ):
     monkeypatch.setitem(array.VMAP, "cpu", False)
@@ -95,13 +83,13 @@ def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
     configs = [with_knobs(config, **knobs) for config in trio]
     configs.append(with_knobs(configs[1], init__std=1e18, init__scheme="normal"))  # diverges
     for found, config in zip(together(configs), configs, strict=True):
-        assert found.rows == alone(config).rows
+        assert found.rows == undisturbed(config).rows
 
 
 def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
     configs = [with_knobs(config, train__steps=200, probes__every=50) for config in trio]
     for found, config in zip(together(configs), configs, strict=True):
-        expected = alone(config)
+        expected = undisturbed(config)
         assert_alike(found, expected)
         losses, stds = (
             [
@@ -120,13 +108,13 @@ def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
             )
 
 
-def test_one_that_diverges_leaves_the_others_alone(trio):
+def test_one_that_diverges_leaves_the_others_undisturbed(trio):
     wild = with_knobs(trio[1], init__std=1e18, init__scheme="normal")
     recorders = together([trio[0], wild, trio[2]])
-    expected = alone(wild)
+    expected = undisturbed(wild)
     assert expected.result.status == "diverged"
     for found, config in zip(recorders, [trio[0], wild, trio[2]], strict=True):
-        assert_alike(found, alone(config))
+        assert_alike(found, undisturbed(config))
     assert recorders[1].result.reason == expected.result.reason
 
 
@@ -142,7 +130,7 @@ def test_one_that_diverges_at_the_last_step_leaves_the_others_their_own_errors(t
 
     monkeypatch.setattr(train.Member, "has_diverged", is_first_at_the_end)
     for found, config in zip(together(configs)[1:], configs[1:], strict=True):
-        expected = alone(config).result
+        expected = undisturbed(config).result
         assert found.result.loss_error == pytest.approx(expected.loss_error, rel=0.1)
         assert found.result.gradient_error == pytest.approx(expected.gradient_error, rel=0.1)
 
@@ -208,7 +196,7 @@ def test_on_a_cpu_a_member_that_goes_on_alone_ends_as_if_it_had_always_been(save
         run_trials([Trial(c, CutAt(3), file) for c, file in zip(configs, files, strict=True)])
     resumed = MemoryRecorder()
     run_trial(configs[1], resumed, files[1])
-    assert resumed.rows == alone(configs[1]).rows
+    assert resumed.rows == undisturbed(configs[1]).rows
 
 
 def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(saved):
@@ -217,7 +205,7 @@ def test_trials_that_had_come_unequally_far_go_on_each_from_its_own_step(saved):
         with pytest.raises(Cut):
             run_trial(config, CutAt(step), file)
     for found, config in zip(together(configs, files), configs, strict=True):
-        assert_alike(found, alone(config))
+        assert_alike(found, undisturbed(config))
 
 
 def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(saved, tmp_path):
@@ -231,7 +219,7 @@ def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(saved, t
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
     resumed = MemoryRecorder()
     run_trial(configs[1], resumed, files[1])
-    assert_alike(resumed, alone(configs[1]))
+    assert_alike(resumed, undisturbed(configs[1]))
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e30])  # one that finishes, and one that diverges on the way
@@ -239,9 +227,10 @@ def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
     config = with_knobs(
         tiny, train__steps=25, probes__every=10, probes__text_every=20, optim__lr=lr
     )
-    expected = alone(config)
+    expected = undisturbed(config)
     monkeypatch.setitem(train.READ_EVERY, "cpu", 4)
-    found = alone(config)
+    found = MemoryRecorder()
+    run_trial(config, found)
     assert found.rows == expected.rows
     assert replace(found.result, seconds=1, tokens_per_second=1) == replace(
         expected.result, seconds=1, tokens_per_second=1
@@ -259,14 +248,14 @@ def test_trials_that_cannot_go_together_are_told_by_which_knobs(trio):
 def test_less_precision_is_opted_for_and_its_error_is_told(trio, precision):
     configs = [with_knobs(config, train__precision=precision) for config in trio]
     for found, config, exact in zip(together(configs), configs, trio, strict=True):
-        expected = alone(exact)
+        expected = undisturbed(exact)
         for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
             assert ours.loss != theirs.loss
             assert ours.loss == pytest.approx(theirs.loss, abs=2e-2)
         assert 0 < found.result.loss_error < 1e-2
         assert 0 < found.result.gradient_error < 1e-2
         assert expected.result.loss_error is None
-        own = alone(config)
+        own = undisturbed(config)
         for ours, theirs in zip(found.rows["training"], own.rows["training"], strict=True):
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
 
@@ -276,7 +265,7 @@ def test_less_precision_is_opted_for_and_its_error_is_told(trio, precision):
 def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
     configs = [with_knobs(config, train__device="cuda") for config in trio]
     for found, config in zip(together(configs), configs, strict=True):
-        expected = alone(config)
+        expected = undisturbed(config)
         for ours, theirs in zip(found.rows["training"], expected.rows["training"], strict=True):
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
 
@@ -287,7 +276,7 @@ def step_without_values(config):
     try:
         with FakeTensorMode():
             models = ModelArray([GPT(config.model)], config.optim, config.train.precision)
-            ids = torch.randint(50257, (1, 4, config.model.context + 1))
+            ids = torch.randint(config.model.vocab_size, (1, 4, config.model.context + 1))
             models.gradients(ids[..., :-1], ids[..., 1:])
             models.update(1e-3, 1.0, models.norms())
     finally:
@@ -296,16 +285,17 @@ def step_without_values(config):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", array.DTYPES)
-def test_a_step_in_a_gpus_tiles_asks_for_no_value(tiny, monkeypatch, name, precision):
+def test_a_step_in_a_gpus_tiles_asks_for_no_value(monkeypatch, name, precision):
     """So a GPU is never waited for. What goes through vmap has no values to be asked for."""
-    config = with_knobs(tiny, optim__name=name, train__precision=precision)
+    words = TrialConfig.from_flat(WORDS)  # a vocabulary of many tiles
+    config = with_knobs(words, optim__name=name, train__precision=precision)
     monkeypatch.setitem(CHUNK_AND_TILE, "cpu", CHUNK_AND_TILE["cuda"])
     step_without_values(config)
 
 
-def test_a_step_in_a_cpus_tiles_asks_how_large_logits_may_be(tiny):
+def test_a_step_in_a_cpus_tiles_asks_how_large_logits_may_be():
     with pytest.raises(DataDependentOutputException):
-        step_without_values(tiny)
+        step_without_values(TrialConfig.from_flat(WORDS))
 
 
 @pytest.mark.gpu
@@ -314,7 +304,7 @@ def test_a_step_in_a_cpus_tiles_asks_how_large_logits_may_be(tiny):
 def test_a_step_never_waits_for_the_gpu(tiny, count):
     device = torch.device("cuda")
     models = ModelArray([GPT(tiny.model).to(device) for _ in range(count)], tiny.optim)
-    ids = torch.randint(50257, (count, 4, tiny.model.context + 1), device=device)
+    ids = torch.randint(tiny.model.vocab_size, (count, 4, tiny.model.context + 1), device=device)
 
     def step():
         models.gradients(ids[..., :-1], ids[..., 1:])

@@ -8,8 +8,8 @@ from rich.console import Console
 
 import sweeps.arrays
 import sweeps.estimate
-from conftest import TINY
 from gptcore.config import InputError, TrialConfig
+from helpers.trials import TINY
 from sweeps.arrays import best_size, check_array, check_together, split, together
 from sweeps.estimate import Measured, arranged, array_size
 

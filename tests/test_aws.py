@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from conftest import ROOT
+from helpers.paths import ROOT
 from sweeps.aws_rules import wrong_with
 
 REGION, BUCKET, HOME_ADDRESS = "us-west-2", "a-lab-s-bucket", "203.0.113.7/32"
@@ -438,7 +438,7 @@ if last.endswith("ray_bootstrap_config.yaml"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
     """But for the machine itself: what goes there by ssh and rsync is written down instead."""
     log, given = at_home / "log", at_home / "given"

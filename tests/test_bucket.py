@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 
 import boto3
 import polars as pl
@@ -13,11 +12,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from analysis.runs import tracking_uri
-from conftest import TINY, flags, outcome, runs_of, start, wait_for
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
-from gptcore.experiment import run_trial
-from gptcore.records import MemoryRecorder
+from helpers.driving import outcome, start, wait_for
+from helpers.store import runs_of
+from helpers.trials import TINY, flags, undisturbed, with_knobs
 from sweeps.bucket import check_bucket, fetch, forget, keep, with_checkpoint
 
 
@@ -112,17 +111,26 @@ def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(tmp_path, mon
         assert "error: GPT_SWEEPS_BUCKET=lab/runs cannot be written" in output
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
     config = TrialConfig.from_flat(
-        {**TINY, "train.steps": 400, "train.checkpoint_seconds": 0.2, "corpus.windows": 2}
+        {**TINY, "train.steps": 1500, "train.checkpoint_seconds": 0.2, "probes.every": 50}
     )
 
     def checkpoints():
         return [name for name in lab() if re.fullmatch(r"checkpoints/\w+\.pt", name)]
 
     runs_dir = tmp_path / "runs"
-    arguments = [*flags(config), "--init.seed", "0", "1", "--name", "away", "--no-report"]
+    arguments = [
+        *flags(config),
+        "--init.seed",
+        "0",
+        "1",
+        "--name",
+        "away",
+        "--no-report",
+        "--no-estimate",
+    ]
     arguments += ["--array", "off"]  # so that every bit is to be as alone
     killed = start("init_sweep.py", runs_dir, *arguments)
     wait_for(lambda: len(checkpoints()) == 2)
@@ -139,9 +147,7 @@ def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
     runs = runs_of(tracking_uri(runs_dir)).values()
     assert sorted(run.data.params["init.seed"] for run in runs) == ["0", "1"]
     for run in runs:
-        seed = int(run.data.params["init.seed"])
-        whole = MemoryRecorder()
-        run_trial(replace(config, init=replace(config.init, seed=seed)), whole)
+        whole = undisturbed(with_knobs(config, init__seed=int(run.data.params["init.seed"])))
         artifacts = run.info.artifact_uri.removeprefix("file://")
         rows = pl.read_parquet(f"{artifacts}/training.parquet").sort("step")
         assert rows["loss"].to_list() == [row.loss for row in whole.rows["training"]]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import Cut, CutAt
 from gptcore import checkpoint
 from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
@@ -17,6 +16,7 @@ from gptcore.experiment import run_trial
 from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
+from helpers.trials import Cut, CutAt
 
 
 @pytest.fixture(autouse=True)

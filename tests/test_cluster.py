@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import sweeps.cluster
-from conftest import ROOT
 from gptcore.config import InputError, TrialConfig
+from helpers.paths import ROOT
 from sweeps.cluster import check_cluster, check_shared, fit, machines, needs_of, slots
 
 SCRIPT = """

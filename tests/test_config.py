@@ -5,6 +5,7 @@ import pytest
 from gptcore.config import (
     COMPARED,
     KNOBS,
+    VOCAB_SIZES,
     InputError,
     TrialConfig,
     compared,
@@ -20,6 +21,7 @@ OTHER = {
     "init.scheme": "gpt2",
     "corpus.subset": "0-0.5",
     "corpus.name": "x",
+    "corpus.tokenizer": "bytes",
     "optim.name": "sgd",
     "optim.schedule": "linear",
     "train.device": "cpu",
@@ -107,6 +109,12 @@ def test_configs_cannot_be_changed():
         ({"optim.warmup": 10, "train.steps": 10}, "optim.warmup must be below train.steps"),
         ({"model.n_head": 5}, "5 heads do not divide a width of 64"),
         ({"model.vocab_size": 100}, "model.vocab_size takes a whole number >= 50257"),
+        (
+            {"corpus.tokenizer": "bytes", "model.vocab_size": 256},
+            "model.vocab_size takes a whole number >= 257, the number of tokens of "
+            "corpus.tokenizer bytes, not 256",
+        ),
+        ({"corpus.tokenizer": "words"}, "corpus.tokenizer takes gpt2, bytes, not 'words'"),
     ],
 )
 def test_bad_values_are_refused_by_key(flat, says):
@@ -166,3 +174,28 @@ def test_a_knob_that_came_later_leaves_the_keys_of_earlier_trials_alone():
     low = TrialConfig.from_flat({**plain.to_flat(), "train.precision": "bf16-head"})
     assert low.identity("digest")["train.precision"] == "bf16-head"
     assert low.key("digest") != plain.key("digest")
+
+
+def test_the_vocabulary_follows_from_the_tokenizer_unless_given():
+    assert TrialConfig.from_flat({}).model.vocab_size == 50257
+    over_bytes = TrialConfig.from_flat({"corpus.tokenizer": "bytes"})
+    assert over_bytes.model.vocab_size == 257
+    padded = TrialConfig.from_flat({"corpus.tokenizer": "bytes", "model.vocab_size": 320})
+    assert padded.model.vocab_size == 320
+    assert TrialConfig.from_flat(over_bytes.to_flat()) == over_bytes
+
+
+def test_the_tokenizer_is_in_the_key_only_where_it_is_not_gpt2s():
+    plain = TrialConfig()
+    assert "corpus.tokenizer" not in plain.identity("digest")
+    over_bytes = TrialConfig.from_flat({"corpus.tokenizer": "bytes"})
+    assert over_bytes.identity("digest")["corpus.tokenizer"] == "bytes"
+    # The key of the default trial on this digest, as it was before there were tokenizers.
+    assert plain.key("digest") == "ad28ea16e46c"
+
+
+def test_a_vocabulary_that_follows_from_the_tokenizer_is_no_difference_of_its_own():
+    both = [TrialConfig.from_flat({"corpus.tokenizer": name}).to_flat() for name in VOCAB_SIZES]
+    assert varied(both) == ["corpus.tokenizer"]
+    padded = {**both[0], "model.vocab_size": 50304}
+    assert varied([both[0], padded]) == ["model.vocab_size"]

@@ -14,7 +14,7 @@ from gptcore.corpus import (
     load_corpus,
     strip_gutenberg,
 )
-from gptcore.tokenizer import gpt2_encoding
+from gptcore.tokenizer import TOKENIZERS, gpt2_encoding
 
 
 def load(name, subset="all", context=8):
@@ -103,7 +103,7 @@ def test_line_ends_and_a_byte_order_mark_do_not_change_the_digest(tmp_path):
 def test_tokens_are_made_once_and_memory_mapped(empty_cache, monkeypatch):
     first = load("pydocs")
     assert isinstance(first.tokens.base, np.memmap) or isinstance(first.tokens, np.memmap)
-    monkeypatch.setattr(corpus, "gpt2_encoding", lambda: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(corpus, "encode", lambda *_: pytest.fail("tokenised twice"))
     assert np.array_equal(load("pydocs").tokens, first.tokens)
     assert [file.name for file in empty_cache.iterdir()] == [f"{first.digest}.npy"]
 
@@ -237,3 +237,27 @@ def test_a_book_that_cannot_be_fetched_says_how_to_get_it(empty_cache, monkeypat
     monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 2)
     with pytest.raises(CorpusUnavailable, match="name that folder in GPTCORE_CORPORA"):
         load("gulliver")
+
+
+def test_each_tokenizer_has_a_cache_of_its_own(empty_cache):
+    text, _ = corpus.read_text("pydocs")
+    by_words, by_bytes = (
+        load_corpus(CorpusConfig(name="pydocs", tokenizer=name), context=8)
+        for name in ("gpt2", "bytes")
+    )
+    assert by_bytes.digest == by_words.digest  # the text is one
+    assert bytes(by_bytes.tokens.tolist()) == text.encode()
+    assert {file.name for file in empty_cache.iterdir()} == {
+        f"{by_words.digest}.npy",
+        f"{by_words.digest}-bytes.npy",
+    }
+
+
+def test_a_part_of_a_book_is_cut_at_the_same_character_over_bytes(book):
+    parts = [
+        load_corpus(CorpusConfig(subset="part-2", tokenizer=name), context=8)
+        for name in ("gpt2", "bytes")
+    ]
+    spelled = [TOKENIZERS[part.tokenizer].encoding().decode(part.tokens.tolist()) for part in parts]
+    assert spelled[0] == spelled[1]
+    assert spelled[0].startswith("PART II. A VOYAGE.")

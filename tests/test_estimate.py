@@ -7,10 +7,10 @@ import pytest
 import ray
 
 import sweeps.estimate
-from conftest import TINY
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
+from helpers.trials import TINY
 from sweeps.charts import chart_points
 from sweeps.estimate import (
     OVERHEAD,

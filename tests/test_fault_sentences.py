@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from analysis.runs import connect, tracking_uri
-from conftest import free_port
 from gptcore.config import InputError
+from helpers.servers import free_port
 from sweeps.faults import Fault, check_database, fault_of_sweep, fault_of_trial
 from sweeps.session import sound_store
 

@@ -1,47 +1,34 @@
-"""A fault drill: real sweeps whose processes are killed at random, and what is left of them."""
+"""A fault drill: real sweeps whose processes are killed at random, and what is left of them.
 
-import functools
+Random kills are in the full tier. What a death at each point of writing leaves is tested one point
+after the other, without Ray, in tests/test_write_points.py.
+"""
+
 import os
 import random
 import re
 import signal
-import sqlite3
 import subprocess
-import tempfile
 import time
 from contextlib import suppress
-from pathlib import Path
 
-import polars as pl
 import pytest
 
-from analysis.runs import connect, experiment_ids, tracking_uri
-from conftest import (
-    TINY,
-    flags,
-    free_port,
-    outcome,
-    runs_of,
-    start,
-    start_server,
-    wait_for,
-    workers,
-)
+from analysis.runs import connect, tracking_uri
 from gptcore.config import TrialConfig
-from gptcore.experiment import check_trial, run_trial
-from gptcore.records import TABLES, MemoryRecorder
+from helpers.driving import kill, outcome, start, wait_for, workers
+from helpers.servers import free_port, start_server
+from helpers.store import check_whole, keys_running, runs_of
+from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
-from sweeps.parquet import write_tables
 from sweeps.spaces import PRESETS
 
-pytestmark = pytest.mark.slow
-
-WORKERS_KILLED, DRIVERS_KILLED = 12, 5  # 25 and 10 take CI over its hour
+WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 
 
 def drive(folder, *arguments, **environment):
-    """A driver of trials of a few seconds that keep a checkpoint every fifth of one."""
-    arguments = ["--no-report", *flags(drilled(0)), *arguments]
+    """Start a driver of trials of some seconds that keep a checkpoint every fifth of one."""
+    arguments = ["--no-report", "--no-estimate", *flags(drilled(0)), *arguments]
     return start("init_sweep.py", folder / "runs", *arguments, **environment)
 
 
@@ -55,60 +42,24 @@ def seeds(count):
 
 def drilled(seed):
     return TrialConfig.from_flat(
-        {**TINY, "train.steps": 300, "train.checkpoint_seconds": 0.2, "init.seed": seed}
+        {
+            **TINY,
+            "train.steps": 1500,
+            "train.checkpoint_seconds": 0.2,
+            "probes.every": 50,
+            "init.seed": seed,
+        }
     )
 
 
-def key_of(config):
-    return config.key(check_trial(config).digest)
+def check(folder, count, tmp_path, uri=None, database=None):
+    """Assert that so many seeds have run, and left what undisturbed trials leave."""
+    uri = uri or tracking_uri(folder / "runs")
+    database = database or folder / "runs" / "mlflow.db"
+    check_whole(uri, database, [drilled(seed) for seed in range(count)], tmp_path)
 
 
-@functools.cache
-def undisturbed(seed):
-    """The tables of a trial that nothing has happened to."""
-    recorder = MemoryRecorder()
-    run_trial(drilled(seed), recorder)
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_tables(recorder.rows, Path(folder))
-        return {file.stem: pl.read_parquet(file) for file in files}
-
-
-def running(folder):
-    """The trials under way, by what the store in the folder says."""
-    if not (folder / "runs" / "mlflow.db").exists():
-        return []
-    return [run for run in runs_of(tracking_uri(folder / "runs")).values() if is_running(run)]
-
-
-def is_running(run):
-    return run.info.status == "RUNNING"
-
-
-def check_whole(tmp_path, uri, database, count):
-    """That so many seeds have run, and what they left is what undisturbed trials leave."""
-    client, runs = connect(uri), runs_of(uri)
-    found = client.search_runs(experiment_ids(client), max_results=1000)
-    assert len(found) == count + 1  # one a key, and the sweep's own
-    assert {run.info.status for run in found} == {"FINISHED"}
-    with sqlite3.connect(database) as store:
-        doubled = store.execute(
-            "select run_uuid, key, step, count(*) from metrics group by 1, 2, 3 having count(*) > 1"
-        )
-        assert doubled.fetchall() == []
-    for seed in range(count):
-        config = drilled(seed)
-        run = runs[key_of(config)]
-        artifacts = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
-        assert sorted(file.name for file in artifacts.glob("*.parquet")) == sorted(
-            f"{table}.parquet" for table in TABLES
-        )
-        assert not list(artifacts.glob(".*"))  # nothing half-written
-        for table, rows in undisturbed(seed).items():
-            assert rows.equals(pl.read_parquet(artifacts / f"{table}.parquet")), (seed, table)
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
-        assert steps == list(range(config.train.steps + 1))
-
-
+@pytest.mark.full
 def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
     dice = random.Random(0)
     killed = {"workers": 0, "drivers": 0}
@@ -141,7 +92,7 @@ def test_nothing_is_lost_or_doubled_whoever_is_killed(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{killed}, {starts} starts, {count} trials")
 
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", count)
+    check(tmp_path, count, tmp_path)
 
 
 def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
@@ -151,17 +102,17 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path):
     server = start_server(uri, served)
     driver = drive(tmp_path, *seeds(2), MLFLOW_TRACKING_URI=uri)
     try:
-        wait_for(lambda: sum(map(is_running, runs_of(uri).values())) > 0)
+        wait_for(lambda: [run for run in runs_of(uri).values() if run.info.status == "RUNNING"])
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-        time.sleep(40)
+        place = uri.removeprefix("http://")
+        away = f"the tracking server at {place} does not answer: it is waited for"
+        assert any(away in line for line in driver.stdout)
         server = start_server(uri, served)
         code, output = outcome(driver)
         assert code == 0, output
-        place = uri.removeprefix("http://")
-        assert f"the tracking server at {place} does not answer: it is waited for" in output
         assert f"the tracking server at {place} answers again" in output
-        check_whole(tmp_path, uri, served / "mlflow.db", 2)
+        check(tmp_path, 2, tmp_path, uri, served / "mlflow.db")
     finally:
         driver.kill()
         os.killpg(server.pid, signal.SIGTERM)
@@ -188,6 +139,7 @@ def fill(file):
             pass
 
 
+@pytest.mark.full
 def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_path, small_disk):
     driver = drive(small_disk, *seeds(2))
     wait_for(lambda: list(small_disk.glob("runs/checkpoints/*.pt")))
@@ -201,12 +153,15 @@ def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_p
     filler.unlink()
     code, output = run(small_disk, *seeds(2))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(small_disk / "runs"), small_disk / "runs" / "mlflow.db", 2)
+    check(small_disk, 2, tmp_path)
 
 
+@pytest.mark.full
 def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
     huge = str(2**20)
-    code, output = run(tmp_path, *seeds(2), "--model.d_model", "16", huge)
+    words = flags(TrialConfig.from_flat(WORDS))  # whose embedding alone is too large then
+    arguments = ["--no-report", *words, *seeds(2), "--model.d_model", "16", huge]
+    code, output = outcome(start("init_sweep.py", tmp_path / "runs", *arguments))
     assert code == 1, output
     runs = runs_of(tracking_uri(tmp_path / "runs")).values()
     ended = {(run.data.params["model.d_model"], run.info.status) for run in runs}
@@ -221,6 +176,7 @@ def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
             assert "retries" not in run_.data.tags
 
 
+@pytest.mark.full
 def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
     limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     code, output = run(tmp_path, *seeds(1), **limits)
@@ -232,12 +188,11 @@ def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
     assert "out of memory, the worker was killed by Ray: " in output
 
 
+@pytest.mark.full
 def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
     driver = drive(tmp_path, *seeds(3))
     files = wait_for(lambda: (found := list(tmp_path.glob("runs/checkpoints/*.pt")))[1:] and found)
-    driver.kill()
-    driver.communicate()
-    wait_for(lambda: not workers())  # which outlive their driver for a moment, and save
+    kill(driver)
     damaged, deleted = files
     whole = damaged.read_bytes()
     middle = len(whole) // 2
@@ -254,7 +209,7 @@ def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
     damaged.unlink()
     code, output = run(tmp_path, *seeds(3))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 3)
+    check(tmp_path, 3, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut short", "its head", "its middle"])
@@ -280,20 +235,22 @@ def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage, capsys):
     assert file.read_bytes() == before
 
 
+@pytest.mark.full
 def test_of_two_drivers_at_once_one_works_and_the_other_says_which(tmp_path):
     first = drive(tmp_path, *seeds(2))
-    wait_for(lambda: running(tmp_path))
+    wait_for(lambda: keys_running(tmp_path / "runs"))
     code, output = run(tmp_path, *seeds(2))
     assert code == 2, output
     assert f"is being run by process {first.pid} on " in output
     code, output = outcome(first)
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 2)
+    check(tmp_path, 2, tmp_path)
 
 
+@pytest.mark.full
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
     driver = drive(tmp_path, *seeds(2))
-    wait_for(lambda: running(tmp_path))
+    wait_for(lambda: keys_running(tmp_path / "runs"))
     # As a terminal does it: to the driver and all that it has started.
     os.killpg(driver.pid, signal.SIGINT)
     said = []
@@ -310,4 +267,4 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
     wait_for(lambda: not workers(), seconds=120)
     code, output = run(tmp_path, *seeds(2))
     assert code == 0, output
-    check_whole(tmp_path, tracking_uri(tmp_path / "runs"), tmp_path / "runs" / "mlflow.db", 2)
+    check(tmp_path, 2, tmp_path)

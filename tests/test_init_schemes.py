@@ -234,7 +234,7 @@ def test_more_layers_do_not_change_the_first():
     assert torch.equal(shallow.blocks[0].mlp.fc.weight, deep.blocks[0].mlp.fc.weight)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_model5_gives_the_sources_table_at_the_sources_shape():
     model, _ = built(
         "model5", model_config=ModelConfig(n_layer=12, n_head=12, d_model=768, context=256)

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 
 from analysis.runs import chart_page, mlflow_command
-from conftest import TINY, flags
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
+from helpers.trials import TINY, flags
 from sweeps.launch import main
 from sweeps.plan import make_plan, power
 from sweeps.spaces import PRESETS

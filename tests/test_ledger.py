@@ -4,16 +4,16 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
-from conftest import ROOT, TINY, flags, moved
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
+from helpers.driving import outcome, start
+from helpers.store import moved
+from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
 from sweeps.ledger import holder, holding, read_ledger, to_redo
 from sweeps.spaces import PRESETS
@@ -40,7 +40,7 @@ def test_a_trial_that_another_sweep_has_run_is_done(runs_dir):
 
 
 def test_a_dry_run_says_what_is_done_and_why(runs_dir, capsys):
-    wanted = flags(TrialConfig.from_flat(TINY))
+    wanted = [*flags(TrialConfig.from_flat(WORDS)), "--no-estimate"]
     wanted += ["--init.scheme", "model5", "gpt2", "--init.seed", "0", "1"]
     command = ["--name", "three", "--runs-dir", str(runs_dir), "--dry-run", *wanted]
     assert main("doc", PRESETS, command) == 0
@@ -134,19 +134,17 @@ def test_two_drivers_on_one_sweep_are_told_apart(tmp_path):
         assert json.loads((tmp_path / "locks" / "one.json").read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_wider_sweep_runs_the_difference_and_redo_what_it_names(tmp_path):
     """3 schemes x 2 seeds, then x 3 seeds: exactly three trials more; then one of them anew."""
 
     def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", "runs",
-             *flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", "normal",
-             *arguments],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        wanted = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", "normal"]
+        wanted.append("--no-estimate")
+        process = start("init_sweep.py", tmp_path / "runs", *wanted, *arguments)
+        code, output = outcome(process, 300)
+        assert code == 0, output
+        return output
 
     def started():
         runs = trial_runs(connect(tracking_uri(tmp_path / "runs")))

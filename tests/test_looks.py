@@ -27,8 +27,10 @@ from analysis.report import main as report
 from analysis.runs import tracking_uri
 from analysis.stats import holm
 from analysis.verdicts import SUPPORTED, UNDERPOWERED, judge, p_value
-from conftest import TINY, flags, make_sweep, outcome, start
 from gptcore.config import InputError, TrialConfig
+from helpers.driving import outcome, start
+from helpers.store import make_sweep
+from helpers.trials import TINY, flags
 from sweeps.launch import main
 from sweeps.plan import seeds_of, with_more_seeds
 from sweeps.spaces import PRESETS
@@ -75,7 +77,7 @@ def found(**verdicts):
 def test_a_decided_claim_keeps_its_verdict_and_open_ones_go_on():
     record = plan_looks(range(60), 2, [])
     assert set(waiting(record)) == set(CLAIMS)
-    record = take(record, found(order="contradicted", rare_flips="not tested"))
+    record = take(record, found(order="contradicted", rare_flips="not measured"))
     assert record["looks"][0]["decided"] == ["order"]
     assert set(waiting(record)) == set(CLAIMS) - {"order", "rare_flips"}
     record = take(record, found(order=SUPPORTED, widening=SUPPORTED))
@@ -115,7 +117,7 @@ def test_what_is_judged_beside_the_looks_is_judged_at_what_they_leave():
     assert sum(ends) == pytest.approx(ALPHA)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_null_sweeps_followed_over_all_looks_seldom_support_anything(capsys):
     """All claims at once, 1,000 sweeps of up to 60 seeds, all five looks: at most 5% have any claim
     supported, at any look, that is not true."""
@@ -163,7 +165,7 @@ def planted(rule, rng, n_seeds):
     return bound + sign * rng.normal(1, 1, n_seeds)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_planted_effects_are_found_before_the_budget_is_spent(capsys):
     rng, sweeps, most, taken, supported = np.random.default_rng(0), 20, 60, [], 0
     runs = trials(most)
@@ -208,7 +210,15 @@ def test_a_budget_below_the_seeds_given_is_refused(tmp_path, capsys, most):
     assert not list(tmp_path.iterdir())
 
 
-KNOBS = [*flags(TrialConfig.from_flat(TINY)), "--init.seed", "0", "1", "--name", "grows"]
+KNOBS = [
+    *flags(TrialConfig.from_flat(TINY)),
+    "--init.seed",
+    "0",
+    "1",
+    "--name",
+    "grows",
+    "--no-estimate",
+]
 
 
 def drive(folder, *arguments):
@@ -232,7 +242,7 @@ def grown(tmp_path_factory):
     return folder, output
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
     folder, output = grown
     assert "looks at 2, 3, 4 seeds, levels 0.031, 0.01, 0.0086; 0 taken" in output
@@ -253,7 +263,7 @@ def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
         if name in decided:
             assert told == decided[name]
         else:
-            assert one["verdict"] in (UNDERPOWERED, "not tested")
+            assert one["verdict"] in (UNDERPOWERED, "not measured")
             assert one["look"] == len(looks["taken"])
     page = (folder / "runs" / "reports" / "grows" / "report.html").read_text()
     assert '<h3 id="looks">Looks</h3>' in page
@@ -262,7 +272,7 @@ def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
     assert "Seeds were added until claims were decided" in summary
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_running_it_again_starts_nothing_and_another_plan_is_refused(grown, capsys):
     folder, _ = grown
     before = findings_of(folder)
@@ -285,7 +295,7 @@ def test_running_it_again_starts_nothing_and_another_plan_is_refused(grown, caps
     assert findings_of(folder) == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_part_of_a_grown_sweep_is_judged_at_the_level_that_is_left(grown, tmp_path):
     folder, _ = grown
     wanted = ["--runs-dir", str(folder / "runs"), "--name", "grows", "--out", str(tmp_path)]
@@ -296,7 +306,7 @@ def test_a_part_of_a_grown_sweep_is_judged_at_the_level_that_is_left(grown, tmp_
     assert any("looked at while seeds were added" in note for note in findings["notes"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
     process = drive(tmp_path, "--until-decided", "4")
     for line in process.stdout:
@@ -304,7 +314,7 @@ def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert report(["--runs-dir", str(tmp_path / "runs"), "--name", "grows"]) == 0
+    assert report(["--runs-dir", str(tmp_path / "runs"), "--name", "grows", "--no-estimate"]) == 0
     assert len(findings_of(tmp_path)["looks"]["taken"]) == 1
     code, output = run(tmp_path, "--until-decided", "4")
     assert code == 0, output

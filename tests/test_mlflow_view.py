@@ -7,7 +7,9 @@ import zlib
 import pytest
 
 from analysis.runs import chart_page, connect
-from conftest import SCREENSHOTS
+from gptcore.config import TrialConfig
+from helpers.paths import SCREENSHOTS
+from helpers.trials import WORDS, undisturbed
 from sweeps.charts import chart_points
 from sweeps.mlflow_view import view_of_sweep, view_state
 
@@ -23,19 +25,16 @@ def test_a_view_of_many_knobs_fits_into_a_tag():
     assert len(view_of_sweep(knobs, 96)) < 5000
 
 
-def test_every_chart_shows_metrics_that_trials_have(tiny):
-    from gptcore.experiment import run_trial
-    from gptcore.records import MemoryRecorder
-
-    recorder = MemoryRecorder()
-    run_trial(tiny, recorder)
+def test_every_chart_shows_metrics_that_trials_have():
+    words = TrialConfig.from_flat(WORDS)  # over bytes no token is rare
+    recorder = undisturbed(words)
     known = {
         metric
         for rows in recorder.rows.values()
         for row in rows
         for metric, _, _ in chart_points(row)
     }
-    state = view_state(["init.scheme"], tiny.model.n_layer)
+    state = view_state(["init.scheme"], words.model.n_layer)
     shown = {key for chart in state["compareRunCharts"] for key in chart["selectedMetricKeys"]}
     assert shown <= known
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 6

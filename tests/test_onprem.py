@@ -22,12 +22,14 @@ import psutil
 import pytest
 import yaml
 
-from conftest import ROOT, TINY, flags, wait_for
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
+from helpers.driving import wait_for
+from helpers.paths import ROOT
+from helpers.trials import TINY, flags
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.full, pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
 NET = "10.231.78"
 SSHD = """

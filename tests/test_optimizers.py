@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
 from gptcore.array import ModelArray
 from gptcore.config import InitConfig, InputError, ModelConfig, OptimConfig
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES, check_optim, learning_rate
+from helpers.paths import ROOT
 
 SHAPE = ModelConfig(d_model=16, n_layer=1, n_head=2, context=8)
 
@@ -133,7 +133,7 @@ def test_unknown_names_and_knobs_of_others_are_refused():
 ALL = """
 import sys
 from pathlib import Path
-from conftest import TINY
+from helpers.trials import TINY
 from gptcore.config import TrialConfig
 from gptcore.experiment import Trial, run_trials
 from gptcore.optimizers import OPTIMIZERS

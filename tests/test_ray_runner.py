@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from analysis.runs import tracking_uri
-from conftest import ROOT, TINY, flags, runs_of
 from gptcore.config import TrialConfig
-
-pytestmark = pytest.mark.slow
+from helpers.paths import ROOT
+from helpers.store import runs_of
+from helpers.trials import TINY, flags
 
 IN_PORTIONS = """
 import sys
@@ -19,11 +19,13 @@ sys.exit(launch.main("many", spaces.PRESETS))
 """
 
 
+@pytest.mark.full
 def test_many_trials_are_tunes_a_portion_at_a_time(tmp_path):
     """Whatever the portion, the sweep is one."""
     done = subprocess.run(
         [sys.executable, "-c", IN_PORTIONS, "--runs-dir", str(tmp_path), "--no-report",
-         *flags(TrialConfig.from_flat(TINY)), "--init.seed", "0", "1", "2", "3", "4"],
+         "--no-estimate", *flags(TrialConfig.from_flat(TINY)), "--array", "off",
+         "--init.seed", "0", "1", "2", "3", "4"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,11 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.figures import FIGURES
 from analysis.report import SECTIONS, main
-from analysis.runs import READ
-from analysis.verdicts import UNDERPOWERED, UNTESTED
+from analysis.runs import READ, tracking_uri
+from analysis.verdicts import NOT_MEASURED, UNDERPOWERED
 from gptcore.records import PRIMARY
+from helpers.store import make_sweep
+from helpers.trials import TINY
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
     assert {
         found["verdict"] for name, found in findings["here"].items()
         if {rule.centre for rule in CLAIMS[name].parts.values()} <= {"median", "share"}
-    } == {UNDERPOWERED, UNTESTED}  # fmt: skip
+    } == {UNDERPOWERED, NOT_MEASURED}  # fmt: skip
     assert re.search(
         r"\d+ seeds would decide it: (not )?supported. In general, from 2 conf", summary
     )
@@ -168,7 +170,7 @@ def test_a_scheme_without_finished_trials_is_still_in_the_findings(report):
     assert findings["depth_gradient"][diverged]["tau"]["value"] is None
     assert findings["rare_tokens"][diverged]["groups"]["never_used"]["change"]["value"] is None
     assert {by["init_table"]["verdict"] for label, by in findings["claims"]["by"]["scheme"].items()
-            if label == diverged} == {UNTESTED}  # fmt: skip
+            if label == diverged} == {NOT_MEASURED}  # fmt: skip
 
 
 def test_every_claim_and_figure_has_its_section():
@@ -249,3 +251,23 @@ def test_what_is_chosen_or_shuffled_confirms_nothing_and_leaves_the_report(two_s
     assert standing == {
         "one": "confirmatory", "one-selected": "exploratory", "one-shuffled": "exploratory"
     }  # fmt: skip
+
+
+def test_a_sweep_over_bytes_says_what_cannot_be_measured(tmp_path, capsys):
+    knobs = [
+        {"init.scheme": scheme, "init.seed": seed, "corpus.subset": subset}
+        for scheme in ("model5", "gpt2")
+        for seed in (0, 1)
+        for subset in ("all", "0-0.5")
+    ]
+    make_sweep(tracking_uri(tmp_path), tmp_path, "over-bytes", knobs, base=TINY)
+    assert main(["--runs-dir", str(tmp_path)]) == 0
+    folder = tmp_path / "reports" / "over-bytes"
+    found = json.loads((folder / "findings.json").read_text())["claims"]["here"]
+    without = {name for name, one in found.items() if one["verdict"] == NOT_MEASURED}
+    assert without == {"order", "rare_falls", "rare_flips"}  # few bytes of a text are rare
+    assert list(found["never_suppressed"]["parts"]) == ["never"]
+    assert found["depth_gradient"]["parts"]["tau"]["over_seeds"]["seeds"] == 2
+    assert (
+        "Not measured: no seed has all the numbers for it" in (folder / "report.html").read_text()
+    )

@@ -4,7 +4,7 @@ import pytest
 
 from analysis.figures import FIGURES
 from analysis.report import main
-from conftest import SCREENSHOTS
+from helpers.paths import SCREENSHOTS
 
 pytestmark = pytest.mark.browser
 

@@ -16,8 +16,9 @@ from mlflow.exceptions import MlflowException
 
 from analysis.report import main
 from analysis.runs import READ, connect, read_sweeps, tracking_uri, trial_runs
-from conftest import ROOT, moved
 from gptcore.config import InputError
+from helpers.paths import ROOT
+from helpers.store import moved
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Searches on Ray with a real study: what they find, and that they go on."""
 
 import json
-import os
-import signal
 import sqlite3
 
 import pytest
@@ -10,8 +8,10 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.runs import tracking_uri, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, judge_part
-from conftest import TINY, flags, outcome, runs_of, start, wait_for
 from gptcore.config import TrialConfig
+from helpers.driving import kill, outcome, start, wait_for
+from helpers.store import runs_of
+from helpers.trials import TINY, flags
 from sweeps.search import distance, main, seeds_to_contradict
 
 SEARCHED = ("init.scheme", "init.std", "init.gain", "init.cut", "init.nu", "optim.lr")
@@ -95,19 +95,18 @@ def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(n
                 assert one_less["verdict"] != CONTRADICTED
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     runs_dir = tmp_path / "runs"
     arguments = [
-        "best", "--trials", "12", "--no-report",
+        "best", "--trials", "12", "--no-report", "--no-estimate",
         *tiny_flags({"train.steps": 100}, "model.n_layer", "probes.text_every"),
         "--probes.text_every", "10", "--init.scheme", "normal", "student_t",
         "--model.n_layer", "1..2",
     ]  # fmt: skip
     process = start("search.py", runs_dir, *arguments)
     wait_for(lambda: has_answers(runs_dir / "optuna.db"))
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     code, output = run(runs_dir, *arguments)
     assert code == 0, output
     assert "search best: 12 trials, 0 done" not in output
@@ -137,14 +136,13 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     assert (code, "asks something else already (of differ)" in output) == (2, True), output
 
 
-@pytest.mark.slow
 def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
     """A learning rate of almost nothing contradicts that rows move; a plain one does not."""
     runs_dir = tmp_path / "runs"
     code, output = run(
         runs_dir, "refute", "--claim", "unused_rows_move", "--trials", "6", "--finds", "2",
-        "--seeds", "2", *tiny_flags({"init.scheme": "gpt2"}), "--init.scheme", "gpt2",
-        "--optim.lr", "1e-8", "1e-2",
+        "--seeds", "2", "--no-estimate", *tiny_flags({"init.scheme": "gpt2"}),
+        "--init.scheme", "gpt2", "--optim.lr", "1e-8", "1e-2",
     )  # fmt: skip
     assert code == 0, output
     assert "unused_rows_move: 1 counterexamples found in 6 trials" in output

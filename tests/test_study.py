@@ -2,11 +2,11 @@
 
 import pytest
 
-from conftest import TINY
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import check_knobs
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
+from helpers.trials import TINY
 from sweeps.study import (
     PARAMETERS,
     Range,

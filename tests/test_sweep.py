@@ -3,29 +3,24 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from analysis.runs import (
-    connect,
-    experiment_ids,
-    search_runs,
-    tracking_uri,
-    trial_status,
-)
-from conftest import TINY, flags, outcome, runs_of, start, wait_for, workers
+from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_status
 from gptcore.config import TrialConfig
-from gptcore.experiment import check_trial
 from gptcore.records import TABLES
+from helpers.driving import kill, kill_worker, outcome, start, wait_for, workers
+from helpers.store import check_whole, keys_running, runs_of
+from helpers.trials import TINY, flags, key_of, undisturbed_tables, with_knobs
 from sweeps.ray_runner import RETRIES
 
-pytestmark = pytest.mark.slow
-
-LONG = 5000
-"""Steps of a trial that is still under way when the test gets to it."""
+ENDLESS = 10**6
+"""Steps of a trial that is still under way whenever the test gets to it."""
+KILLED = {**TINY, "train.steps": 1500, "train.checkpoint_seconds": 0.2, "probes.every": 50}
+"""A trial of some seconds, long enough to be killed in the middle."""
+QUICKLY = ["--no-report", "--no-estimate"]
 
 
 def drive(runs_dir, *arguments):
@@ -40,16 +35,16 @@ def runs_in(runs_dir):
     return runs_of(tracking_uri(runs_dir))
 
 
-def training(runs_dir):
-    """The keys of trials that have a run and are running."""
-    if not (runs_dir / "mlflow.db").exists():
-        return []
-    return [key for key, run in runs_in(runs_dir).items() if trial_status(run) == "running"]
+def training_a_while(runs_dir, count=1):
+    """Whether so many trials are under way, and each has a checkpoint."""
+    return len(keys_running(runs_dir)) >= count and (
+        len(list(runs_dir.glob("checkpoints/*.pt"))) >= count
+    )
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A sweep of two trials, run once for several tests; -> its folder and what it printed."""
+    """A sweep of two trials, run once for several tests; gives its folder and what it printed."""
     runs_dir = tmp_path_factory.mktemp("e2e") / "runs"
     code, output = run(
         runs_dir, *flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2"
@@ -58,6 +53,7 @@ def swept(tmp_path_factory):
     return runs_dir, output
 
 
+@pytest.mark.xdist_group("swept")
 def test_a_sweep_goes_from_one_command_to_a_report(swept):
     runs_dir, output = swept
     runs = runs_in(runs_dir)
@@ -73,25 +69,48 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
     assert f"mlflow ui --backend-store-uri sqlite:///{runs_dir}/mlflow.db" in output
 
 
-def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
+@pytest.mark.xdist_group("swept")
+@pytest.mark.browser
+def test_a_browser_opens_the_report_of_a_real_sweep(swept, page):
+    runs_dir, _ = swept
+    page.goto((runs_dir / "reports" / "e2e" / "report.html").as_uri())
+    page.wait_for_function("document.querySelectorAll('svg.marks').length > 5")
+    assert "not measured" in page.content()  # over bytes no token is rare
+    assert page.asked == []
+    assert [line for line in page.said if line.startswith("error")] == []
+
+
+@pytest.mark.xdist_group("swept")
+def test_a_trial_on_ray_leaves_the_rows_that_it_leaves_in_this_process(swept):
     runs_dir, _ = swept
     for key, swept_run in runs_in(runs_dir).items():
         scheme = swept_run.data.params["init.scheme"]
         config = TrialConfig.from_flat({**TINY, "init.scheme": scheme})
-        assert config.key(check_trial(config).digest) == key
-        code, output = run(tmp_path / "runs", "--debug", *flags(config))
-        assert code == 0, output
+        assert key_of(config) == key
         artifacts = Path(swept_run.info.artifact_uri.removeprefix("file://"))
-        for table in TABLES:
-            debugged = pl.read_parquet(tmp_path / "runs" / "debug" / key / f"{table}.parquet")
-            assert debugged.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
+        for table, rows in undisturbed_tables(config).items():
+            assert rows.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
 
 
+@pytest.mark.xdist_group("swept")
+def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
+    runs_dir, _ = swept
+    config = TrialConfig.from_flat({**TINY, "init.scheme": "gpt2"})
+    code, output = run(tmp_path / "runs", "--debug", *flags(config))
+    assert code == 0, output
+    key = key_of(config)
+    artifacts = Path(runs_in(runs_dir)[key].info.artifact_uri.removeprefix("file://"))
+    for table in TABLES:
+        debugged = pl.read_parquet(tmp_path / "runs" / "debug" / key / f"{table}.parquet")
+        assert debugged.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
+
+
+@pytest.mark.xdist_group("swept")
 def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     runs_dir, _ = swept
     before = {key: run.info.run_id for key, run in runs_in(runs_dir).items()}
-    arguments = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2"]
-    code, output = run(runs_dir, *arguments, "--no-report")
+    arguments = [*flags(TrialConfig.from_flat(TINY)), "--init.scheme", "model5", "gpt2", *QUICKLY]
+    code, output = run(runs_dir, *arguments)
     assert code == 0
     assert "2 trials, 2 done, 0 missing" in output
     assert "Ray:" not in output
@@ -103,12 +122,30 @@ def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     assert before.items() <= after.items()
 
 
+def test_an_array_whose_worker_and_then_driver_are_killed_loses_and_doubles_nothing(tmp_path):
+    runs_dir = tmp_path / "runs"
+    configs = [TrialConfig.from_flat({**KILLED, "init.seed": seed}) for seed in (0, 1)]
+    arguments = [*flags(configs[0]), "--init.seed", "0", "1", "--array", "2", *QUICKLY]
+    process = drive(runs_dir, *arguments)
+    wait_for(lambda: training_a_while(runs_dir, 2))
+    kill_worker()
+    wait_for(lambda: workers() and training_a_while(runs_dir, 2))
+    kill(process)
+    code, output = run(runs_dir, *arguments)
+    assert code == 0, output
+    check_whole(tracking_uri(runs_dir), runs_dir / "mlflow.db", configs, tmp_path)
+    runs = runs_in(runs_dir).values()
+    assert {run.data.tags["array"] for run in runs} == {"2"}
+
+
+@pytest.mark.full
 def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     runs_dir = tmp_path / "runs"
-    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 150}))
-    process = drive(runs_dir, *arguments, "--array", "off", "--init.seed", "0", "1", "2")
-    wait_for(lambda: training(runs_dir))
-    os.kill(workers()[0], signal.SIGKILL)
+    configs = [TrialConfig.from_flat({**KILLED, "init.seed": seed}) for seed in (0, 1, 2)]
+    arguments = [*flags(configs[0]), *QUICKLY, "--array", "off", "--init.seed", "0", "1", "2"]
+    process = drive(runs_dir, *arguments)
+    wait_for(lambda: training_a_while(runs_dir))
+    kill_worker()
     code, output = outcome(process, 300)
     assert code == 0, output
     assert "goes on with another worker: " in output
@@ -118,30 +155,26 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     assert lost.data.tags["retries"] == "1"
     assert lost.data.tags["retried_because"].startswith("the worker died: ")
     # It went on under its own run, and holds every point once.
-    history = connect(tracking_uri(runs_dir)).get_metric_history(lost.info.run_id, "loss/train")
-    assert [point.step for point in history] == list(range(151))
+    check_whole(tracking_uri(runs_dir), runs_dir / "mlflow.db", configs, tmp_path)
 
 
+@pytest.mark.full
 def test_an_array_that_loses_two_workers_reaches_the_verdicts_of_single_trials(tmp_path):
-    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": 300}))
-    arguments += ["--init.seed", "0", "1", "2"]
+    arguments = flags(TrialConfig.from_flat({**KILLED, "train.steps": 3000}))
+    arguments += ["--no-estimate", "--init.seed", "0", "1", "2"]
     alone, together = tmp_path / "alone" / "runs", tmp_path / "together" / "runs"
     for runs_dir in (alone, together):
         runs_dir.parent.mkdir()
     code, output = run(alone, *arguments, "--array", "off")
     assert code == 0, output
     process = drive(together, *arguments, "--array", "3")
-    wait_for(lambda: len(training(together)) == 3)
     sizes = []
     for _ in range(2):
-        (victim,) = wait_for(workers)
-        time.sleep(2)
+        wait_for(lambda: workers() and training_a_while(together, 3))
         sizes += [run.data.tags["array"] for run in runs_in(together).values()]
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda victim=victim: victim not in workers())
+        kill_worker()
     code, output = outcome(process, 300)
     assert code == 0, output
-    assert "3 trials of 900 steps in all, 3 at a time in arrays of 3" in output
     assert output.count("goes on with another worker: ") == 6
     # Once together, again together, and then each by itself: one of them may be to blame.
     assert sizes == ["3"] * 6
@@ -162,15 +195,15 @@ def test_an_array_that_loses_two_workers_reaches_the_verdicts_of_single_trials(t
     assert verdicts == expected_verdicts
 
 
+@pytest.mark.full
 def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_on(tmp_path):
     runs_dir = tmp_path / "runs"
-    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
-    process = drive(runs_dir, *arguments, "--init.seed", "0")
-    wait_for(lambda: training(runs_dir))
+    endless = with_knobs(TrialConfig.from_flat(KILLED), train__steps=ENDLESS)
+    arguments = [*flags(endless), "--init.seed", "0", *QUICKLY]
+    process = drive(runs_dir, *arguments)
     for _ in range(RETRIES + 1):
-        victim = wait_for(workers)[0]
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda victim=victim: victim not in workers())
+        wait_for(lambda: workers() and keys_running(runs_dir))
+        kill_worker()
     code, output = outcome(process)
     assert code == 1, output
     (failed,) = runs_in(runs_dir).values()
@@ -183,38 +216,35 @@ def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_o
     assert "1 trials, 0 done, 1 missing" in output
 
 
+@pytest.mark.full
 def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path):
-    knobs = {**TINY, "train.steps": 300, "train.checkpoint_seconds": 0}
-    arguments = ["--debug", *flags(TrialConfig.from_flat(knobs))]
-    killed, whole = tmp_path / "killed" / "runs", tmp_path / "whole" / "runs"
-    for runs_dir in (killed, whole):
-        runs_dir.mkdir(parents=True)
-    undisturbed = drive(whole, *arguments)
-    process = drive(killed, *arguments)
-    checkpoint = wait_for(lambda: list(killed.glob("checkpoints/*.pt")))[0]
+    """In the fast tier tests/test_write_points.py kills a trial in one process."""
+    config = TrialConfig.from_flat({**KILLED, "train.checkpoint_seconds": 0})
+    arguments = ["--debug", *flags(config)]
+    runs_dir = tmp_path / "runs"
+    process = drive(runs_dir, *arguments)
+    checkpoint = wait_for(lambda: list(runs_dir.glob("checkpoints/*.pt")))[0]
     first = checkpoint.stat().st_mtime_ns
     wait_for(lambda: checkpoint.stat().st_mtime_ns > first)  # that of step 0 would prove little
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
-    code, output = run(killed, *arguments)
+    code, output = run(runs_dir, *arguments)
     assert code == 0, output
     assert f"going on from runs/checkpoints/{checkpoint.name}" in output
     assert not checkpoint.exists()
-    undisturbed.communicate(timeout=300)
-    for table in TABLES:
-        resumed, expected = (
-            pl.read_parquet(folder / "debug" / checkpoint.stem / f"{table}.parquet")
-            for folder in (killed, whole)
-        )
-        assert resumed.equals(expected), table
+    for table, rows in undisturbed_tables(config).items():
+        resumed = pl.read_parquet(runs_dir / "debug" / checkpoint.stem / f"{table}.parquet")
+        assert resumed.equals(rows), table
 
 
-@pytest.mark.parametrize("politely", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "politely", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, politely):
     runs_dir = tmp_path / "runs"
-    arguments = flags(TrialConfig.from_flat({**TINY, "train.steps": LONG}))
-    process = drive(runs_dir, *arguments, "--init.seed", "0", "1")
-    wait_for(lambda: training(runs_dir))
+    endless = with_knobs(TrialConfig.from_flat(KILLED), train__steps=ENDLESS)
+    process = drive(runs_dir, *flags(endless), "--init.seed", "0", "1", *QUICKLY)
+    wait_for(lambda: keys_running(runs_dir))
     os.kill(process.pid, politely)
     code, output = outcome(process, 120)
     assert code == 130, output

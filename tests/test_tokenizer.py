@@ -1,22 +1,52 @@
-from gptcore.tokenizer import VOCAB_SIZE, gpt2_encoding, is_word_piece, token_bytes
+import pytest
+
+from gptcore.config import VOCAB_SIZES
+from gptcore.tokenizer import (
+    TOKENIZERS,
+    bytes_encoding,
+    encode,
+    gpt2_encoding,
+    token_bytes,
+    word_pieces,
+)
+
+ODD_TEXT = "Brobdingnag’s\n\n  naïve 🐎 <|endoftext|>\t"
 
 
 def test_ids_are_gpt2s():
     # From GPT-2's published vocabulary.
-    assert gpt2_encoding().encode("Hello world") == [15496, 995]
-    assert gpt2_encoding().encode_ordinary(" the") == [262]
+    assert encode("gpt2", "Hello world").tolist() == [15496, 995]
+    assert encode("gpt2", " the").tolist() == [262]
     assert gpt2_encoding().eot_token == 50256
-    assert gpt2_encoding().n_vocab == VOCAB_SIZE == len(token_bytes())
 
 
-def test_any_text_comes_back():
-    text = "Brobdingnag’s\n\n  naïve 🐎 <|endoftext|>\t"
-    assert gpt2_encoding().decode(gpt2_encoding().encode_ordinary(text)) == text
+def test_ids_are_bytes():
+    assert encode("bytes", ODD_TEXT).tolist() == list(ODD_TEXT.encode())
+    assert bytes_encoding().eot_token == 256
+    assert token_bytes("bytes")[:256] == tuple(bytes([byte]) for byte in range(256))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_any_text_comes_back(tokenizer):
+    assert TOKENIZERS[tokenizer].encoding().decode(encode(tokenizer, ODD_TEXT).tolist()) == ODD_TEXT
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_sizes_are_those_that_a_config_goes_by(tokenizer):
+    assert TOKENIZERS.keys() == VOCAB_SIZES.keys()
+    encoding = TOKENIZERS[tokenizer].encoding()
+    assert encoding.n_vocab == VOCAB_SIZES[tokenizer] == len(token_bytes(tokenizer))
+    assert encoding.eot_token == encoding.n_vocab - 1
 
 
 def test_word_pieces_are_text_of_more_than_one_byte():
-    assert is_word_piece(995)
-    assert not is_word_piece(gpt2_encoding().eot_token)
-    assert not any(is_word_piece(token) for token in range(256))
-    undecodable = next(i for i, piece in enumerate(token_bytes()) if piece == b"\xe2\x80")
-    assert not is_word_piece(undecodable)
+    pieces = word_pieces("gpt2")
+    assert pieces[995]
+    assert not pieces[gpt2_encoding().eot_token]
+    assert not pieces[:256].any()
+    undecodable = next(i for i, piece in enumerate(token_bytes("gpt2")) if piece == b"\xe2\x80")
+    assert not pieces[undecodable]
+
+
+def test_of_bytes_every_one_is_a_piece():
+    assert word_pieces("bytes").tolist() == [True] * 256 + [False]

@@ -11,10 +11,10 @@ import pytest
 from mlflow import MlflowClient
 
 from analysis.runs import connect, read_sweeps, trial_runs, trial_status
-from conftest import ROOT
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import MemoryRecorder
+from helpers.paths import ROOT
 from sweeps.parquet import write_tables
 from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
 

