@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import socket
 import sys
 import time
@@ -31,6 +32,7 @@ import ray
 import yaml
 from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._private import ray_constants
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.services import find_bootstrap_address
 from ray._private.utils import check_version_info
 from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
@@ -51,6 +53,9 @@ MALLOC = {
 """For workers: glibc's malloc is to keep the memory of a step for the next one. By itself it gives
 it back and maps it anew, most of all from the second arena that the thread which Tune runs a trial
 in would get: up to 9,000 page faults and 8% of a step."""
+
+OBJECT_STORE = 100 * 2**20
+"""Bytes of memory for it on this machine: nothing large goes through it."""
 
 SECONDS_TO_JOIN = 180.0
 
@@ -95,16 +100,21 @@ def start_ray(devices: Collection[str], console: Console) -> None:
         ray.init(
             address="local",
             include_dashboard=False,
-            object_store_memory=100 * 2**20,  # nothing large goes through it
+            object_store_memory=OBJECT_STORE,
             **quiet,
         )
+    check_devices(devices)
     cpus, gpus = (sum(one.get(name, 0) for one in machines()) for name in ("CPU", "GPU"))
-    if "cuda" in devices and not gpus:
-        raise InputError("train.device is cuda, but Ray has no GPU")
     where = f"the cluster at {address}" if address else "this machine"
     working = sum(bool(one.get("CPU")) for one in there())
     more = f" on {len(machines())} machines at most, {working} are there" if addable() else ""
     console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs{more}")
+
+
+def check_devices(devices: Collection[str]) -> None:
+    """Raises InputError where a trial's `devices` want a GPU and there is none."""
+    if "cuda" in devices and not any(machine.get("GPU") for machine in machines()):
+        raise InputError("train.device is cuda, but Ray has no GPU")
 
 
 def await_machines(address: str, console: Console) -> None:
@@ -253,7 +263,12 @@ def texts_for(corpora: Collection[str]) -> dict[str, tuple[str, str]]:
 
 
 def there() -> list[dict[str, float]]:
-    """The resources of each machine that is there."""
+    """The resources of each machine that is there; where no Ray runs, of this one as Ray would
+    count them."""
+    if not ray.is_initialized():
+        here = ResourceAndLabelSpec(object_store_memory=OBJECT_STORE)
+        here.resolve(is_head=True, node_ip_address="127.0.0.1")
+        return [here.to_resource_dict()]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -308,3 +323,31 @@ def fit(machine: Mapping[str, float], needs: Mapping[str, float]) -> int:
 def slots(needs: Mapping[str, float]) -> int:
     """How many trials with these needs all machines take at a time, at least one."""
     return max(1, sum(fit(machine, needs) for machine in machines()))
+
+
+def hardware(needs: Mapping[str, float]) -> str:
+    """Name what trials with these needs run on.
+
+    Of each kind of machine its cores and, where they use one, its GPUs; on this machine, that is
+    without a cluster, also the model of its CPU.
+    """
+    kinds = {
+        ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in sorted(machine.items())
+            if name in needs or ("GPU" in needs and name.startswith("accelerator_type:"))
+        )
+        for machine in machines()
+        if fit(machine, needs)
+    }
+    return "; ".join([*([] if cluster_address() else [cpu_model()]), *sorted(kinds)])
+
+
+def cpu_model() -> str:
+    """Name this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

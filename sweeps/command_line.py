@@ -24,6 +24,11 @@ def sweep_parser(doc: str) -> Parser:
     )
     parser.add_runs_dir()
     parser.add_argument("--no-report", action="store_true", help="end without building the report")
+    parser.add_argument(
+        "--no-estimate", action="store_true",
+        help="measure nothing before trials run, and use what the runs folder has of an earlier "
+        "measurement on the same hardware",
+    )  # fmt: skip
     return parser
 
 

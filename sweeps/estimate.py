@@ -17,6 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -33,8 +34,10 @@ from gptcore.records import MemoryRecorder, Row, TrainingRow
 from gptcore.train import READ_EVERY
 from sweeps.arrays import LONG_STEP, MOST, WORTH, best_size, split, together
 from sweeps.charts import chart_points
-from sweeps.cluster import HEADROOM, fit, machines, needs_of, slots, there
+from sweeps.cluster import HEADROOM, fit, hardware, machines, needs_of, slots, there
+from sweeps.measurements import Cost, Measurable, Measurement, keep, kept
 from sweeps.parquet import write_tables
+from sweeps.plan import versions
 from sweeps.units import clock, peak_memory, size
 
 Texts = Mapping[str, tuple[str, str]]
@@ -63,19 +66,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
-    slowest, bytes of memory and of a GPU's memory, and of disk for each of its trials."""
-
-    seconds: float
-    low: float
-    high: float
-    memory: int
-    gpu_memory: int
-    disk: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What the missing trials of a plan take."""
 
@@ -91,25 +81,38 @@ class Estimate:
     gpu_memory: int
     disk: int  # bytes, of all trials
     unknown: tuple[str, ...]  # of each shape that could not be measured, why
+    dates: tuple[str, ...] = ()  # of the kept measurements that it rests on
+    unmeasured: int = 0  # trials of which there is no measurement and, as asked, none was made
+    unmeasured_as: str = ""  # how these are to run
 
     def lines(self) -> list[str]:
         """The estimate for a reader."""
+        why = f"not measured (--no-estimate): {self.unmeasured_as}, time and memory not known"
+        if self.unmeasured == self.trials:
+            return [why]
         gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
         arrays = f" in arrays of {self.array}" if self.array > 1 else ""
         on_gpu = f", {self.per_gpu * self.array} on a GPU" if self.per_gpu else ""
         at_once = f"{self.concurrent} at a time{arrays}{on_gpu}"
+        measured = f", as measured on {' and '.join(self.dates)}" if self.dates else ""
         return [
             f"{self.trials} trials of {self.steps:,} steps in all, {at_once}: "
-            f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)})",
+            f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)}){measured}",
             f"  {size(self.memory)} of memory{gpu} {'an array' if self.array > 1 else 'a trial'}, "
             f"{size(self.disk)} of disk for all",
             *(f"  not measured, and not counted: {why}" for why in self.unknown),
+            *([f"  {self.unmeasured} trials not counted, as {why}"] if self.unmeasured else []),
         ]
 
     def as_tags(self) -> dict[str, str]:
-        """The estimate for the sweep's run."""
-        numbers = {name: value for name, value in asdict(self).items() if name != "unknown"}
-        return {f"estimated_{name}": f"{value:.0f}" for name, value in numbers.items()}
+        """The estimate for the sweep's run; none where some trials were not measured, as asked."""
+        words = ("unknown", "dates", "unmeasured", "unmeasured_as")
+        numbers = {name: value for name, value in asdict(self).items() if name not in words}
+        return {
+            f"estimated_{name}": f"{value:.0f}"
+            for name, value in numbers.items()
+            if not self.unmeasured
+        }
 
 
 def shape_of(config: TrialConfig) -> TrialConfig:
@@ -407,9 +410,11 @@ def arranged(
     texts: ray.ObjectRef[Texts],
     array: str,
     console: Console,
-) -> tuple[list[tuple[str, ...]], int, list[Measured]]:
-    """How trials of a shape, in groups that can train together, are to run: the arrays, how many of
-    them on a GPU, and what they then take."""
+) -> Measurement:
+    """Measure how trials of a shape, in groups that can train together, are to run.
+
+    Raises Ray's error for what they break on alone.
+    """
     needs = needs_of(shape)
     fits = 1 if "GPU" in needs else max(fit(machine, needs) for machine in machines())
 
@@ -429,49 +434,115 @@ def arranged(
                 f"arrays of {members} cannot be: {_why(error)}; {most} are tried", soft_wrap=True
             )
             continue
-        if "GPU" not in needs:
-            return arrays, 1, measured
-        of_these = functools.partial(beside, members=members)
-        return arrays, *share_of_gpu(shape, len(arrays), of_these, measured)
+        per_gpu = 1
+        if "GPU" in needs:
+            of_these = functools.partial(beside, members=members)
+            per_gpu, measured = share_of_gpu(shape, len(arrays), of_these, measured)
+        return Measurement(
+            array=members,
+            per_gpu=per_gpu,
+            begins=max(one.began for one in measured),
+            cost=cost_of(shape, measured),
+            date=date.today().isoformat(),
+        )
 
 
 def _why(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
+def known_batches(
+    found: Measurement, shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
+) -> list[Batch]:
+    """Arrange trials of a shape as it was measured to be best, perhaps when there were more."""
+    alone, most = needs_of(shape), found.array
+    if array == "auto":
+        most = min(most, math.ceil(sum(map(len, groups)) / slots(alone)))
+    needs = needs_of(shape, found.cost.memory, found.per_gpu)
+    return [Batch(some, needs) for group in groups for some in split(group, most)]
+
+
+def unmeasured_batches(
+    shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
+) -> list[Batch]:
+    """Arrange trials of a shape of which nothing is known: in arrays if some number is asked for,
+    each on a core, or a GPU where it may use one."""
+    most = int(array) if array.isdecimal() else 1
+    needs = needs_of(shape)
+    return [Batch(some, needs) for group in groups for some in split(group, most)]
+
+
+def arrangement(batches: Sequence[Batch]) -> str:
+    """Say how such trials run: `one trial a core`."""
+    largest = max((len(batch.keys) for batch in batches), default=1)
+    units = sorted({"GPU" if "GPU" in batch.needs else "core" for batch in batches})
+    what = f"one array of up to {largest} trials" if largest > 1 else "one trial"
+    return f"{what} a {' or '.join(units)}"
+
+
 def estimate(
-    trials: Mapping[str, TrialConfig], texts: Texts, console: Console, array: str = "off"
+    trials: Mapping[str, TrialConfig],
+    texts: Texts,
+    console: Console,
+    runs_dir: Path,
+    array: str = "off",
+    measuring: bool = True,
 ) -> tuple[Estimate, list[Batch]]:
-    """What these trials take on the Ray that runs, and how they are to run there: as single trials
-    or, as `array` says (--array), together."""
+    """Say what these trials take, and how they are to run: as single trials or, as `array` says
+    (--array), together.
+
+    Measured on the Ray that runs, and kept in `runs_dir`. Without `measuring` what is kept there is
+    used instead, no Ray is needed, and a shape of which nothing is kept is not counted.
+    """
     shapes: defaultdict[TrialConfig, list[list[str]]] = defaultdict(list)
     for group in together(trials):
         shapes[shape_of(trials[group[0]])].append(group)
     costs: list[Cost] = []
     batches: list[Batch] = []
+    unmeasured: list[Batch] = []
+    dates: set[str] = set()
     unknown, beginning, disk = [], 0.0, 0
-    given = ray.put(texts)
+    given = ray.put(texts) if measuring else None
     with console.status("") as status:
         for done, (shape, groups) in enumerate(shapes.items()):
-            if not any(fit(one, needs_of(shape)) for one in there()):
+            needs, longest = needs_of(shape), max(map(len, groups))
+            if measuring and not any(fit(one, needs) for one in there()):
                 console.print(
                     "waiting for a machine of the cluster: `ray status` on its head says what it "
                     "does, and what keeps it from it"
                 )
             status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
-            try:
-                arrays, per_gpu, measured = arranged(shape, groups, given, array, console)
-            except ray.exceptions.RayError as error:
-                keys = [key for group in groups for key in group]
-                unknown.append(f"{len(keys)} trials such as {keys[0]}: {_why(error)}")
-                batches += [Batch((key,), needs_of(shape)) for key in keys]
+            of = Measurable(shape, hardware(needs), array, versions())
+            found = None
+            if given is None:
+                found = kept(of, runs_dir)
+            else:
+                try:
+                    found = arranged(shape, groups, given, array, console)
+                except ray.exceptions.RayError as error:
+                    keys = [key for group in groups for key in group]
+                    unknown.append(f"{len(keys)} trials such as {keys[0]}: {_why(error)}")
+                    batches += [Batch((key,), needs) for key in keys]
+                    continue
+                try:
+                    keep(found, of, runs_dir)
+                except OSError as error:
+                    console.print(f"the measurement is not kept: {error}", soft_wrap=True)
+            if found is None:
+                unmeasured += unmeasured_batches(shape, groups, array)
                 continue
-            cost = cost_of(shape, measured)
-            costs += [cost] * len(arrays)
-            disk += cost.disk * sum(map(len, arrays))
-            needs = needs_of(shape, cost.memory, per_gpu)
-            batches += [Batch(some, needs) for some in arrays]
-            beginning = max(beginning, *(one.began for one in measured))
+            if not measuring:
+                dates.add(found.date)
+                if array.isdecimal() and found.array < min(int(array), longest):
+                    console.print(
+                        f"--array {array}: arrays of {found.array}, as measured on {found.date}"
+                    )
+            arrays = known_batches(found, shape, groups, array)
+            costs += [found.cost] * len(arrays)
+            disk += found.cost.disk * sum(map(len, groups))
+            batches += arrays
+            beginning = max(beginning, found.begins)
+    batches += unmeasured
     order = {key: i for i, key in enumerate(trials)}
     batches.sort(key=lambda batch: order[batch.keys[0]])
     at_once = min(len(batches), *(slots(batch.needs) for batch in batches))
@@ -495,4 +566,7 @@ def estimate(
         gpu_memory=max((cost.gpu_memory for cost in costs), default=0),
         disk=disk,
         unknown=tuple(unknown),
+        dates=tuple(sorted(dates)),
+        unmeasured=sum(len(batch.keys) for batch in unmeasured),
+        unmeasured_as=arrangement(unmeasured),
     ), batches

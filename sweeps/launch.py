@@ -130,7 +130,9 @@ def run_sweep(
         if args.dry_run:
             wanted, alpha = next_look(plan, looks) if looks else (plan, None)
             return dry_run(wanted, alpha, args, console)
-        with Session(plan.name, runs_dir, console, args.array) as session:
+        with Session(
+            plan.name, runs_dir, console, args.array, measures=not args.no_estimate
+        ) as session:
             if given is None:
                 stopped = session.run(plan, args.redo)
             else:
@@ -155,21 +157,29 @@ def dry_run(plan: Plan, alpha: float | None, args: argparse.Namespace, console: 
         for key, config in plan.trials.items()
         if key in again or not ledger[key].is_done
     }
-    for line in [*expected(missing, args.array, console), *power(plan, alpha)]:
+    for line in [*expected(missing, args, console), *power(plan, alpha)]:
         console.print(line, soft_wrap=True)
     return 0
 
 
-def expected(missing: Mapping[str, TrialConfig], array: str, console: Console) -> list[str]:
-    """What the missing trials will take, measured on Ray, for a reader."""
+def expected(
+    missing: Mapping[str, TrialConfig], args: argparse.Namespace, console: Console
+) -> list[str]:
+    """Say what the missing trials will take, for a reader: measured on Ray or, with --no-estimate,
+    as measured before, for which no Ray is started."""
     if not missing:
         return []
-    from sweeps.cluster import start_ray, stop_ray, texts_for
+    from sweeps.cluster import check_devices, cluster_address, start_ray, stop_ray, texts_for
     from sweeps.estimate import estimate
 
-    start_ray({config.train.device for config in missing.values()}, console)
+    devices, measuring = {config.train.device for config in missing.values()}, not args.no_estimate
+    if measuring or cluster_address():  # whose machines are known to it alone
+        start_ray(devices, console)
+    else:
+        check_devices(devices)
     try:
-        texts = texts_for({config.corpus.name for config in missing.values()})
-        return estimate(missing, texts, console, array)[0].lines()
+        texts = texts_for({config.corpus.name for config in missing.values()}) if measuring else {}
+        found, _ = estimate(missing, texts, console, args.runs_dir.resolve(), args.array, measuring)
+        return found.lines()
     finally:
         stop_ray()

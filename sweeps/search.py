@@ -161,7 +161,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     with sound_store(runs_dir) as uri:
         if read_looks(uri, name):
             raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
-        with Session(name, runs_dir, console) as session:
+        with Session(name, runs_dir, console, measures=not args.no_estimate) as session:
             study = open_study(runs_dir, name, question, largest)
             tried = Tried(session, study, question, domains, notes)
             return try_and_tell(tried, args, largest)

@@ -43,9 +43,18 @@ class Session:
     cleanly and, pressed again, at once.
     """
 
-    def __init__(self, name: str, runs_dir: Path, console: Console, array: str = "off") -> None:
-        """`array`: which trials train together, as --array takes it."""
+    def __init__(
+        self,
+        name: str,
+        runs_dir: Path,
+        console: Console,
+        array: str = "off",
+        measures: bool = True,
+    ) -> None:
+        """`array`: which trials train together, as --array takes it. `measures`: whether shapes are
+        measured before trials run; else what was measured before is used."""
         self.name, self.runs_dir, self.console, self.array = name, runs_dir, console, array
+        self.measures = measures
         self.uri = tracking_uri(runs_dir)
         self.ended = "FAILED"
         self.held = ExitStack()
@@ -133,20 +142,26 @@ class Session:
 
     @contextmanager
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:
-        """Around the running of some trials: what they will take is measured, told and recorded
-        before, what they took is after. Gives which train together, and what they need."""
+        """Measure, tell and record what some trials will take, as far as is known, before they run
+        inside, and what they took after. Gives which train together, and what they need."""
         from sweeps.estimate import estimate
 
         assert self.sweep
-        expected, batches = estimate(trials, self.texts, self.console, self.array)
+        expected, batches = estimate(
+            trials, self.texts, self.console, self.runs_dir, self.array, self.measures
+        )
         for line in expected.lines():
             self.console.print(line, soft_wrap=True)
-        tracking.set_tags(self.client, self.sweep.run_id, **expected.as_tags())
+        if tags := expected.as_tags():
+            tracking.set_tags(self.client, self.sweep.run_id, **tags)
+        else:  # what other trials were to take, before, says nothing of these
+            tracking.delete_tags(self.client, self.sweep.run_id, "estimated_")
         begun = time.monotonic()
         yield batches
         took = time.monotonic() - begun
         tracking.set_tags(self.client, self.sweep.run_id, took_seconds=f"{took:.0f}")
-        self.console.print(f"took {clock(took)}, estimated {clock(expected.seconds)}")
+        estimated = f", estimated {clock(expected.seconds)}" if tags else ""
+        self.console.print(f"took {clock(took)}{estimated}")
 
     @property
     def store(self) -> dict[str, str]:

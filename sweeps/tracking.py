@@ -256,6 +256,13 @@ def set_tags(client: MlflowClient, run_id: str, **tags: str) -> None:
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in cut(tags).items()])
 
 
+def delete_tags(client: MlflowClient, run_id: str, prefix: str) -> None:
+    """Delete the tags of a run whose names begin so."""
+    for name in client.get_run(run_id).data.tags:
+        if name.startswith(prefix):
+            client.delete_tag(run_id, name)
+
+
 def cut(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags no longer than MLflow takes."""
     return {name: value[:5000] for name, value in tags.items()}

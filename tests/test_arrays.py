@@ -152,12 +152,9 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
     monkeypatch.setattr(sweeps.estimate, "side_by_side", side_by_side)
     console = Console(record=True, width=200)
     groups = [[str(i) for i in range(13)]]
-    arrays, per_gpu, measured = arranged(
-        configured(train__device="cpu"), groups, None, "13", console
-    )
+    found = arranged(configured(train__device="cpu"), groups, None, "13", console)
     assert asked == [(2, 1), (1, 13), (2, 5), (2, 2)]
-    assert ([len(array) for array in arrays], per_gpu) == ([1, 2, 2, 2, 2, 2, 2], 1)
-    assert measured[0].array == 2
+    assert (found.array, found.per_gpu, found.cost.memory) == (2, 1, ALONE.memory)
     said = ["arrays of 13 cannot be: out of memory; 6 are tried",
             "arrays of 5 cannot be: out of memory; 2 are tried"]  # fmt: skip
     assert console.export_text().splitlines() == said

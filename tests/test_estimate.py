@@ -1,22 +1,29 @@
 """What a sweep is said to take, from a few steps of each shape."""
 
+import json
+import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import ray
+from rich.console import Console
 
+import sweeps.cluster
 import sweeps.estimate
+from analysis.runs import connect, experiment_ids, search_runs, tracking_uri
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
-from helpers.trials import TINY
+from helpers.trials import TINY, flags
 from sweeps.charts import chart_points
 from sweeps.estimate import (
     OVERHEAD,
     POINT_BYTES,
     Measured,
     cost_of,
+    estimate,
     kind_of,
     makespan,
     measure,
@@ -24,7 +31,11 @@ from sweeps.estimate import (
     share_of_gpu,
     shortened,
 )
+from sweeps.launch import main
+from sweeps.measurements import Cost, Measurable, Measurement, file_of, keep, kept
 from sweeps.parquet import write_tables
+from sweeps.plan import versions
+from sweeps.spaces import PRESETS
 
 LONG = {"train.steps": 200, "probes.every": 10, "probes.histogram_every": 50}
 CADENCES = [
@@ -193,3 +204,181 @@ def test_an_array_whose_first_step_takes_all_the_time_there_is_has_a_step_all_th
     assert 0 < measured.empty <= measured.memory
     cost = cost_of(configured(LONG), [measured])
     assert cost.seconds > 3 * OVERHEAD
+
+
+FOUND = Measurement(
+    array=3,
+    per_gpu=1,
+    begins=0.5,
+    cost=Cost(seconds=60.0, low=40.0, high=90.0, memory=GIB, gpu_memory=0, disk=10**6),
+    date="2026-11-28",
+)
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """This machine has two cores, and a Ray that nobody may ask anything."""
+    machine = {"CPU": 2.0, "memory": 8.0 * GIB}
+    monkeypatch.setattr(sweeps.cluster, "machines", lambda: [machine])
+    monkeypatch.setattr(sweeps.cluster, "cpu_model", lambda: "a CPU")
+    monkeypatch.setattr(ray, "put", lambda _: pytest.fail("something was given to Ray"))
+
+
+OF = Measurable(shape_of(configured({})), "a CPU; 2 CPU", "3", versions())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": configured({"train.steps": 6})}, {"hardware": "a CPU; 4 CPU"}, {"array": "auto"},
+     {"versions": "torch 1.0"}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_measurement_is_kept_for_the_same_alone(change, tmp_path):
+    assert kept(OF, tmp_path) is None
+    keep(replace(FOUND, array=2), OF, tmp_path)
+    keep(FOUND, OF, tmp_path)
+    assert kept(OF, tmp_path) == FOUND
+    other = replace(OF, **change)
+    assert kept(other, tmp_path) is None
+    keep(replace(FOUND, array=7), other, tmp_path)
+    assert kept(OF, tmp_path) == FOUND
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:100]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"\xff\xfe"),
+        lambda file: file.write_text("[]"),
+        lambda file: file.write_text(file.read_text().replace("seconds", "minutes")),
+        lambda file: (file.unlink(), file.mkdir()),
+    ],
+)
+def test_a_measurement_that_cannot_be_read_counts_as_none(damage, tmp_path):
+    keep(FOUND, OF, tmp_path)
+    damage(file_of(OF, tmp_path))
+    assert kept(OF, tmp_path) is None
+
+
+def test_drivers_that_write_at_once_leave_whole_measurements(tmp_path):
+    other = replace(OF, array="auto")
+    written = [(replace(FOUND, array=i), of) for i in range(1, 50) for of in (OF, other)]
+    with ThreadPoolExecutor(max_workers=4) as drivers:
+        done = [drivers.submit(keep, found, of, tmp_path) for found, of in written]
+        while not all(one.done() for one in done):
+            for of in (OF, other):
+                assert kept(of, tmp_path) or not file_of(of, tmp_path).exists()
+    for one in done:
+        one.result()
+    assert {kept(of, tmp_path) in [found for found, _ in written] for of in (OF, other)} == {True}
+    assert len(list((tmp_path / "measurements").iterdir())) == 2
+
+
+def seeds(count, **more):
+    return {str(i): configured({"init.seed": i, **more}) for i in range(count)}
+
+
+def expected(trials, array, runs_dir):
+    """-> what is said, the tags, the sizes of arrays and what one needs."""
+    console = Console(record=True, width=200)
+    found, batches = estimate(trials, {}, console, runs_dir, array, measuring=False)
+    said = [line for line in console.export_text().splitlines() if line.strip()]
+    sizes = [len(batch.keys) for batch in batches]
+    return said + found.lines(), found.as_tags(), sizes, dict(batches[0].needs)
+
+
+def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path):
+    keep(FOUND, OF, tmp_path)
+    said, tags, sizes, needs = expected(seeds(6), "3", tmp_path)
+    assert (sizes, needs) == ([3, 3], {"CPU": 1.0, "memory": sweeps.cluster.HEADROOM * GIB})
+    assert said == [
+        "6 trials of 30 steps in all, 6 at a time in arrays of 3: about 1:00 (0:40 to 1:30), "
+        "as measured on 2026-11-28",
+        "  1.07 GB of memory an array, 6 MB of disk for all",
+    ]
+    assert tags["estimated_seconds"] == "60"
+    keep(replace(FOUND, array=2), OF, tmp_path)
+    said, _, sizes, _ = expected(seeds(6), "3", tmp_path)
+    assert (said[0], sizes) == ("--array 3: arrays of 2, as measured on 2026-11-28", [2, 2, 2])
+
+
+def test_arrays_measured_when_there_were_more_trials_leave_every_core_something_to_do(
+    two_cores, tmp_path
+):
+    keep(FOUND, replace(OF, array="auto"), tmp_path)
+    sizes = [expected(seeds(count), "auto", tmp_path)[2] for count in (2, 4, 9)]
+    assert sizes == [[1, 1], [2, 2], [3, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("array", "sizes", "run_as"),
+    [("off", [1] * 5, "one trial"), ("auto", [1] * 5, "one trial"),
+     ("2", [1, 2, 2], "one array of up to 2 trials"),
+     ("9", [5], "one array of up to 5 trials")],
+)  # fmt: skip
+def test_without_a_measurement_trials_run_singly_or_as_asked(
+    array, sizes, run_as, two_cores, tmp_path
+):
+    line = f"not measured (--no-estimate): {run_as} a core, time and memory not known"
+    assert expected(seeds(5), array, tmp_path) == ([line], {}, sizes, {"CPU": 1.0})
+
+
+def test_without_a_measurement_a_trial_that_may_use_a_gpu_has_one_to_itself(
+    two_cores, tmp_path, monkeypatch
+):
+    machine = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 8.0 * GIB}
+    monkeypatch.setattr(sweeps.cluster, "machines", lambda: [machine])
+    said, _, sizes, needs = expected(seeds(2, **{"train.device": "auto"}), "auto", tmp_path)
+    assert (sizes, needs) == ([1, 1], {"CPU": 1.0, "GPU": 1.0})
+    assert "one trial a GPU" in said[0]
+    assert sweeps.cluster.hardware(needs) == "a CPU; 8 CPU, 2 GPU, 1 accelerator_type:H100"
+    assert sweeps.cluster.hardware({"CPU": 1.0}) == "a CPU; 8 CPU"
+
+
+def test_of_shapes_some_of_which_were_measured_the_others_are_named(two_cores, tmp_path):
+    keep(FOUND, OF, tmp_path)
+    longer = configured({"train.steps": 9})
+    said, tags, sizes, _ = expected({**seeds(3), "long": longer}, "3", tmp_path)
+    assert (sizes, tags) == ([3, 1], {})
+    assert "as measured on 2026-11-28" in said[0]
+    assert said[2] == (
+        "  1 trials not counted, as not measured (--no-estimate): one trial a core, time and "
+        "memory not known"
+    )
+
+
+@pytest.mark.full
+def test_a_sweep_goes_by_what_an_earlier_one_measured_and_measures_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    def run(*more):
+        wanted = ["--name", "kept", "--no-report", *flags(configured({})), *more]
+        assert main("doc", PRESETS, ["--runs-dir", str(tmp_path), *wanted]) == 0
+        return capsys.readouterr().out
+
+    def tags():
+        client = connect(tracking_uri(tmp_path))
+        (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+        return {name for name in sweep.data.tags if name.startswith("estimated_")}
+
+    assert ", as measured on" not in run()
+    (file,) = (tmp_path / "measurements").iterdir()
+    found = json.loads(file.read_text())
+    assert (found["array"], found["versions"]) == ("auto", versions())
+    assert "estimated_seconds" in tags()
+    monkeypatch.setattr(sweeps.estimate, "side_by_side", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(sweeps.estimate, "array_size", lambda *_: pytest.fail("it was measured"))
+    output = run("--no-estimate", "--init.seed", "0", "1")
+    date = found["measurement"]["date"]
+    assert re.search(rf"\n1 trials of 5 steps in all.*, as measured on {date}\n", output)
+    assert re.search(r"\ntook .+, estimated .+\n", output)
+    assert "estimated_seconds" in tags()
+    output = run("--no-estimate", "--train.steps", "6")
+    assert "\nnot measured (--no-estimate): one trial a core, time and memory not kn" in output
+    assert re.search(r"\ntook [^,]+\n", output)
+    assert not tags()
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    output = run("--no-estimate", "--dry-run", "--init.seed", "0", "1", "2", "3")
+    assert re.search(rf"\n2 trials of 10 steps in all.*, as measured on {date}\n", output)
+    assert [one.name for one in (tmp_path / "measurements").iterdir()] == [file.name]

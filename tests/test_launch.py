@@ -107,13 +107,35 @@ def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, mon
     assert "stands in" in json.dumps(plan.as_dict()["notes"])
 
 
-def test_a_dry_run_lists_the_trials_and_writes_nothing(runs_dir, capsys):
+def test_a_dry_run_lists_the_trials_and_leaves_nothing_but_what_it_measured(runs_dir, capsys):
     assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", "pydocs") == 0
     output = capsys.readouterr().out
     assert "sweep quick: 12 trials, 0 done, 12 missing" in output
     assert output.count("│ missing │") == 12
     assert "2 seeds in every configuration, 14 claims:" in output
+    assert [file.name for file in runs_dir.iterdir()] == ["measurements"]
+
+
+def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
+    runs_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr("sweeps.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
+    wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cpu"]
+    assert run(*wanted, "--dry-run", "--no-estimate") == 0
+    single = "not measured (--no-estimate): one trial a core, time and memory not known\n"
+    assert single in capsys.readouterr().out
+    assert run(*wanted, "--dry-run", "--no-estimate", "--array", "5") == 0
+    assert single.replace("one trial", "one array of up to 4 trials") in capsys.readouterr().out
     assert not runs_dir.exists()
+
+
+def test_a_dry_run_that_measures_nothing_refuses_a_gpu_that_is_not_there(
+    runs_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr("sweeps.cluster.machines", lambda: [{"CPU": 2.0}])
+    wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cuda"]
+    assert run(*wanted, "--dry-run", "--no-estimate") == 2
+    assert "train.device is cuda, but Ray has no GPU" in capsys.readouterr().err
 
 
 def test_a_dry_run_knows_what_is_done(finished_sweep, capsys):

@@ -1,0 +1,79 @@
+"""What was measured of each shape of trial, kept in RUNS_DIR/measurements for --no-estimate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gptcore.config import TrialConfig
+from gptcore.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
+    slowest, bytes of memory and of a GPU's memory, and of disk for each of its trials."""
+
+    seconds: float
+    low: float
+    high: float
+    memory: int
+    gpu_memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How trials of a shape are to run, and what that takes."""
+
+    array: int  # trials that train together, at most
+    per_gpu: int  # arrays on one GPU; 1 without any
+    begins: float  # seconds until the first step of the first trials
+    cost: Cost  # of an array of so many
+    date: str
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """What a measurement is of, and holds for alone."""
+
+    shape: TrialConfig
+    hardware: str  # as sweeps.cluster.hardware names it
+    array: str  # as --array takes it
+    versions: str  # as sweeps.plan.versions tells them
+
+
+def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
+    """Keep a measurement in place of the last one of the same.
+
+    Raises OSError where that cannot be done.
+    """
+    text = json.dumps({**_as_dict(of), "measurement": asdict(found)}, indent=1)
+    write_atomically(file_of(of, runs_dir), lambda file: file.write_text(text))
+
+
+def kept(of: Measurable, runs_dir: Path) -> Measurement | None:
+    """Read the last measurement of the same; None where there is none, or none that can be read."""
+    try:
+        found = json.loads(file_of(of, runs_dir).read_text())["measurement"]
+        return Measurement(**{**found, "cost": Cost(**found["cost"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def file_of(of: Measurable, runs_dir: Path) -> Path:
+    """Name the file that a measurement is kept in: each has its own, so drivers that measure at
+    the same time lose nothing of one another's."""
+    digest = hashlib.sha256(json.dumps(_as_dict(of), sort_keys=True).encode()).hexdigest()
+    return runs_dir / "measurements" / f"{digest[:16]}.json"
+
+
+def _as_dict(of: Measurable) -> dict[str, object]:
+    return {
+        "shape": of.shape.to_flat(),
+        "hardware": of.hardware,
+        "array": of.array,
+        "versions": of.versions,
+    }
