@@ -14,7 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
-from gptcore.files import write_atomically
+from gptcore.files import remove_leftovers, write_atomically
 
 BUCKET = "GPT_SWEEPS_BUCKET"
 
@@ -77,8 +77,9 @@ def keep(file: Path) -> None:
 
 
 def forget(file: Path) -> None:
-    """Delete a checkpoint, here and in the bucket, if it is there."""
+    """Delete a checkpoint, here and in the bucket, if it is there, and what is half written."""
     file.unlink(missing_ok=True)
+    remove_leftovers(file)
     if bucket():
         files, remote = _remote(file)
         if files.get_file_info(remote).type == FileType.File:

@@ -77,24 +77,31 @@ def _run(
         def attempt(batch: Sequence[Mapping[str, Any]]) -> bool:
             return _attempt(batch, store, runs_dir, metric, done_with)
 
-        batch = [trial for trial in batch if not _is_done(trial, store)]
+        batch = [trial for trial in batch if not _is_done(trial, store, runs_dir)]
         if len(batch) > 1 and not attempt(batch):
             # Which of them broke the array is not known: each goes on by itself.
-            batch = [trial for trial in batch if not _is_done(trial, store)]
+            batch = [trial for trial in batch if not _is_done(trial, store, runs_dir)]
         elif len(batch) > 1:
             return
         for trial in batch:
             attempt([trial])
 
 
-def _is_done(trial: Mapping[str, Any], store: Mapping[str, str]) -> bool:
+def _is_done(trial: Mapping[str, Any], store: Mapping[str, str], runs_dir: Path) -> bool:
     """Whether the trial has its result, by now or from another sweep; the driver is told."""
     run = find_run(MlflowClient(store["uri"]), None, "trial", trial_key=trial["key"])
     status = run.data.tags["trial_status"] if run else "missing"
     if status in DONE:
+        _forget(checkpoint_file(runs_dir, trial["key"]))  # whoever had it may have died before
         steps = trial["params"]["train.steps"]
         tune.report({"trial_key": trial["key"], "step": steps, "status": status})
     return status in DONE
+
+
+def _forget(file: Path) -> None:
+    """Delete the checkpoint of a trial that has its result; what cannot be deleted hurts nobody."""
+    with contextlib.suppress(OSError):
+        forget(file)
 
 
 @contextlib.contextmanager
@@ -206,7 +213,6 @@ class _Reporting:
 
     def close(self, result: TrialResult) -> None:
         self.recorder.close(result)
-        with contextlib.suppress(OSError):  # it has its result; what is left hurts nobody
-            forget(self.file)
+        _forget(self.file)
         self.done_with(self.key)
         tune.report({"trial_key": self.key, "step": result.steps, "status": result.status})
