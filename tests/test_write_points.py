@@ -21,13 +21,13 @@ import torch
 from mlflow import MlflowClient
 
 from analysis.runs import connect
-from conftest import TINY
 from gptcore import checkpoint
 from gptcore import train as training
 from gptcore.checkpoint import Checkpoint, checkpoint_file
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
+from helpers.trials import TINY
 from sweeps import parquet, tracking, trainable
 from sweeps.charts import chart_points
 from sweeps.parquet import write_tables
