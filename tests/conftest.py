@@ -16,9 +16,11 @@ import pytest
 from gptcore.config import Scalar, TrialConfig
 from helpers.paths import CHROMIUM, REAL_CORPORA
 from helpers.servers import free_port, start_server
-from helpers.store import make_sweep
+from helpers.store import made_once, make_sweep
 from helpers.trials import TINY
 
+# Tests run on every core already: a second thread in each process would only stand in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -94,15 +96,16 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
     from analysis.runs import tracking_uri
 
-    runs_dir = tmp_path_factory.mktemp("runs")
-    knobs: list[dict[str, Scalar]] = [
-        {"init.scheme": scheme, "init.seed": seed}
-        for scheme in ("model5", "gpt2")
-        for seed in (0, 1)
-    ]
-    knobs += [{"init.seed": 2, "optim.lr": 1e30}, {"init.seed": 3}]
-    make_sweep(tracking_uri(runs_dir), runs_dir, "small", knobs, missing=1)
-    return runs_dir
+    def make(runs_dir: Path) -> None:
+        knobs: list[dict[str, Scalar]] = [
+            {"init.scheme": scheme, "init.seed": seed}
+            for scheme in ("model5", "gpt2")
+            for seed in (0, 1)
+        ]
+        knobs += [{"init.seed": 2, "optim.lr": 1e30}, {"init.seed": 3}]
+        make_sweep(tracking_uri(runs_dir), runs_dir, "small", knobs, missing=1)
+
+    return made_once("finished_sweep", make, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="session")
@@ -111,13 +114,14 @@ def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     a trial that `one` has run."""
     from analysis.runs import tracking_uri
 
-    runs_dir = tmp_path_factory.mktemp("runs")
-    uri = tracking_uri(runs_dir)
-    schemes: list[dict[str, Scalar]] = [{"init.scheme": name} for name in ("model5", "gpt2")]
-    make_sweep(uri, runs_dir, "one", schemes)
-    halves = [{**scheme, "corpus.subset": "0-0.25"} for scheme in schemes]
-    make_sweep(uri, runs_dir, "two", [*halves, schemes[0]])
-    return runs_dir
+    def make(runs_dir: Path) -> None:
+        uri = tracking_uri(runs_dir)
+        schemes: list[dict[str, Scalar]] = [{"init.scheme": name} for name in ("model5", "gpt2")]
+        make_sweep(uri, runs_dir, "one", schemes)
+        halves = [{**scheme, "corpus.subset": "0-0.25"} for scheme in schemes]
+        make_sweep(uri, runs_dir, "two", [*halves, schemes[0]])
+
+    return made_once("two_sweeps", make, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from gptcore.init_schemes import INIT_SCHEMES, Draw, check_init, initialise
 from gptcore.model import GPT
 from gptcore.probes import watched
 
-L, V, T = 4, 50257, 64
+L, V, T = 4, 8192, 64
 EMBEDDINGS, BRANCH_ENDS = ("wte", "wpe"), ("proj", "mlp_proj")
 BRANCHES = ("attn", "mlp")
 EXCESS_KURTOSIS = {"uniform": -1.2, "student_t": 6.0, "laplace": 3.0, "rademacher": -2.0}
@@ -68,7 +68,8 @@ EXPECTED = {
 
 
 def shape(d_model=64, **others):
-    return ModelConfig(**{"d_model": d_model, "n_layer": L, "n_head": 4, "context": T} | others)
+    sizes = {"d_model": d_model, "n_layer": L, "n_head": 4, "context": T, "vocab_size": V}
+    return ModelConfig(**(sizes | others))
 
 
 def built(scheme, seed=0, model_config=None, **parameters):

@@ -11,7 +11,7 @@ from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES, MemoryRecorder
-from helpers.trials import TINY, flags
+from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
 from sweeps.plan import make_plan, power
 from sweeps.spaces import PRESETS
@@ -108,7 +108,8 @@ def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, mon
 
 
 def test_a_dry_run_lists_the_trials_and_leaves_nothing_but_what_it_measured(runs_dir, capsys):
-    assert run("--runs-dir", str(runs_dir), "--dry-run", "--corpus.name", "pydocs") == 0
+    text = ["--corpus.name", "pydocs", "--corpus.tokenizer", "bytes"]
+    assert run("--runs-dir", str(runs_dir), "--dry-run", *text) == 0
     output = capsys.readouterr().out
     assert "sweep quick: 12 trials, 0 done, 12 missing" in output
     assert output.count("│ missing │") == 12
@@ -139,8 +140,18 @@ def test_a_dry_run_that_measures_nothing_refuses_a_gpu_that_is_not_there(
 
 
 def test_a_dry_run_knows_what_is_done(finished_sweep, capsys):
-    tiny = TrialConfig.from_flat(TINY)
-    arguments = [*flags(tiny), "--init.scheme", "model5", "gpt2", "--init.seed", "0", "1", "9"]
+    words = TrialConfig.from_flat(WORDS)
+    arguments = [
+        *flags(words),
+        "--no-estimate",
+        "--init.scheme",
+        "model5",
+        "gpt2",
+        "--init.seed",
+        "0",
+        "1",
+        "9",
+    ]
     assert run("--runs-dir", str(finished_sweep), "--name", "small", "--dry-run", *arguments) == 0
     assert "sweep small: 6 trials, 4 done, 2 missing" in capsys.readouterr().out
 

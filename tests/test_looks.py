@@ -326,7 +326,7 @@ def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
 
 
 def test_a_sweep_that_was_run_plainly_takes_no_looks(tmp_path, capsys):
-    make_sweep(tracking_uri(tmp_path), tmp_path, "grows", [{"init.seed": 0}])
+    make_sweep(tracking_uri(tmp_path), tmp_path, "grows", [{"init.seed": 0}], base=TINY)
     wanted = ["--runs-dir", str(tmp_path), *KNOBS, "--until-decided", "4"]
     assert main("doc", PRESETS, wanted) == 2
     assert "sweep grows was run without --until-decided" in capsys.readouterr().err

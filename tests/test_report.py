@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -13,12 +15,22 @@ from gptcore.records import PRIMARY
 from helpers.store import make_sweep
 from helpers.trials import TINY
 
+# One report for all tests that read it.
+pytestmark = pytest.mark.xdist_group("report")
 
-@pytest.fixture
-def report(finished_sweep, tmp_path):
-    out = tmp_path / "report"
+
+@pytest.fixture(scope="module")
+def built(finished_sweep, tmp_path_factory):
+    """The report of a sweep, built once."""
+    out = tmp_path_factory.mktemp("built") / "report"
     assert main(["--runs-dir", str(finished_sweep), "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def report(built, tmp_path):
+    """A copy of the report, to be changed."""
+    return Path(shutil.copytree(built, tmp_path / "report"))
 
 
 def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):

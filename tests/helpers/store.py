@@ -1,9 +1,11 @@
 """What a tracking store holds of trials, and stores made for a test."""
 
+import fcntl
+import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,22 @@ def make_sweep(
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }
     SweepRun(client, experiment_id, plan, launched=time.time()).end("FINISHED")
+
+
+def made_once(name: str, make: Callable[[Path], None], parent: Path) -> Path:
+    """Return a runs folder of this process's own, in `parent`, of what `make` puts into one.
+
+    It is made once for all processes of a test session: the first makes it, the others wait.
+    """
+    shared = Path(os.environ["GPT_SWEEPS_TEST_SHARED"])
+    original = shared / name
+    with (shared / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / f"{name}.made").exists():
+            original.mkdir()
+            make(original)
+            (shared / f"{name}.made").touch()
+    return moved(original, parent / "runs")
 
 
 def moved(runs_dir: Path, to: Path) -> Path:
