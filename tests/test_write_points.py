@@ -37,7 +37,7 @@ STEPS = 10
 SAVED_EVERY = 4  # steps: a checkpoint at 0, 4 and 8 holds the rows of the steps before it
 PROBED_EVERY = 3  # steps, whose points fill more than one call
 FLUSH_AT = 10  # points: so they are flushed after steps 0, 3, 6 and 9, and at the end
-WAIT = 120  # seconds for a worker that takes one
+WAIT = 120  # seconds: a worker that takes one or two ends by SIGALRM then
 
 
 def config_of(seed):
@@ -73,6 +73,7 @@ def amid(owner, name, nth):
 
 
 def _arm(owner, name, nth, where, end):
+    """Have the nth call of this kind made by `end`, which is given it and its arguments."""
     real, alike = getattr(owner, name), []
 
     def counted(*arguments, **named):
@@ -113,6 +114,8 @@ class Point(NamedTuple):
     ended_by: str = "worker"
     """Who ends the run then: the next worker or, if that has nothing to do, the driver."""
 
+
+OPEN = {"status": "RUNNING", "trial_status": "running"}
 
 POINTS = {
     "before the run is made": Point(
@@ -157,19 +160,19 @@ POINTS = {
     ),
     "in a Parquet file": Point(
         amid(pl.DataFrame, "write_parquet", 5),
-        ({"tables": 4, "half tables": 1},),
+        ({**OPEN, "tables": 4, "half tables": 1},),
     ),
     "between a Parquet file and its name": Point(
         before(Path, "replace", 5, makes(".parquet")),
-        ({"tables": 4, "half tables": 1},),
+        ({**OPEN, "tables": 4, "half tables": 1},),
     ),
     "between two Parquet files": Point(
         after(parquet, "write_atomically", 5),
-        ({"last loss": STEPS, "tables": 5, "half tables": 0},),
+        ({**OPEN, "last loss": STEPS, "tables": 5, "half tables": 0},),
     ),
     "between the Parquet files and the result": Point(
         after(tracking, "write_tables"),
-        ({"tables": len(TABLES), "trial_status": "running", "has result": False},),
+        ({**OPEN, "tables": len(TABLES), "has result": False},),
     ),
     "between the result and the run's end": Point(
         before(MlflowClient, "set_terminated"),
@@ -192,7 +195,7 @@ POINTS = {
         after(Checkpoint, "delete"),
         (
             {"status": "FINISHED", "checkpoint": None, "tables": len(TABLES)},
-            {"status": "RUNNING", "checkpoint": 8, "tables": 0, "trial_status": "running"},
+            {**OPEN, "checkpoint": 8, "tables": 0},
         ),
     ),
 }
@@ -267,6 +270,7 @@ def fork_workers(orders):
     run_trial(config_of(0), MemoryRecorder())  # what is slow the first time is done once
     while order := orders.recv():
         if not (worker := os.fork()):
+            signal.alarm(WAIT)
             try:
                 work_until(*order)
                 os._exit(0)
@@ -284,10 +288,10 @@ def exit_code_of():
     orders, taken = spawn.Pipe()
     forking = spawn.Process(target=fork_workers, args=[taken], daemon=True)
     forking.start()
+    taken.close()  # so that there is an end of its answers when it ends
 
     def order(name, work):
         orders.send((name, work))
-        assert orders.poll(WAIT), f"the worker that was to die {name} goes on and on"
         return orders.recv()
 
     yield order
