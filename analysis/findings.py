@@ -379,7 +379,9 @@ def outcome(name: str, claims: Mapping[str, Any]) -> str:
     seeds = f"{finding['seeds']} seed{'s' * (finding['seeds'] != 1)}"
     if "look" in finding:
         seeds += f" at look {finding['look']}, level {finding['alpha']:.2g}"
-    text += f": {numbers} ({claim.unit}; {seeds}, Holm-adjusted p = {finding['p_holm']:.2g})."
+    # Without one where a part of the claim, which others already decide, has no numbers.
+    p = "" if finding["p_holm"] is None else f", Holm-adjusted p = {finding['p_holm']:.2g}"
+    text += f": {numbers} ({claim.unit}; {seeds}{p})."
     if finding["seeds_needed"]:
         text += f" By these numbers {finding['seeds_needed']} seeds would decide it: "
         text += f"{finding['would_be']}."

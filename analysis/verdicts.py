@@ -62,7 +62,11 @@ def judge(
         name: _judge_one(claims[name], values[name], trials, general, alpha) for name in claims
     }
     for suffix in ("", "_with_diverged"):
-        p_values = {name: found[f"p{suffix}"] for name, found in judged.items() if found["parts"]}
+        p_values = {
+            name: found[f"p{suffix}"]
+            for name, found in judged.items()
+            if found[f"p{suffix}"] is not None
+        }
         adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
         for name, found in judged.items():
             found[f"p_holm{suffix}"] = adjusted.get(name)
@@ -103,8 +107,8 @@ def _judge_one(
         "verdict": combined([part["verdict"] for part in deciding] + missing),
         "verdict_with_diverged": combined([part["verdict"] for part in worst] + missing),
         "course": course(list(parts.values())) if claim.course else None,
-        "p": max((part["p"] for part in deciding), default=None),
-        "p_with_diverged": max((part["p"] for part in worst), default=None),
+        "p": None if missing else max((part["p"] for part in deciding), default=None),
+        "p_with_diverged": (None if missing else max((part["p"] for part in worst), default=None)),
         "runs": placed["trial_key"].n_unique(),
         "diverged": len(diverged),
         "seeds": max((part["over_seeds"]["seeds"] for part in deciding), default=0),

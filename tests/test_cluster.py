@@ -12,8 +12,6 @@ from gptcore.config import InputError, TrialConfig
 from helpers.paths import ROOT
 from sweeps.cluster import check_cluster, check_shared, fit, machines, needs_of, slots
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SCRIPT = """
 import json, sys
 import psutil

@@ -41,7 +41,6 @@ def test_every_chart_shows_metrics_that_trials_have():
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("server")
 def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     experiment = connect(server_sweep).get_experiment_by_name("served").experiment_id
     page.set_viewport_size({"width": 1900, "height": 1100})

@@ -29,7 +29,7 @@ from helpers.driving import wait_for
 from helpers.paths import ROOT
 from helpers.trials import TINY, flags
 
-pytestmark = [pytest.mark.full, pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.full, pytest.mark.cluster]
 
 NET = "10.231.78"
 SSHD = """

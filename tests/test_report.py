@@ -15,9 +15,6 @@ from gptcore.records import PRIMARY
 from helpers.store import make_sweep
 from helpers.trials import TINY
 
-# One report for all tests that read it.
-pytestmark = pytest.mark.xdist_group("report")
-
 
 @pytest.fixture(scope="module")
 def built(finished_sweep, tmp_path_factory):

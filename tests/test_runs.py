@@ -178,7 +178,6 @@ def test_a_damaged_table_of_a_figure_costs_the_figure_that_run(two_sweeps, tmp_p
     assert findings["trials"]["finished"] == 4  # what is claimed rests on other tables
 
 
-@pytest.mark.xdist_group("server")
 def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
     out, cache = tmp_path / "report", tmp_path / "cache"
@@ -197,7 +196,6 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
     assert json.loads((out / "findings.json").read_text()) == findings
 
 
-@pytest.mark.xdist_group("server")
 def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path, monkeypatch):
     fetch = MlflowClient.download_artifacts
     runs = trial_runs(connect(server_sweep))
@@ -225,7 +223,6 @@ def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path
     assert sum("init cannot be read" in note for note in findings["notes"]) == 2
 
 
-@pytest.mark.xdist_group("server")
 def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_path, monkeypatch):
     def dies(*_):
         raise MlflowException("the server has gone away")

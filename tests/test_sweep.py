@@ -53,7 +53,6 @@ def swept(tmp_path_factory):
     return runs_dir, output
 
 
-@pytest.mark.xdist_group("swept")
 def test_a_sweep_goes_from_one_command_to_a_report(swept):
     runs_dir, output = swept
     runs = runs_in(runs_dir)
@@ -69,7 +68,6 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
     assert f"mlflow ui --backend-store-uri sqlite:///{runs_dir}/mlflow.db" in output
 
 
-@pytest.mark.xdist_group("swept")
 @pytest.mark.browser
 def test_a_browser_opens_the_report_of_a_real_sweep(swept, page):
     runs_dir, _ = swept
@@ -80,7 +78,6 @@ def test_a_browser_opens_the_report_of_a_real_sweep(swept, page):
     assert [line for line in page.said if line.startswith("error")] == []
 
 
-@pytest.mark.xdist_group("swept")
 def test_a_trial_on_ray_leaves_the_rows_that_it_leaves_in_this_process(swept):
     runs_dir, _ = swept
     for key, swept_run in runs_in(runs_dir).items():
@@ -92,7 +89,6 @@ def test_a_trial_on_ray_leaves_the_rows_that_it_leaves_in_this_process(swept):
             assert rows.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
 
 
-@pytest.mark.xdist_group("swept")
 def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
     runs_dir, _ = swept
     config = TrialConfig.from_flat({**TINY, "init.scheme": "gpt2"})
@@ -105,7 +101,6 @@ def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
         assert debugged.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
 
 
-@pytest.mark.xdist_group("swept")
 def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     runs_dir, _ = swept
     before = {key: run.info.run_id for key, run in runs_in(runs_dir).items()}

@@ -23,9 +23,6 @@ from helpers.servers import free_port
 from sweeps import tracking_server
 from sweeps.tracking_server import USER, end_server_of, main
 
-# One server for all tests that share it.
-pytestmark = pytest.mark.xdist_group("postgres")
-
 BATCHES, BATCH = 6, 1000
 PASSWORD = "a-secret-that-nobody-guesses-0123456789"
 

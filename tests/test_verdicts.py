@@ -205,8 +205,22 @@ def test_a_claim_is_not_supported_by_some_of_its_parts():
     judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
     assert judged["parts"]["x"]["verdict"] == SUPPORTED
     assert judged["verdict"] == judged["verdict_with_diverged"] == NOT_MEASURED
+    assert judged["p"] is judged["p_holm"] is None  # so it costs the other claims nothing
     beside = claim(x=ABOVE, y=replace(ABOVE, decides=False))
     assert judge({"it": beside}, {"it": numbers}, runs)["it"]["verdict"] == SUPPORTED
+
+
+def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured():
+    runs = trials(6)
+    rules = claim(x=ABOVE, beside=replace(ABOVE, decides=False))
+    numbers = values(runs, np.arange(6.0), "beside")
+    judged = judge(
+        {"it": rules, "other": claim(x=ABOVE)},
+        {"it": numbers, "other": numbers.with_columns(part=pl.lit("x"))},
+        runs,
+    )
+    assert judged["it"]["verdict"] == NOT_MEASURED
+    assert list(judged["it"]["parts"]) == ["beside"]
 
 
 def test_a_claim_fails_by_one_of_its_parts_whatever_the_others():
