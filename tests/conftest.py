@@ -31,8 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = ("test_faults", "test_sweep", "test_onprem", "test_write_points", "test_search")
+"""The files that take longest, which begin first: else one process ends long after the others."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `full`, unless they are asked for by --all, -m or their name."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
     named = any("::" in argument for argument in config.args)
     if config.getoption("--all") or config.getoption("-m") or named:
         return
