@@ -47,7 +47,8 @@ def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     page.goto(chart_page(server_sweep, experiment))
     page.get_by_text("What the claims are about").wait_for(timeout=60_000)
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
-    page.wait_for_timeout(2000)
+    for title in ("loss/val", "qkv_std/layer_00", "logprob/never_used"):
+        page.get_by_text(title).first.wait_for(timeout=30_000)
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / "mlflow.png")
     text = page.inner_text("body")

@@ -27,7 +27,7 @@ from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
 from helpers.driving import wait_for
 from helpers.paths import ROOT
-from helpers.trials import TINY, flags
+from helpers.trials import TINY, WORDS, flags
 
 pytestmark = [pytest.mark.full, pytest.mark.cluster]
 
@@ -292,7 +292,7 @@ def on_laptop(lab, script, *arguments, **environment):
 
 
 SWEEP = "python ~/gpt-sweeps/sweeps/init_sweep.py"
-LONG = {**TINY, "train.steps": 600, "train.checkpoint_seconds": 1.0}
+LONG = {**WORDS, "train.steps": 600, "train.checkpoint_seconds": 1.0}
 SEEDS = range(5)
 
 
@@ -421,7 +421,6 @@ def test_a_sweep_outlives_a_cut_cable_and_a_machine_that_is_switched_off(lab, cl
         lab.cable("h2", "down")
         wait_for(lambda: len(nodes(lab)) == 2, 60)
         tell("Ray has given h2 up")
-        time.sleep(5)
         lab.cable("h2", "up")
         tell("the cable is back")
         wait_for(lambda: driver.done() or len(nodes(lab)) == 3, 200)
@@ -476,6 +475,13 @@ def test_machines_that_share_a_bucket_alone_find_its_checkpoints(lab, cluster):
     assert not (lab.folder / "home-h1" / "runs" / "checkpoints").exists()
 
 
+def opens(lab, port):
+    """Whether something listens at the laptop's end of a tunnel."""
+    probe = f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)"
+    asked = [*lab.at(lab.laptop), sys.executable, "-c", probe]
+    return subprocess.run(asked, capture_output=True).returncode == 0
+
+
 def test_ray_job_submit_from_the_laptop_does_the_same(lab, cluster):
     tunnel = subprocess.Popen(
         [*lab.at(lab.laptop), "ssh", "-q", "-N", "-o", "StrictHostKeyChecking=no",
@@ -484,7 +490,7 @@ def test_ray_job_submit_from_the_laptop_does_the_same(lab, cluster):
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        time.sleep(2)
+        wait_for(lambda: tunnel.poll() is not None or opens(lab, 8265), 30)
         tiny = flags(TrialConfig.from_flat(TINY))
         submitted = ray(
             lab, "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", ".", "--",

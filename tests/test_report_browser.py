@@ -56,7 +56,7 @@ def test_the_page_can_be_used_by_keyboard(two_sweeps, tmp_path, page):
     before = page.locator("#histograms svg.marks").inner_html()
     slider.focus()
     page.keyboard.press("Home")
-    page.wait_for_timeout(300)
-    assert page.locator("#histograms svg.marks").inner_html() != before
+    drawn = "before => document.querySelector('#histograms svg.marks').innerHTML !== before"
+    page.wait_for_function(drawn, arg=before)
     every = page.locator("table")
     assert every.count() == page.locator("table:has(caption):has(th[scope=col])").count()
