@@ -9,9 +9,7 @@ from analysis.runs import chart_page, mlflow_command
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
-from gptcore.experiment import check_trial, run_trial
-from gptcore.records import TABLES, MemoryRecorder
-from helpers.trials import TINY, WORDS, flags
+from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
 from sweeps.plan import make_plan, power
 from sweeps.spaces import PRESETS
@@ -162,11 +160,9 @@ def test_debug_leaves_the_rows_of_the_trial_and_prints_the_init(tiny, runs_dir, 
     assert "wte" in output
     assert "0.02000" in output
     assert [f"step {step:4d}  loss" in output for step in range(7)] == [True] * 6 + [False]
-    recorder = MemoryRecorder()
-    run_trial(tiny, recorder)
-    folder = runs_dir / "debug" / tiny.key(check_trial(tiny).digest)
-    for table in TABLES:
-        assert pl.read_parquet(folder / f"{table}.parquet").height == len(recorder.rows[table])
+    for table, expected in undisturbed_tables(tiny).items():
+        debugged = pl.read_parquet(runs_dir / "debug" / key_of(tiny) / f"{table}.parquet")
+        assert debugged.equals(expected), table
 
 
 def test_a_text_of_ones_own_is_known_by_its_full_path(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -23,11 +22,9 @@ import pytest
 import yaml
 
 from gptcore.config import TrialConfig
-from gptcore.experiment import run_trial
-from gptcore.records import MemoryRecorder
 from helpers.driving import wait_for
 from helpers.paths import ROOT
-from helpers.trials import TINY, WORDS, flags
+from helpers.trials import TINY, WORDS, flags, undisturbed, with_knobs
 
 pytestmark = [pytest.mark.full, pytest.mark.cluster]
 
@@ -449,9 +446,7 @@ def test_a_sweep_outlives_a_cut_cable_and_a_machine_that_is_switched_off(lab, cl
     again = [run for run in runs if run["retries"]]
     assert again
     # A trial that went on elsewhere is what it would have been.
-    whole = MemoryRecorder()
-    seed = again[0]["seed"]
-    run_trial(replace(tiny, init=replace(tiny.init, seed=seed)), whole)
+    whole = undisturbed(with_knobs(tiny, init__seed=again[0]["seed"]))
     (kept,) = (lab.folder / "shared" / "artifacts").glob(f"*/{again[0]['run']}/**/training.parquet")
     rows = pl.read_parquet(kept).sort("step")
     assert rows["loss"].to_list() == [row.loss for row in whole.rows["training"]]

@@ -3,15 +3,14 @@ from dataclasses import asdict, fields
 import polars as pl
 import pytest
 
-from gptcore.experiment import run_trial
-from gptcore.records import SCHEMA_VERSION, TABLES, MemoryRecorder
+from gptcore.records import SCHEMA_VERSION, TABLES
+from helpers.trials import undisturbed
 from sweeps.parquet import schema_of, write_tables
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_table_comes_back_as_it_was(table, tiny, tmp_path):
-    recorder = MemoryRecorder()
-    run_trial(tiny, recorder)
+    recorder = undisturbed(tiny)
     write_tables(recorder.rows, tmp_path)
     frame = pl.read_parquet(tmp_path / f"{table}.parquet")
     assert frame.columns == [entry.name for entry in fields(TABLES[table])]

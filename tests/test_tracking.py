@@ -13,9 +13,8 @@ from mlflow import MlflowClient
 from analysis.runs import connect, read_sweeps, trial_runs, trial_status
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
-from gptcore.records import MemoryRecorder
 from helpers.paths import ROOT
-from sweeps.parquet import write_tables
+from helpers.trials import undisturbed_tables
 from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
 
 
@@ -107,9 +106,7 @@ def test_tables_are_whole_or_absent_and_right_after_a_kill_among_them(store, key
     trial = json.dumps({**store, **job(key, tiny)})
     killed = subprocess.run([sys.executable, "-c", KILLED_AS_IT_CLOSES, trial], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    whole = MemoryRecorder()
-    run_trial(tiny, whole)
-    expected = {file.name: pl.read_parquet(file) for file in write_tables(whole.rows, tmp_path)}
+    expected = {f"{name}.parquet": table for name, table in undisturbed_tables(tiny).items()}
 
     def left(run):
         folder = Path(run.info.artifact_uri.removeprefix("file://"))

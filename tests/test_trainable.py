@@ -15,9 +15,9 @@ from gptcore import checkpoint
 from gptcore.config import TrialConfig
 from gptcore.corpus import GIVEN, Corpus
 from gptcore.experiment import check_trial, run_trial
-from gptcore.records import TABLES, MemoryRecorder
+from gptcore.records import TABLES
+from helpers.trials import undisturbed, undisturbed_tables
 from sweeps import tracking, trainable
-from sweeps.parquet import write_tables
 from sweeps.tracking import MlflowRecorder, open_experiment
 from sweeps.trainable import run_batch
 
@@ -82,16 +82,9 @@ def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
     points = client.get_metric_history(run.info.run_id, "loss/train")
     assert [point.step for point in points] == [0, 1, 2, 3, 4, 5]
 
-    whole = MemoryRecorder()
-    run_trial(config, whole)
-    write_tables(whole.rows, tmp_path / "whole")
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
-    for table in TABLES:
-        resumed, expected = (
-            pl.read_parquet(folder / f"{table}.parquet")
-            for folder in (artifacts, tmp_path / "whole")
-        )
-        assert resumed.equals(expected), table
+    for table, expected in undisturbed_tables(config).items():
+        assert pl.read_parquet(artifacts / f"{table}.parquet").equals(expected), table
 
 
 @contextmanager
@@ -281,8 +274,7 @@ def test_trials_of_an_array_leave_what_each_leaves_alone(three, tmp_path):
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert {run.data.tags["array"] for run in runs.values()} == {"3"}
     for job in (work["batch"][0], work["batch"][2]):
-        alone = MemoryRecorder()
-        run_trial(TrialConfig.from_flat(job["params"]), alone)
+        alone = undisturbed(TrialConfig.from_flat(job["params"]))
         expected = [row.loss for row in alone.rows["training"]]
         assert losses_of(client, job["key"]) == expected
     told.clear()

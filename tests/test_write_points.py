@@ -25,12 +25,12 @@ from gptcore import checkpoint
 from gptcore import train as training
 from gptcore.checkpoint import Checkpoint, checkpoint_file
 from gptcore.config import TrialConfig
-from gptcore.experiment import check_trial, run_trial
+from gptcore.experiment import run_trial
 from gptcore.records import TABLES, MemoryRecorder
-from helpers.trials import TINY
+from helpers import trials
+from helpers.trials import TINY, key_of
 from sweeps import parquet, tracking, trainable
 from sweeps.charts import chart_points
-from sweeps.parquet import write_tables
 from sweeps.tracking import MlflowRecorder, close_runs, open_experiment
 
 STEPS = 10
@@ -46,8 +46,8 @@ def config_of(seed):
 
 
 def job_of(config):
-    key = config.key(check_trial(config).digest)
-    return {"key": key, "name": "a trial", "params": config.to_flat(), "tags": {"sweep": "sweep"}}
+    tags = {"sweep": "sweep"}
+    return {"key": key_of(config), "name": "a trial", "params": config.to_flat(), "tags": tags}
 
 
 def before(owner, name, nth=1, where=lambda *_, **__: True):
@@ -300,20 +300,15 @@ def exit_code_of():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """What two trials leave that nothing has happened to, by key: tables, and points of charts."""
     left = {}
     for seed in range(2):
-        recorder, folder = MemoryRecorder(), tmp_path_factory.mktemp("undisturbed")
-        run_trial(config_of(seed), recorder)
-        files = write_tables(recorder.rows, folder)
-        points = [
-            point for rows in recorder.rows.values() for row in rows for point in chart_points(row)
-        ]
-        left[job_of(config_of(seed))["key"]] = (
-            {file.name: pl.read_parquet(file) for file in files},
-            points,
-        )
+        config = config_of(seed)
+        rows = trials.undisturbed(config).rows.values()
+        points = [point for some in rows for row in some for point in chart_points(row)]
+        tables = trials.undisturbed_tables(config)
+        left[job_of(config)["key"]] = {f"{name}.parquet": tables[name] for name in tables}, points
     return left
 
 
