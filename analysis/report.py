@@ -171,7 +171,7 @@ def render(
         sections=SECTIONS,
         vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
-        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if knob not in differ},
+        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1},
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -102,13 +102,17 @@ def _judge_one(
             worst.append(judge_part(rule, runs + against, general, alpha) or found)
     deciding = [part for part in parts.values() if part["decides"]]
     # A claim is not decided by some of its parts: over bytes, for one, no token is rare.
-    missing = [NOT_MEASURED for part in claim.parts if is_missing(claim, part, parts)]
+    missing = [
+        NOT_MEASURED
+        for part, rule in claim.parts.items()
+        if part != "*" and rule.decides and part not in parts
+    ]
     return {
         "verdict": combined([part["verdict"] for part in deciding] + missing),
         "verdict_with_diverged": combined([part["verdict"] for part in worst] + missing),
         "course": course(list(parts.values())) if claim.course else None,
         "p": None if missing else max((part["p"] for part in deciding), default=None),
-        "p_with_diverged": (None if missing else max((part["p"] for part in worst), default=None)),
+        "p_with_diverged": None if missing else max((part["p"] for part in worst), default=None),
         "runs": placed["trial_key"].n_unique(),
         "diverged": len(diverged),
         "seeds": max((part["over_seeds"]["seeds"] for part in deciding), default=0),
@@ -116,11 +120,6 @@ def _judge_one(
         "configurations": max((part["configurations"] for part in deciding), default=0),
         "parts": parts,
     }
-
-
-def is_missing(claim: Claim, part: str, found: Collection[str]) -> bool:
-    """Whether a part that the claim names, and that helps decide it, has no number."""
-    return part != "*" and claim.parts[part].decides and part not in found
 
 
 def judge_part(

@@ -49,7 +49,7 @@ def train_the_usual_way(flat: dict[str, Any], report: Callable[[dict[str, float]
 
     config = TrialConfig.from_flat(flat)
     corpus = check_trial(config)
-    groups = token_groups(corpus.counts(), config.corpus.data_seed).ids
+    groups = token_groups(corpus.counts(), config.corpus.data_seed, corpus.tokenizer).ids
     shape = config.model
     torch.manual_seed(config.init.seed)
     model = GPT2LMHeadModel(

@@ -14,7 +14,7 @@ import torch
 
 from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
-from gptcore.config import InputError, TrialConfig, varied
+from gptcore.config import KNOBS, InputError, TrialConfig, varied
 from gptcore.corpus import Corpus, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT, workspace
@@ -91,14 +91,16 @@ def run_trials(trials: Sequence[Trial]) -> list[TrialResult]:
     return [results[id(member)] for member in members]
 
 
-OWN = ("init.", "corpus.")
-"""The knobs that each trial of an array has to itself, but for corpus.tokenizer."""
+OWN = frozenset(
+    knob for knob in KNOBS if knob.startswith(("init.", "corpus.")) and knob != "corpus.tokenizer"
+)
+"""The knobs that each trial of an array has to itself."""
 
 
 def apart(configs: Sequence[TrialConfig]) -> list[str]:
     """The knobs for whose sake trials cannot train together: all that differ but their own."""
     differ = varied([config.to_flat() for config in configs])
-    return [knob for knob in differ if not knob.startswith(OWN) or knob == "corpus.tokenizer"]
+    return [knob for knob in differ if knob not in OWN]
 
 
 def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:

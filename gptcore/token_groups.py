@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore.config import TOKENIZER, seed_of
+from gptcore.config import seed_of
 from gptcore.records import GroupMembersRow
 from gptcore.tokenizer import word_pieces
 
@@ -36,7 +36,7 @@ class TokenGroups:
         ]
 
 
-def token_groups(counts: Counts, seed: int, tokenizer: str = TOKENIZER) -> TokenGroups:
+def token_groups(counts: Counts, seed: int, tokenizer: str) -> TokenGroups:
     """Form every group of TOKEN_GROUPS by these counts of the tokenizer's tokens.
 
     `seed` decides draws among tied tokens. A group may be empty: a text of bytes has few tokens
@@ -76,7 +76,8 @@ def common_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
 def rare_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
     """100 of the least frequent tokens that do occur (experiment B).
 
-    Fewer where fewer are left beside the 100 most frequent: a token is not both.
+    Fewer where fewer are left beside the 100 most frequent, that is in a text of fewer than 200
+    distinct pieces: a token is not both.
     """
     occurring_ids = np.flatnonzero(pieces & (counts > 0))
     left = max(0, len(occurring_ids) - 100)

@@ -32,7 +32,7 @@ def together(trials: Mapping[str, TrialConfig]) -> list[list[str]]:
     groups: dict[tuple[Scalar, ...], list[str]] = {}
     for key, config in trials.items():
         flat = config.to_flat()
-        shared = tuple(value for knob, value in flat.items() if not knob.startswith(OWN))
+        shared = tuple(value for knob, value in flat.items() if knob not in OWN)
         groups.setdefault(shared, []).append(key)
     return list(groups.values())
 
@@ -44,7 +44,8 @@ def check_together(array: str, trials: Mapping[str, TrialConfig]) -> None:
     if all(len(group) == 1 for group in together(trials)):
         raise InputError(
             f"--array {array}: no two of these trials can train together, for they differ in "
-            f"{', '.join(apart(list(trials.values())))}: an array shares all but init and corpus"
+            f"{', '.join(apart(list(trials.values())))}: an array shares all but init and corpus, "
+            "and the tokenizer too"
         )
 
 

@@ -3,6 +3,7 @@ machines have."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -266,10 +267,17 @@ def there() -> list[dict[str, float]]:
     """The resources of each machine that is there; where no Ray runs, of this one as Ray would
     count them."""
     if not ray.is_initialized():
-        here = ResourceAndLabelSpec(object_store_memory=OBJECT_STORE)
-        here.resolve(is_head=True, node_ip_address="127.0.0.1")
-        return [here.to_resource_dict()]
+        return [_this_machine()]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@functools.cache
+def _this_machine() -> dict[str, float]:
+    """Count the resources of this machine as Ray would, once: asking its GPUs takes a while."""
+    here = ResourceAndLabelSpec(object_store_memory=OBJECT_STORE)
+    here.resolve(is_head=True, node_ip_address="127.0.0.1")
+    counted: dict[str, float] = here.to_resource_dict()
+    return counted
 
 
 def addable() -> list[dict[str, float]]:

@@ -108,11 +108,9 @@ class Estimate:
         """The estimate for the sweep's run; none where some trials were not measured, as asked."""
         words = ("unknown", "dates", "unmeasured", "unmeasured_as")
         numbers = {name: value for name, value in asdict(self).items() if name not in words}
-        return {
-            f"estimated_{name}": f"{value:.0f}"
-            for name, value in numbers.items()
-            if not self.unmeasured
-        }
+        if self.unmeasured:
+            return {}
+        return {f"estimated_{name}": f"{value:.0f}" for name, value in numbers.items()}
 
 
 def shape_of(config: TrialConfig) -> TrialConfig:
@@ -458,8 +456,11 @@ def known_batches(
     alone, most = needs_of(shape), found.array
     if array == "auto":
         most = min(most, math.ceil(sum(map(len, groups)) / slots(alone)))
-    needs = needs_of(shape, found.cost.memory, found.per_gpu)
-    return [Batch(some, needs) for group in groups for some in split(group, most)]
+    arrays = [some for group in groups for some in split(group, most)]
+    gpus = sum(machine.get("GPU", 0.0) for machine in machines())
+    per_gpu = min(found.per_gpu, math.ceil(len(arrays) / gpus)) if gpus else 1
+    needs = needs_of(shape, found.cost.memory, per_gpu)
+    return [Batch(some, needs) for some in arrays]
 
 
 def unmeasured_batches(
@@ -505,7 +506,7 @@ def estimate(
     given = ray.put(texts) if measuring else None
     with console.status("") as status:
         for done, (shape, groups) in enumerate(shapes.items()):
-            needs, longest = needs_of(shape), max(map(len, groups))
+            needs = needs_of(shape)
             if measuring and not any(fit(one, needs) for one in there()):
                 console.print(
                     "waiting for a machine of the cluster: `ray status` on its head says what it "
@@ -513,9 +514,16 @@ def estimate(
                 )
             status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
             of = Measurable(shape, hardware(needs), array, versions())
-            found = None
             if given is None:
                 found = kept(of, runs_dir)
+                if found is None:
+                    unmeasured += unmeasured_batches(shape, groups, array)
+                    continue
+                dates.add(found.date)
+                if array.isdecimal() and found.array < min(int(array), max(map(len, groups))):
+                    console.print(
+                        f"--array {array}: arrays of {found.array}, as measured on {found.date}"
+                    )
             else:
                 try:
                     found = arranged(shape, groups, given, array, console)
@@ -528,15 +536,6 @@ def estimate(
                     keep(found, of, runs_dir)
                 except OSError as error:
                     console.print(f"the measurement is not kept: {error}", soft_wrap=True)
-            if found is None:
-                unmeasured += unmeasured_batches(shape, groups, array)
-                continue
-            if not measuring:
-                dates.add(found.date)
-                if array.isdecimal() and found.array < min(int(array), longest):
-                    console.print(
-                        f"--array {array}: arrays of {found.array}, as measured on {found.date}"
-                    )
             arrays = known_batches(found, shape, groups, array)
             costs += [found.cost] * len(arrays)
             disk += found.cost.disk * sum(map(len, groups))
@@ -545,7 +544,8 @@ def estimate(
     batches += unmeasured
     order = {key: i for i, key in enumerate(trials)}
     batches.sort(key=lambda batch: order[batch.keys[0]])
-    at_once = min(len(batches), *(slots(batch.needs) for batch in batches))
+    kinds = {str(batch.needs): batch.needs for batch in batches}.values()
+    at_once = min(len(batches), *map(slots, kinds))
     largest = max(len(batch.keys) for batch in batches)
 
     def whole(name: str) -> float:

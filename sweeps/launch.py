@@ -80,7 +80,9 @@ def command_line(
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--dry-run", action="store_true", help="list what is done and what is missing"
+        "--dry-run",
+        action="store_true",
+        help="list what is done and what is missing, and measure what that takes",
     )
     mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,24 +51,32 @@ def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
 
     Raises OSError where that cannot be done.
     """
-    text = json.dumps({**_as_dict(of), "measurement": asdict(found)}, indent=1)
+    measurement = asdict(found)
+    whole = {**_as_dict(of), "measurement": measurement, "digest": _digest(measurement)}
+    text = json.dumps(whole, indent=1)
     write_atomically(file_of(of, runs_dir), lambda file: file.write_text(text))
 
 
 def kept(of: Measurable, runs_dir: Path) -> Measurement | None:
-    """Read the last measurement of the same; None where there is none, or none that can be read."""
+    """Read the last measurement of the same; None where there is none as it was written."""
     try:
-        found = json.loads(file_of(of, runs_dir).read_text())["measurement"]
+        whole = json.loads(file_of(of, runs_dir).read_text())
+        found = whole["measurement"]
+        if whole["digest"] != _digest(found):
+            return None
         return Measurement(**{**found, "cost": Cost(**found["cost"])})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def file_of(of: Measurable, runs_dir: Path) -> Path:
     """Name the file that a measurement is kept in: each has its own, so drivers that measure at
     the same time lose nothing of one another's."""
-    digest = hashlib.sha256(json.dumps(_as_dict(of), sort_keys=True).encode()).hexdigest()
-    return runs_dir / "measurements" / f"{digest[:16]}.json"
+    return runs_dir / "measurements" / f"{_digest(_as_dict(of))}.json"
+
+
+def _digest(of: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _as_dict(of: Measurable) -> dict[str, object]:

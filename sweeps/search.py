@@ -36,7 +36,7 @@ from analysis.claims import CLAIMS, Part
 from analysis.findings import format_estimate
 from analysis.runs import read_looks, read_sweeps, trial_status
 from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
-from gptcore.config import KNOBS, InputError, Scalar, TrialConfig, spelling
+from gptcore.config import KNOBS, TOKENIZER, VOCAB_SIZES, InputError, Scalar, TrialConfig, spelling
 from gptcore.files import write_atomically
 from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
@@ -129,6 +129,10 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     """Try as many trials as wanted, say what was found; -> the exit code."""
     typed = {**GOALS[args.goal], **given}
     domains: dict[str, Domain] = {knob: parse_domain(knob, typed[knob]) for knob in typed}
+    if args.goal == "best" and not is_fixed(domains.get("corpus.tokenizer", [TOKENIZER])):
+        raise InputError(
+            "best takes one --corpus.tokenizer: a loss over bytes is smaller than one over words"
+        )
     if args.goal == "refute" and not is_fixed(domains.setdefault("init.seed", [0])):
         raise InputError("refute takes one --init.seed: what it finds is tried on fresh ones")
     listed = {knob: domain for knob, domain in domains.items() if not isinstance(domain, Range)}
@@ -186,7 +190,9 @@ def try_and_tell(tried: Tried, args: argparse.Namespace, largest: TrialConfig) -
             return session.stop()
         failed = failed or any(not session.ledger[key].is_done for key in fresh)
         found["finds"] = tried.confirmed(contrary, args.seeds)
-        for line in sentences(args.claim, found["finds"], len(answered(study))):
+        trials = answered(study)
+        measured = sum(one.state == TrialState.COMPLETE for one in trials)
+        for line in sentences(args.claim, found["finds"], len(trials), measured):
             console.print(line, soft_wrap=True)
     session.keep(tried.write(found))
     if not args.no_report:
@@ -209,6 +215,8 @@ def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
             value: Scalar = domain.high
         else:
             value = domain[0] if isinstance(domain[0], str) else max(domain)
+            if knob == "corpus.tokenizer":
+                value = max(map(str, domain), key=VOCAB_SIZES.__getitem__)
         if takes(knob, flat):
             flat[knob] = value
     return TrialConfig.from_flat(flat)
@@ -461,8 +469,12 @@ def seeds_to_contradict(claim: str, alpha: float) -> int:
     return next(n for n in itertools.count(2) if all(can(rule, n) for rule in rules))
 
 
-def sentences(claim: str, finds: Sequence[Mapping[str, Any]], tried: int) -> list[str]:
-    """What a search for counterexamples came to."""
+def sentences(
+    claim: str, finds: Sequence[Mapping[str, Any]], tried: int, measured: int
+) -> list[str]:
+    """Say what a search for counterexamples came to; `measured` trials had the claim's number."""
+    if not measured:
+        return [f"{claim}: not measured, for none of {tried} trials has the number for it"]
     shown = [
         f"  {find['verdict']} on {find['seeds']} fresh seeds: "
         + spelled(find["knobs"])

@@ -20,6 +20,7 @@ from helpers.store import made_once, make_sweep
 from helpers.trials import TINY
 
 # Tests run on every core already: a second thread in each process would only stand in the way.
+# This is for the processes that tests start, xdist's among them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -37,7 +38,11 @@ LONGEST = ("test_faults", "test_sweep", "test_onprem", "test_write_points", "tes
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `full`, unless they are asked for by --all, -m or their name."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 99)
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
     named = any("::" in argument for argument in config.args)
     if config.getoption("--all") or config.getoption("-m") or named:
         return

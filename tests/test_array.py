@@ -25,7 +25,8 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def trio(tiny):
-    """Three trials that differ in all they may."""
+    """Three trials that differ in all they may, of a vocabulary of several of a CPU's tiles."""
+    tiny = with_knobs(tiny, model__vocab_size=2500)
     return [
         with_knobs(tiny, init__scheme="model5"),
         with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
@@ -65,7 +66,7 @@ def assert_alike(found, expected):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_trial_of_an_array_is_what_it_is_undisturbed(trio, name, tied):
+def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
     configs = [
         with_knobs(config, optim__name=name, model__tied=tied, optim__clip=0.5) for config in trio
     ]
@@ -75,7 +76,7 @@ def test_each_trial_of_an_array_is_what_it_is_undisturbed(trio, name, tied):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_undisturbed(
+def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
     trio, name, tied, monkeypatch
 ):
     monkeypatch.setitem(array.VMAP, "cpu", False)
@@ -108,7 +109,7 @@ def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
             )
 
 
-def test_one_that_diverges_leaves_the_others_undisturbed(trio):
+def test_one_that_diverges_leaves_the_others_alone(trio):
     wild = with_knobs(trio[1], init__std=1e18, init__scheme="normal")
     recorders = together([trio[0], wild, trio[2]])
     expected = undisturbed(wild)

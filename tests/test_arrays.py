@@ -9,9 +9,10 @@ from rich.console import Console
 import sweeps.arrays
 import sweeps.estimate
 from gptcore.config import InputError, TrialConfig
+from gptcore.experiment import apart
 from helpers.trials import TINY
 from sweeps.arrays import best_size, check_array, check_together, split, together
-from sweeps.estimate import Measured, arranged, array_size
+from sweeps.estimate import Measured, arranged, array_size, known_batches
 
 
 def configured(**more):
@@ -25,8 +26,11 @@ def test_trials_go_together_that_differ_in_init_and_corpus_alone():
         "b": configured(optim__lr=0.5),
         "c": configured(init__seed=3, init__scheme="gpt2", corpus__subset="0-0.5"),
         "d": configured(optim__lr=0.5, corpus__data_seed=7),
+        "e": configured(corpus__tokenizer="gpt2", model__vocab_size=50257),
+        "f": configured(corpus__tokenizer="bytes", model__vocab_size=50257),
     }
-    assert together(trials) == [["a", "c"], ["b", "d"]]
+    assert together(trials) == [["a", "c"], ["b", "d"], ["e"], ["f"]]
+    assert apart([trials["e"], trials["f"]]) == ["corpus.tokenizer"]
 
 
 def test_arrays_are_of_nearly_one_length():
@@ -155,6 +159,8 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
     found = arranged(configured(train__device="cpu"), groups, None, "13", console)
     assert asked == [(2, 1), (1, 13), (2, 5), (2, 2)]
     assert (found.array, found.per_gpu, found.cost.memory) == (2, 1, ALONE.memory)
+    batches = known_batches(found, configured(train__device="cpu"), groups, "13")
+    assert [len(batch.keys) for batch in batches] == [1, 2, 2, 2, 2, 2, 2]
     said = ["arrays of 13 cannot be: out of memory; 6 are tried",
             "arrays of 5 cannot be: out of memory; 2 are tried"]  # fmt: skip
     assert console.export_text().splitlines() == said

@@ -16,7 +16,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start, wait_for
 from helpers.store import runs_of
-from helpers.trials import TINY, flags, undisturbed, with_knobs
+from helpers.trials import KILLED, flags, undisturbed, with_knobs
 from sweeps.bucket import check_bucket, fetch, forget, keep, with_checkpoint
 
 
@@ -113,9 +113,7 @@ def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(tmp_path, mon
 
 @pytest.mark.full
 def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
-    config = TrialConfig.from_flat(
-        {**TINY, "train.steps": 1500, "train.checkpoint_seconds": 0.2, "probes.every": 50}
-    )
+    config = TrialConfig.from_flat({**KILLED, "corpus.windows": 2})
 
     def checkpoints():
         return [name for name in lab() if re.fullmatch(r"checkpoints/\w+\.pt", name)]

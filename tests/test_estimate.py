@@ -251,6 +251,11 @@ def test_a_measurement_is_kept_for_the_same_alone(change, tmp_path):
         lambda file: file.write_bytes(b""),
         lambda file: file.write_bytes(b"\xff\xfe"),
         lambda file: file.write_text("[]"),
+        lambda file: file.write_text("[" * 100_000),
+        lambda file: file.write_text(
+            re.sub('"seconds": [^,]+', '"seconds": null', file.read_text())
+        ),
+        lambda file: file.write_text(re.sub('"array": [^,"]+', '"array": 0', file.read_text())),
         lambda file: file.write_text(file.read_text().replace("seconds", "minutes")),
         lambda file: (file.unlink(), file.mkdir()),
     ],

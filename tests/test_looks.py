@@ -314,7 +314,7 @@ def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert report(["--runs-dir", str(tmp_path / "runs"), "--name", "grows", "--no-estimate"]) == 0
+    assert report(["--runs-dir", str(tmp_path / "runs"), "--name", "grows"]) == 0
     assert len(findings_of(tmp_path)["looks"]["taken"]) == 1
     code, output = run(tmp_path, "--until-decided", "4")
     assert code == 0, output

@@ -12,7 +12,7 @@ from gptcore.config import TrialConfig
 from helpers.driving import kill, outcome, start, wait_for
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
-from sweeps.search import distance, main, seeds_to_contradict
+from sweeps.search import distance, largest_trial, main, seeds_to_contradict, sentences
 
 SEARCHED = ("init.scheme", "init.std", "init.gain", "init.cut", "init.nu", "optim.lr")
 
@@ -54,6 +54,10 @@ BAD = [
         "init.std is taken by nothing that may be suggested: leave it out",
     ),
     (["refute", "--claim", "rare_flips"], "invalid choice: 'rare_flips'"),
+    (
+        ["best", "--corpus.tokenizer", "gpt2", "bytes"],
+        "best takes one --corpus.tokenizer",
+    ),
     (["best", "--name", "../up"], "--name takes up to 100 letters"),
     (["refute", "--claim", "order", "--init.seed", "0", "1"], "refute takes one --init.seed"),
     (
@@ -93,6 +97,21 @@ def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(n
             if seeds > 2 and contradicts:
                 one_less = judge_part(rule, runs[1:], False, alpha)
                 assert one_less["verdict"] != CONTRADICTED
+
+
+def test_a_claim_that_no_trial_has_a_number_for_is_not_measured():
+    """As of rare tokens over bytes: that nothing was found would read as evidence for it."""
+    assert sentences("rare_falls", [], 30, measured=0) == [
+        "rare_falls: not measured, for none of 30 trials has the number for it"
+    ]
+    assert sentences("rare_falls", [], 30, measured=1) == [
+        "rare_falls: no counterexample found in 30 trials"
+    ]
+
+
+@pytest.mark.parametrize("choices", [["bytes", "gpt2"], ["gpt2", "bytes"]])
+def test_the_largest_trial_of_a_search_has_the_larger_vocabulary(choices):
+    assert largest_trial({"corpus.tokenizer": choices}).model.vocab_size == 50257
 
 
 @pytest.mark.full

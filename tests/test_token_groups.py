@@ -15,7 +15,7 @@ def corpus():
 
 @pytest.mark.parametrize("group", TOKEN_GROUPS)
 def test_every_group_holds_distinct_ids_in_order_and_is_recorded(group, corpus):
-    groups = token_groups(corpus.counts(), seed=0)
+    groups = token_groups(corpus.counts(), 0, corpus.tokenizer)
     ids = groups.ids[group]
     assert len(ids) > 0
     assert np.array_equal(ids, np.unique(ids))
@@ -25,7 +25,7 @@ def test_every_group_holds_distinct_ids_in_order_and_is_recorded(group, corpus):
 
 
 def test_groups_are_what_their_names_say(corpus):
-    groups = token_groups(corpus.counts(), seed=0)
+    groups = token_groups(corpus.counts(), 0, corpus.tokenizer)
     counts = groups.counts
     common, rare, never = (groups.ids[name] for name in ("common_100", "rare_100", "never_100"))
     assert len(common) == len(rare) == len(never) == 100
@@ -43,13 +43,15 @@ def test_groups_are_what_their_names_say(corpus):
 
 
 def test_the_bins_hold_every_token_once(corpus):
-    groups = token_groups(corpus.counts(), seed=0)
+    groups = token_groups(corpus.counts(), 0, corpus.tokenizer)
     bins = [ids for name, ids in groups.ids.items() if not name.endswith("_100")]
     assert np.array_equal(np.sort(np.concatenate(bins)), np.arange(VOCAB_SIZES["gpt2"]))
 
 
 def test_ties_are_broken_by_the_seed(corpus):
-    first, again, other = (token_groups(corpus.counts(), seed) for seed in (0, 0, 1))
+    first, again, other = (
+        token_groups(corpus.counts(), seed, corpus.tokenizer) for seed in (0, 0, 1)
+    )
     for group in ("rare_100", "never_100"):
         assert np.array_equal(first.ids[group], again.ids[group])
         assert not np.array_equal(first.ids[group], other.ids[group])

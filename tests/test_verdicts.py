@@ -185,7 +185,7 @@ def test_seeds_that_not_every_configuration_has_are_left_out():
     assert found["verdict"] == NOT_MEASURED
 
 
-def test_a_claim_without_numbers_is_not_tested_and_costs_the_others_nothing():
+def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
     runs = trials(6)
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 6)
     found = judge(

@@ -84,7 +84,7 @@ def make_sweep(
     """
     from analysis.claims import digest
     from analysis.runs import connect, trial_runs
-    from gptcore.experiment import check_trial, run_trial
+    from gptcore.experiment import run_trial
     from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
     from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
 
@@ -94,7 +94,7 @@ def make_sweep(
     trials = {}
     for one in knobs:
         config = TrialConfig.from_flat({**base, **one})
-        trials[config.key(check_trial(config).digest)] = config
+        trials[key_of(config)] = config
     done = trial_runs(client)
     for key, config in list(trials.items())[: len(trials) - missing]:
         if key not in done:

@@ -31,6 +31,9 @@ TINY = {
 WORDS = {**TINY, "corpus.tokenizer": "gpt2"}
 """The same over GPT-2's tokens, for what is said of rare tokens: few bytes are rare."""
 
+KILLED = {**TINY, "train.steps": 1500, "train.checkpoint_seconds": 0.2, "probes.every": 50}
+"""A trial of some seconds, long enough to be killed in the middle."""
+
 
 class Cut(Exception):
     """Stands for whatever ends a process in the middle of a trial."""
