@@ -59,6 +59,12 @@ def serving(folder, *arguments):
             server.wait(60)
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory):
+    """A folder of a short name: the path of the database's socket in it has 80 letters at most."""
+    return tmp_path_factory.mktemp("t")
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     with serving(tmp_path_factory.mktemp("tracking")) as (uri, _):
