@@ -266,6 +266,16 @@ def test_a_measurement_that_cannot_be_read_counts_as_none(damage, tmp_path):
     assert kept(OF, tmp_path) is None
 
 
+def test_a_measurement_that_cannot_be_kept_costs_the_sweep_nothing(tmp_path, monkeypatch):
+    (tmp_path / "measurements").write_text("a file in the place of the folder")
+    monkeypatch.setattr(ray, "put", lambda texts: texts)
+    monkeypatch.setattr(sweeps.estimate, "arranged", lambda *_: FOUND)
+    console = Console(record=True, width=200)
+    _, batches = estimate({"k": configured({})}, {}, console, tmp_path)
+    assert "the measurement is not kept: " in console.export_text()
+    assert [batch.keys for batch in batches] == [("k",)]
+
+
 def test_drivers_that_write_at_once_leave_whole_measurements(tmp_path):
     other = replace(OF, array="auto")
     written = [(replace(FOUND, array=i), of) for i in range(1, 50) for of in (OF, other)]

@@ -195,7 +195,7 @@ def test_an_array_that_loses_two_workers_reaches_the_verdicts_of_single_trials(t
 def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_on(tmp_path):
     runs_dir = tmp_path / "runs"
     endless = with_knobs(TrialConfig.from_flat(KILLED), train__steps=ENDLESS)
-    arguments = [*flags(endless), "--init.seed", "0", *QUICKLY]
+    arguments = [*flags(endless), "--init.seed", "0", "--no-estimate"]
     process = drive(runs_dir, *arguments)
     for _ in range(RETRIES + 1):
         wait_for(lambda: workers() and keys_running(runs_dir))
@@ -207,6 +207,7 @@ def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_o
     assert failed.data.tags["reason"].startswith("the worker died: ")
     assert failed.data.tags["retries"] == str(RETRIES)
     assert f"failed: {failed.data.tags['reason'][:40]}" in output
+    assert "no trial finished, so there is nothing to report" in output
     code, output = run(runs_dir, *arguments, "--init.seed", "0", "--dry-run")
     assert code == 0, output
     assert "1 trials, 0 done, 1 missing" in output
