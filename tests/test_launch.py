@@ -105,6 +105,7 @@ def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, mon
     assert "stands in" in json.dumps(plan.as_dict()["notes"])
 
 
+@pytest.mark.full
 def test_a_dry_run_lists_the_trials_and_leaves_nothing_but_what_it_measured(runs_dir, capsys):
     text = ["--corpus.name", "pydocs", "--corpus.tokenizer", "bytes"]
     assert run("--runs-dir", str(runs_dir), "--dry-run", *text) == 0
@@ -121,8 +122,12 @@ def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
     monkeypatch.setattr("sweeps.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cpu"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 0
+    output = capsys.readouterr().out
+    assert "sweep quick: 12 trials, 0 done, 12 missing" in output
+    assert output.count("│ missing │") == 12
+    assert "2 seeds in every configuration, 14 claims:" in output
     single = "not measured (--no-estimate): one trial a core, time and memory not known\n"
-    assert single in capsys.readouterr().out
+    assert single in output
     assert run(*wanted, "--dry-run", "--no-estimate", "--array", "5") == 0
     assert single.replace("one trial", "one array of up to 4 trials") in capsys.readouterr().out
     assert not runs_dir.exists()

@@ -99,6 +99,7 @@ def test_debug_and_ray_leave_the_same_rows(swept, tmp_path):
         assert debugged.equals(pl.read_parquet(artifacts / f"{table}.parquet")), table
 
 
+@pytest.mark.full
 def test_running_again_runs_nothing_and_widening_runs_the_difference(swept):
     runs_dir, _ = swept
     before = {key: run.info.run_id for key, run in runs_in(runs_dir).items()}
