@@ -18,7 +18,7 @@ from analysis.claims import (
     rare_by_size,
 )
 from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
-from analysis.looks import Record, level, own_record, standing, waiting
+from analysis.interim import Record, level, own_record, standing, waiting
 from analysis.rare_tokens import ORDERS, orders_hold, primary
 from analysis.runs import RunTables, read_some
 from analysis.specifications import SPECIFIED, specifications

@@ -39,8 +39,10 @@ from analysis.findings import (
     with_scheme,
 )
 from analysis.rare_tokens import ORDERS, shuffled_labels
-from analysis.runs import RunTables, mlflow_command, read_sweeps, tracking_uri
-from gptcore.config import KNOBS, InputError, Parser, spelling, varied
+from analysis.runs import RunTables, read_sweeps
+from gptcore.config import KNOBS, InputError, spelling, varied
+from tracking.arguments import Parser
+from tracking.store import Store, store_address
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -55,7 +57,7 @@ SECTIONS = {
 
 
 def build_report(
-    uri: str,
+    store: Store,
     names: Sequence[str],
     out: Path | None,
     runs_dir: Path,
@@ -75,7 +77,7 @@ def build_report(
     for claim in claims:
         if claim not in CLAIMS:
             raise InputError(f"there is no claim {claim}: the claims are {', '.join(CLAIMS)}")
-    sweep = read_sweeps(uri, names, where, runs_dir / "cache")
+    sweep = read_sweeps(store, names, where, runs_dir / "cache")
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
         sweep = shuffled_labels(sweep, shuffle)
@@ -93,7 +95,7 @@ def build_report(
         for claim, found in findings["specifications"].items()
     }
     frames = {**sweep.tables, **by_run, **specified, "trials": sweep.trials}
-    page = render(sweep, frames, findings, shown, uri)
+    page = render(sweep, frames, findings, shown)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -145,7 +147,6 @@ def render(
     frames: Mapping[str, pl.DataFrame],
     findings: Mapping[str, Any],
     shown: Sequence[str],
-    uri: str,
 ) -> str:
     """The page: one HTML file with everything in it."""
     charts = drawn(frames)
@@ -177,7 +178,7 @@ def render(
         claims={name: CLAIMS[name] for name in shown},
         outcome=outcome,
         say_looks=say_looks,
-        mlflow_command=mlflow_command(uri),
+        mlflow_command=sweep.store.address.mlflow_command(),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -217,9 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.out == Path():
             raise InputError("--out takes a folder for the report's files, not the current one")
-        uri = tracking_uri(args.runs_dir)
         folder = build_report(
-            uri, args.name, args.out, args.runs_dir,
+            Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
             where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
         )  # fmt: skip
     except InputError as error:

@@ -60,7 +60,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
     from analysis.claims import digest
     from analysis.runs import connect, tracking_uri
     from gptcore.experiment import run_trial
-    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
+    from tracking.recorder import MlflowRecorder, SweepRun, open_experiment
 
     uri = tracking_uri(folder)
     client = connect(uri)

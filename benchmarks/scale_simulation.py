@@ -55,8 +55,8 @@ def replay(trials: Sequence[Trial]) -> None:
 
 
 def run_batch(config: dict[str, Any], texts: Any) -> None:
-    """In place of sweeps.trainable.run_batch, which it calls, on a worker."""
-    from sweeps import trainable
+    """In place of sweeps.execution.trainable.run_batch, which it calls, on a worker."""
+    from sweeps.execution import trainable
 
     trainable.run_trials = replay
     begun = time.perf_counter()
@@ -70,10 +70,11 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     its CPU, and GB that it had held at most by then."""
     import ray
 
-    import sweeps.estimate
-    from sweeps import launch, ray_runner, session
-    from sweeps.spaces import PRESETS
-    from sweeps.units import peak_memory
+    import sweeps.estimate.estimate
+    from gptcore.units import peak_memory
+    from sweeps import launch, session
+    from sweeps.execution import runner as ray_runner
+    from sweeps.presets import PRESETS
 
     seconds: defaultdict[str, float] = defaultdict(float)
     cpu: defaultdict[str, float] = defaultdict(float)
@@ -98,7 +99,7 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     watch(launch, "make_plan", "plan")
     watch(session, "read_ledger", "ledger")
     watch(session.Session, "open", "start")
-    watch(sweeps.estimate, "estimate", "estimate")
+    watch(sweeps.estimate.estimate, "estimate", "estimate")
     watch(ray_runner.tune.Tuner, "fit", "Tune and trials")
     watch(ray_runner, "close_runs", "closing runs")
     watch(session, "build_report", "report")

@@ -26,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gptcore.config import TrialConfig
 from sweeps.plan import make_plan
-from sweeps.spaces import PRESETS
+from sweeps.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 10

@@ -8,19 +8,16 @@ Importing this module imports neither torch nor anything else that is heavy.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import inspect
 import json
 import math
 import operator
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 Scalar = int | float | str | bool
 
@@ -39,20 +36,6 @@ class InputError(ValueError):
 
     Commands print it on stderr and exit with code 2.
     """
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-    def add_runs_dir(self) -> None:
-        """Add --runs-dir; where machines share a folder, GPT_SWEEPS_RUNS_DIR says what it is."""
-        default = Path(os.environ.get("GPT_SWEEPS_RUNS_DIR") or "runs")
-        self.add_argument(
-            "--runs-dir", type=Path, default=default, help=f"where everything goes ({default})"
-        )
 
 
 def seed_of(*words: str | int) -> int:

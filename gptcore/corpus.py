@@ -14,9 +14,10 @@ import pydoc_data.topics
 import re
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,13 +118,18 @@ class Source:
     sections: Callable[[str], dict[str, tuple[int, int]]]
 
 
-def load_corpus(config: CorpusConfig, context: int) -> Corpus:
+Texts = Mapping[str, tuple[str, str]]
+"""By corpus.name a text and its origin."""
+NO_TEXTS: Texts = MappingProxyType({})
+
+
+def load_corpus(config: CorpusConfig, context: int, preloaded_texts: Texts = NO_TEXTS) -> Corpus:
     """The corpus and subset that a config names, with room for its fixed texts and for training.
 
     Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
     unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
     """
-    text, origin = read_text(config.name)
+    text, origin = preloaded_texts.get(config.name) or read_text(config.name)
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokens = _tokenised(text, digest, config.tokenizer)
     start, stop = _subset_bounds(config, text, tokens)
@@ -145,14 +151,8 @@ def load_corpus(config: CorpusConfig, context: int) -> Corpus:
     )
 
 
-GIVEN: dict[str, tuple[str, str]] = {}
-"""By corpus.name, the (text, origin) that this process was given: it does not look for those."""
-
-
 def read_text(name: str) -> tuple[str, str]:
     """(text, origin) of a corpus; raises as load_corpus does."""
-    if name in GIVEN:
-        return GIVEN[name]
     return CORPORA[name].read() if name in CORPORA else _read_file(name)
 
 

@@ -15,7 +15,7 @@ import torch
 from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import KNOBS, InputError, TrialConfig, varied
-from gptcore.corpus import Corpus, load_corpus
+from gptcore.corpus import NO_TEXTS, Corpus, Texts, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT, workspace
 from gptcore.optimizers import check_optim
@@ -25,14 +25,14 @@ from gptcore.token_groups import token_groups
 from gptcore.train import Member, train, upload
 
 
-def check_trial(config: TrialConfig) -> Corpus:
+def check_trial(config: TrialConfig, preloaded_texts: Texts = NO_TEXTS) -> Corpus:
     """The corpus of a trial that can run. Raises InputError for a trial that cannot.
 
     Beyond what TrialConfig checks by itself: the scheme and its parameters, the text, the subset
     and its length.
     """
     check_knobs(config)
-    return load_corpus(config.corpus, config.model.context)
+    return load_corpus(config.corpus, config.model.context, preloaded_texts)
 
 
 def check_knobs(config: TrialConfig) -> None:
@@ -69,21 +69,24 @@ def run_trial(
     return result
 
 
-def run_trials(trials: Sequence[Trial]) -> list[TrialResult]:
+def run_trials(
+    trials: Sequence[Trial], preloaded_texts: Texts = NO_TEXTS, sync_every: int | None = None
+) -> list[TrialResult]:
     """Run trials of one shape side by side as an array; each recorder is closed with its result.
 
-    They may differ in what `apart` leaves out. Of several, a trial's rows are those that it has
-    alone up to rounding. Raises what run_trial raises, and InputError for trials that cannot go
+    They may differ in the PER_TRIAL_KNOBS. Of several, a trial's rows are those that it has alone
+    up to rounding. Raises what run_trial raises, and InputError for trials that cannot go
     together.
     """
-    if knobs := apart([trial.config for trial in trials]):
+    if knobs := conflicting_knobs([trial.config for trial in trials]):
         raise InputError(f"these trials cannot train together: they differ in {', '.join(knobs)}")
     results = {}
     with one_thread():
-        members = [_prepared(trial) for trial in trials]
+        members = [_prepared(trial, preloaded_texts) for trial in trials]
         # What was cut off need not have come equally far.
         for step in sorted({member.begun.step for member in members}):
-            for member, result in train([one for one in members if one.begun.step == step]):
+            together = [one for one in members if one.begun.step == step]
+            for member, result in train(together, sync_every):
                 member.recorder.close(result)
                 if member.checkpoint:
                     member.checkpoint.delete()
@@ -91,21 +94,23 @@ def run_trials(trials: Sequence[Trial]) -> list[TrialResult]:
     return [results[id(member)] for member in members]
 
 
-OWN = frozenset(
+PER_TRIAL_KNOBS = frozenset(
     knob for knob in KNOBS if knob.startswith(("init.", "corpus.")) and knob != "corpus.tokenizer"
 )
 """The knobs that each trial of an array has to itself."""
 
 
-def apart(configs: Sequence[TrialConfig]) -> list[str]:
+def conflicting_knobs(configs: Sequence[TrialConfig]) -> list[str]:
     """The knobs for whose sake trials cannot train together: all that differ but their own."""
     differ = varied([config.to_flat() for config in configs])
-    return [knob for knob in differ if knob not in OWN]
+    return [knob for knob in differ if knob not in PER_TRIAL_KNOBS]
 
 
-def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:
+def step_seconds(
+    config: TrialConfig, sizes: Sequence[int], preloaded_texts: Texts = NO_TEXTS
+) -> list[float]:
     """What a step of arrays of so many trials like this one takes, taken in turns: a median."""
-    corpus, device = check_trial(config), device_of(config)
+    corpus, device = check_trial(config, preloaded_texts), device_of(config)
     model = GPT(config.model)
     initialise(model, config.init)
     model.to(device)
@@ -134,9 +139,9 @@ def step_seconds(config: TrialConfig, sizes: Sequence[int]) -> list[float]:
 ROUNDS = 5
 
 
-def _prepared(trial: Trial) -> Member:
+def _prepared(trial: Trial, preloaded_texts: Texts) -> Member:
     """The trial where it begins or goes on, with what comes before its first step logged."""
-    config, corpus = trial.config, check_trial(trial.config)
+    config, corpus = trial.config, check_trial(trial.config, preloaded_texts)
     device, checkpoint = device_of(config), None
     if trial.file:
         identity = config.identity(corpus.digest)

@@ -32,8 +32,8 @@ from gptcore.token_probs import Reading
 EXPLOSION = 10.0
 """A loss this many times the larger of its start and ln V ends the trial as diverged."""
 
-READ_EVERY = {"cpu": 1, "cuda": 10}
-"""Steps between two looks at what a device has computed: waiting for a GPU leaves it idle."""
+DEVICE_SYNC_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps after which the host reads what a device has computed: waiting for a GPU leaves it idle."""
 
 
 @dataclass
@@ -99,7 +99,9 @@ class Member:
         )
 
 
-def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
+def train(
+    members: Sequence[Member], sync_every: int | None = None
+) -> Iterator[tuple[Member, TrialResult]]:
     """Train the models in place, logging rows as they come; -> each trial as it ends, at the last
     step or where it diverges, which the others do not notice.
 
@@ -110,6 +112,7 @@ def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
     optim, probes, steps = config.optim, config.probes, config.train.steps
     device = members[0].model.wte.weight.device
     layers = config.probed_layers()
+    sync_every = sync_every or DEVICE_SYNC_EVERY[device.type]
     for member in members:
         for rows in member.rows:
             member.recorder.log(rows)
@@ -130,7 +133,7 @@ def train(members: Sequence[Member]) -> Iterator[tuple[Member, TrialResult]]:
         unread.append((step, torch.stack([loss_K.double(), log_z_K.double(), norm_K])))
         looks = due(probes, step, last=step == steps)
         rows_of: dict[int, list[Row]] = {}  # of this step, by member, where it is read now
-        if looks or len(unread) >= READ_EVERY[device.type]:
+        if looks or len(unread) >= sync_every:
             for rows_K in training_rows(unread, config):
                 for k, (member, row) in enumerate(zip(members, rows_K, strict=True)):
                     if member.status == "diverged" or member.has_diverged(row):

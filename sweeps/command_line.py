@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptcore.config import KNOBS, InputError, Parser, TrialConfig, spelling
+from gptcore.config import KNOBS, InputError, TrialConfig, spelling
 from gptcore.corpus import CORPORA
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES
+from tracking.arguments import Parser
 
 
 def sweep_parser(doc: str) -> Parser:

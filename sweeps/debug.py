@@ -29,7 +29,7 @@ from gptcore.records import (
     WeightRow,
     is_primary,
 )
-from sweeps.parquet import write_tables
+from tracking.tables import write_tables
 
 
 def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console) -> TrialResult:

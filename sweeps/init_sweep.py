@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sweeps.launch import main
-from sweeps.spaces import PRESETS
+from sweeps.presets import PRESETS
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, PRESETS))

@@ -8,64 +8,72 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
-from sweeps.arrays import check_array, check_together
 from sweeps.command_line import add_knobs, parse, sweep_parser
-from sweeps.faults import GO_ON, Fault
+from sweeps.estimate.packing import check_array, check_together
+from sweeps.execution.faults import Fault
 from sweeps.plan import Plan, make_plan, power, seeds_of, with_more_seeds, with_overrides
-from sweeps.spaces import Preset, Space
+from sweeps.presets import Preset, Space
+from tracking.health import GO_ON
+
+if TYPE_CHECKING:
+    from tracking.store import Store
 
 
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
-    """The command; -> its exit code, as `guarded` says."""
-    return guarded(lambda console: _main(doc, presets, argv, console))
-
-
-def guarded(command: Callable[[Console], int]) -> int:
-    """Run a command; -> its exit code: 2 for bad input, 1 for what broke on the way, 130 for
-    Ctrl-C, else what it gives: 0, or 1 where a trial failed."""
+    """Run the command. Return its exit code, as `exit_code` says, or 1 where a trial failed."""
+    console = make_console()
     try:
-        return command(Console(highlight=False, markup=False, emoji=False))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Fault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+        args, overrides = command_line(doc, presets, argv)
+        preset = presets[args.preset]
+        spaces = with_overrides(args.preset, preset.spaces, overrides)
+        first_seeds = None
+        if args.until_decided is not None:
+            first_seeds = len(seeds_of(spaces))
+            spaces = with_more_seeds(spaces, args.until_decided)
+        plan = make_plan(args.name or args.preset, args.preset, spaces)
+        check_together(args.array, plan.trials)
+        for note in plan.notes:
+            console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
+        if args.debug:
+            return debug(plan, args.runs_dir, console)
+        return run_sweep(plan, args, console, first_seeds)
+    except (InputError, Fault, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def make_console() -> Console:
+    """Return a console that prints text as it is."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def exit_code(error: BaseException) -> int:
+    """Say what ended a command. Return its exit code: 2 for bad input, 1 for what broke on the way,
+    130 for Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
         print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1
 
 
-def _main(
-    doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None, console: Console
-) -> int:
-    args, overrides = command_line(doc, presets, argv)
-    preset = presets[args.preset]
-    spaces = with_overrides(args.preset, preset.spaces, overrides)
-    given = None
-    if args.until_decided is not None:
-        given = len(seeds_of(spaces))
-        spaces = with_more_seeds(spaces, args.until_decided)
-    plan = make_plan(args.name or args.preset, args.preset, spaces)
-    check_together(args.array, plan.trials)
-    for note in plan.notes:
-        console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
-    if args.debug:
-        from sweeps.debug import debug_trial
-        from sweeps.session import check_writable
+def debug(plan: Plan, runs_dir: Path, console: Console) -> int:
+    """Run the first trial of the plan in this process, without Ray. Return the exit code."""
+    from sweeps.debug import debug_trial
+    from sweeps.session import check_writable
 
-        key, config = next(iter(plan.trials.items()))
-        device_of(config)
-        check_writable(args.runs_dir)
-        debug_trial(config, key, args.runs_dir, console)
-        return 0
-    return run_sweep(plan, args, console, given)
+    key, config = next(iter(plan.trials.items()))
+    device_of(config)
+    check_writable(runs_dir)
+    debug_trial(config, key, runs_dir, console)
+    return 0
 
 
 def command_line(
@@ -111,44 +119,57 @@ def command_line(
 
 
 def run_sweep(
-    plan: Plan,
-    args: argparse.Namespace,
-    console: Console,
-    given: int | None = None,
+    plan: Plan, args: argparse.Namespace, console: Console, first_seeds: int | None
 ) -> int:
-    """Run what is missing of the plan, then report; -> the exit code.
+    """Run what is missing of the plan, then report. Return the exit code.
 
-    With `given`, the number of seeds asked for by name, it is run until every claim is decided.
+    Args:
+        plan: all trials that the sweep may get.
+        args: the command line.
+        console: what the user is shown goes there.
+        first_seeds: how many seeds were asked for by name, where the sweep is to get more until
+            every claim is decided; else None.
     """
     # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
-    from sweeps.session import Session, sound_store
-    from sweeps.until_decided import agreed_looks, follow, next_look, say_schedule
+    from sweeps.interim import agreed_looks, follow, say_schedule
+    from sweeps.session import Session, naming_faults
+    from tracking.store import Store, store_address
 
     runs_dir = args.runs_dir.resolve()
-    with sound_store(runs_dir) as uri:
-        looks = agreed_looks(plan, given, uri)
-        if looks:
-            say_schedule(looks, console)
+    store = Store(store_address(runs_dir))
+    with naming_faults(store, runs_dir):
         if args.dry_run:
-            wanted, alpha = next_look(plan, looks) if looks else (plan, None)
-            return dry_run(wanted, alpha, args, console)
+            return dry_run(plan, args, store, console, first_seeds)
         with Session(
-            plan.name, runs_dir, console, args.array, measures=not args.no_estimate
+            plan.name, runs_dir, store, console, array=args.array, measures=not args.no_estimate
         ) as session:
-            if given is None:
+            looks = agreed_looks(plan, first_seeds, store)
+            if looks is None:
                 stopped = session.run(plan, args.redo)
             else:
-                stopped = follow(session, plan, given, args.redo, console)
+                say_schedule(looks, console)
+                stopped = follow(session, plan, looks, args.redo, console)
             return session.stop() if stopped else session.finish(report=not args.no_report)
 
 
-def dry_run(plan: Plan, alpha: float | None, args: argparse.Namespace, console: Console) -> int:
-    """Say what is done, what is missing, and what that will take; -> the exit code."""
-    from sweeps.ledger import holder, to_redo
-    from sweeps.session import ledger_of, say_how_far, trial_table
+def dry_run(
+    plan: Plan,
+    args: argparse.Namespace,
+    store: Store,
+    console: Console,
+    first_seeds: int | None,
+) -> int:
+    """Say what is done, what is missing, and what that will take. Return the exit code."""
+    from sweeps.interim import agreed_looks, next_look, say_schedule
+    from sweeps.ledger import holder, read_ledger, to_redo
+    from sweeps.session import say_how_far, trial_table
 
+    looks, alpha = agreed_looks(plan, first_seeds, store), None
+    if looks:
+        say_schedule(looks, console)
+        plan, alpha = next_look(plan, looks)
     runs_dir = args.runs_dir.resolve()
-    ledger = ledger_of(plan, runs_dir)
+    ledger = read_ledger(plan.trials, plan.name, store, runs_dir)
     again = to_redo(ledger, args.redo)
     say_how_far(plan, ledger, again, console)
     if by := holder(runs_dir, plan.name):
@@ -171,8 +192,9 @@ def expected(
     as measured before, for which no Ray is started."""
     if not missing:
         return []
-    from sweeps.cluster import check_devices, cluster_address, start_ray, stop_ray, texts_for
-    from sweeps.estimate import estimate
+    from sweeps.estimate.estimate import estimate
+    from sweeps.execution.ray_cluster import check_devices, start_ray, stop_ray, texts_for
+    from sweeps.execution.resources import cluster_address
 
     devices, measuring = {config.train.device for config in missing.values()}, not args.no_estimate
     if measuring or cluster_address():  # whose machines are known to it alone

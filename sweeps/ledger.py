@@ -19,20 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from analysis.runs import trial_runs, trial_status
 from gptcore.config import InputError
-from sweeps.bucket import with_checkpoint
-from sweeps.tracking import DONE
+from sweeps.execution.checkpoints import with_checkpoint
+from tracking.store import DONE, Store, trial_status
 
 
 @dataclass(frozen=True)
 class Entry:
     """How one trial stands."""
 
-    status: str  # as analysis.runs.trial_status, or `cut off`: running says its run, but nobody is
+    status: str  # as tracking.store.trial_status, or `cut off`: running says its run, but nobody is
     why: str  # what a user should know of it; may be empty
     run: Run | None
 
@@ -41,11 +39,12 @@ class Entry:
         return self.status in DONE
 
 
-def read_ledger(
-    keys: Iterable[str], sweep: str, client: MlflowClient | None, runs_dir: Path
-) -> dict[str, Entry]:
-    """How each trial stands, by key; without a client none has a run."""
-    runs = trial_runs(client) if client else {}
+def read_ledger(keys: Iterable[str], sweep: str, store: Store, runs_dir: Path) -> dict[str, Entry]:
+    """Return what exists of each trial, by key: nothing where the store is not made yet."""
+    runs: dict[str, Run] = {}
+    if store.address.exists:
+        store.open()
+        runs = store.trial_runs()
     held, kept = holder(runs_dir, sweep) is not None, with_checkpoint(runs_dir)
     return {key: _entry(runs.get(key), sweep, held, key in kept) for key in keys}
 
@@ -96,7 +95,7 @@ def _lock_file(runs_dir: Path, sweep: str) -> Path:
 
 
 @contextmanager
-def holding(runs_dir: Path, sweep: str) -> Iterator[None]:
+def sweep_lock(runs_dir: Path, sweep: str) -> Iterator[None]:
     """While inside, this driver is the only one that works on the sweep.
 
     Raises InputError that says who does where another one is.

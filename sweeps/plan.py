@@ -17,7 +17,8 @@ from typing import Any
 from gptcore.config import KNOBS, InputError, TrialConfig, compared, spelling, varied
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
-from sweeps.spaces import Space, trials_of
+from sweeps.presets import Space, trials_of
+from tracking.recorder import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,18 +154,16 @@ def checked(
     return trials, corpora
 
 
-def jobs_of(plan: Plan, keys: Iterable[str]) -> list[dict[str, Any]]:
-    """Trials of the plan as sweeps.trainable takes them."""
+def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
+    """Return trials of the plan as workers are given them."""
     jobs, tags = [], {"sweep": plan.name, **plan.tags()}
     scheme, *others = plan.compared()
     for key in keys:
         corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
         name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
         name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
-        its = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
-        jobs.append(
-            {"key": key, "name": ", ".join(map(str, name)), "params": flat, "tags": {**tags, **its}}
-        )
+        text = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
+        jobs.append(Job(key, ", ".join(map(str, name)), flat, {**tags, **text}))
     return jobs
 
 

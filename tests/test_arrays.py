@@ -6,13 +6,13 @@ import pytest
 import ray
 from rich.console import Console
 
-import sweeps.arrays
-import sweeps.estimate
+import sweeps.estimate.estimate
+import sweeps.estimate.packing
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import apart
 from helpers.trials import TINY
-from sweeps.arrays import best_size, check_array, check_together, split, together
-from sweeps.estimate import Measured, arranged, array_size, known_batches
+from sweeps.estimate.estimate import Measured, arranged, array_size, known_batches
+from sweeps.estimate.packing import best_size, check_array, check_together, split, together
 
 
 def configured(**more):
@@ -73,7 +73,9 @@ def test_an_array_that_memory_does_not_hold_is_made_smaller_and_that_is_said(
     asked, trials, expected, said, monkeypatch
 ):
     # Two trials at a time: 10 GiB each.
-    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [{"CPU": 2.0, "memory": 20.0 * GIB}])
+    monkeypatch.setattr(
+        sweeps.estimate.estimate, "machines", lambda: [{"CPU": 2.0, "memory": 20.0 * GIB}]
+    )
     console = Console(record=True, width=200)
     groups = [[str(i) for i in range(trials)]]
     size = array_size(configured(train__device="cpu"), None, asked, groups, ALONE, console)
@@ -95,13 +97,13 @@ class Task:
 def eight_slots(monkeypatch):
     """-> a function that has tasks on a machine of eight cores done in a given way."""
     machine = {"CPU": 8.0, "memory": 800.0 * GIB}
-    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine])
-    monkeypatch.setattr("sweeps.cluster.machines", lambda: [machine])
+    monkeypatch.setattr(sweeps.estimate.estimate, "machines", lambda: [machine])
+    monkeypatch.setattr("sweeps.execution.ray_cluster.machines", lambda: [machine])
 
     def do(best):
         task = Task(best)
-        monkeypatch.setattr(sweeps.estimate.ray, "remote", lambda **_: lambda _: task)
-        monkeypatch.setattr(sweeps.estimate.ray, "get", lambda given: given)
+        monkeypatch.setattr(sweeps.estimate.estimate.ray, "remote", lambda **_: lambda _: task)
+        monkeypatch.setattr(sweeps.estimate.estimate.ray, "get", lambda given: given)
         return task
 
     return do
@@ -144,7 +146,7 @@ def test_arrays_that_cannot_be_tried_leave_single_trials_and_a_line(eight_slots)
 
 def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(monkeypatch):
     machine = {"CPU": 2.0, "memory": 800.0 * GIB}
-    monkeypatch.setattr(sweeps.estimate, "machines", lambda: [machine])
+    monkeypatch.setattr(sweeps.estimate.estimate, "machines", lambda: [machine])
     asked = []
 
     def side_by_side(shape, texts, count, array=1):
@@ -153,7 +155,7 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
             raise ray.exceptions.RayError("out of memory")
         return [replace(ALONE, array=array)] * count
 
-    monkeypatch.setattr(sweeps.estimate, "side_by_side", side_by_side)
+    monkeypatch.setattr(sweeps.estimate.estimate, "side_by_side", side_by_side)
     console = Console(record=True, width=200)
     groups = [[str(i) for i in range(13)]]
     found = arranged(configured(train__device="cpu"), groups, None, "13", console)
@@ -179,11 +181,13 @@ def test_an_array_grows_while_that_makes_a_step_of_each_trial_shorter(
     seconds, most, expected, monkeypatch
 ):
     monkeypatch.setattr(
-        sweeps.arrays, "step_seconds", lambda config, sizes: [seconds(size) for size in sizes]
+        sweeps.estimate.packing,
+        "step_seconds",
+        lambda config, sizes: [seconds(size) for size in sizes],
     )
     assert best_size(configured().to_flat(), {}, most) == expected
 
 
 def test_of_a_real_shape_every_size_up_to_the_most_is_measured(monkeypatch):
-    monkeypatch.setattr(sweeps.arrays, "WORTH", 0.0)
+    monkeypatch.setattr(sweeps.estimate.packing, "WORTH", 0.0)
     assert best_size(configured().to_flat(), {}, 4) == 4

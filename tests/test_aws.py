@@ -23,7 +23,7 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_K
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from helpers.paths import ROOT
-from sweeps.aws_rules import wrong_with
+from sweeps.clusters.aws_rules import wrong_with
 
 REGION, BUCKET, HOME_ADDRESS = "us-west-2", "a-lab-s-bucket", "203.0.113.7/32"
 RAYS = "ray-autoscaler-v1"
@@ -473,7 +473,7 @@ def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
     carried = [last.partition(":")[2] for name, last in done if name == "rsync"]
     assert {"~/gpt-sweeps/", "~/.ray/auth_token", "~/ray_bootstrap_config.yaml"} <= set(carried)
     order = ["chmod 600 ~/.ray/auth_token", "pip install", "ray stop"]
-    order += ["sweeps.tracking_server --cluster ~/ray_bootstrap_config.yaml", "ray start --head"]
+    order += ["tracking.server --cluster ~/ray_bootstrap_config.yaml", "ray start --head"]
     said = [last for name, last in done if name == "ssh"]
     places = [next(i for i, last in enumerate(said) if words in last) for words in order]
     assert places == sorted(places)

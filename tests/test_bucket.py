@@ -17,7 +17,7 @@ from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start, wait_for
 from helpers.store import runs_of
 from helpers.trials import KILLED, flags, undisturbed, with_knobs
-from sweeps.bucket import check_bucket, fetch, forget, keep, with_checkpoint
+from sweeps.execution.checkpoints import check_bucket, fetch, forget, keep, with_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import sys
 import pytest
 import yaml
 
-import sweeps.cluster
+import sweeps.execution.ray_cluster
 from gptcore.config import InputError, TrialConfig
 from helpers.paths import ROOT
-from sweeps.cluster import check_cluster, check_shared, fit, machines, needs_of, slots
+from sweeps.execution.ray_cluster import check_cluster, check_shared, fit, machines, needs_of, slots
 
 SCRIPT = """
 import json, sys
 import psutil
 from rich.console import Console
 from gptcore.config import InputError, TrialConfig
-from sweeps.cluster import check_cluster, needs_of, ray, slots, start_ray, stop_ray
+from sweeps.execution.ray_cluster import check_cluster, needs_of, ray, slots, start_ray, stop_ray
 
 start_ray({"cpu"}, Console(file=sys.stderr))
 ray.get(ray.remote(lambda: 1).remote())
@@ -106,7 +106,7 @@ def scaling(tmp_path, monkeypatch):
             sort_keys=False,
         )
     )
-    monkeypatch.setattr(sweeps.cluster, "BOOTSTRAP", file)
+    monkeypatch.setattr(sweeps.execution.ray_cluster, "BOOTSTRAP", file)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
 
 
@@ -128,7 +128,9 @@ def test_a_machine_without_a_core_for_trials_is_none_for_them(monkeypatch):
     """The head of machines that one has, whatever GPU it has."""
     head = {"GPU": 1.0, "memory": 2.0**40}
     monkeypatch.setattr(
-        sweeps.cluster, "there", lambda: [head, {"CPU": 2.0, "memory": 2.0**30}, {"CPU": 8.0}]
+        sweeps.execution.ray_cluster,
+        "there",
+        lambda: [head, {"CPU": 2.0, "memory": 2.0**30}, {"CPU": 8.0}],
     )
     assert needs_of(TrialConfig(), memory=2**35) == {"CPU": 1.0, "memory": 2.0**30}
     assert slots({"CPU": 1.0}) == 10

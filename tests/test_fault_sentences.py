@@ -1,4 +1,4 @@
-"""What sweeps.faults says of errors as they are really raised; the drill is in test_faults.py."""
+"""What faults.py says of errors as they are really raised; the drill is in test_faults.py."""
 
 import errno
 import re
@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from analysis.runs import connect, tracking_uri
 from gptcore.config import InputError
 from helpers.servers import free_port
-from sweeps.faults import Fault, check_database, fault_of_sweep, fault_of_trial
+from sweeps.execution.faults import Fault, check_database, fault_of_sweep, fault_of_trial
 from sweeps.session import sound_store
 
 MEMORY = (

@@ -22,7 +22,7 @@ from helpers.servers import free_port, start_server
 from helpers.store import check_whole, keys_running, runs_of
 from helpers.trials import KILLED, WORDS, flags
 from sweeps.launch import main
-from sweeps.spaces import PRESETS
+from sweeps.presets import PRESETS
 
 WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 

@@ -9,7 +9,7 @@ from helpers.paths import ROOT
 
 HEAD = """
 import os, signal, subprocess
-from sweeps.interrupts import on_interrupt, two_presses
+from sweeps.execution.interrupts import on_interrupt, two_presses
 
 def press():
     os.kill(os.getpid(), signal.SIGINT)

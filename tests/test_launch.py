@@ -12,7 +12,7 @@ from gptcore.corpus import CORPORA
 from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
 from sweeps.plan import make_plan, power
-from sweeps.spaces import PRESETS
+from sweeps.presets import PRESETS
 
 
 def run(*arguments):
@@ -119,7 +119,9 @@ def test_a_dry_run_lists_the_trials_and_leaves_nothing_but_what_it_measured(runs
 def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
     runs_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr("sweeps.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        "sweeps.execution.ray_cluster.ray.init", lambda **_: pytest.fail("Ray was started")
+    )
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cpu"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 0
     output = capsys.readouterr().out
@@ -136,7 +138,7 @@ def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
 def test_a_dry_run_that_measures_nothing_refuses_a_gpu_that_is_not_there(
     runs_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr("sweeps.cluster.machines", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("sweeps.execution.ray_cluster.machines", lambda: [{"CPU": 2.0}])
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cuda"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 2
     assert "train.device is cuda, but Ray has no GPU" in capsys.readouterr().err

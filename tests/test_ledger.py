@@ -16,8 +16,8 @@ from helpers.store import moved
 from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
 from sweeps.ledger import holder, holding, read_ledger, to_redo
-from sweeps.spaces import PRESETS
-from sweeps.tracking import MlflowRecorder, close_cut_off, open_experiment, set_aside
+from sweeps.presets import PRESETS
+from tracking.recorder import MlflowRecorder, close_cut_off, open_experiment, set_aside
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from test_verdicts import null_numbers, trials, values
 
 from analysis.claims import CLAIMS
-from analysis.looks import (
+from analysis.interim import (
     ALPHA,
     MOST_LOOKS,
     is_over,
@@ -33,7 +33,7 @@ from helpers.store import make_sweep
 from helpers.trials import TINY, flags
 from sweeps.launch import main
 from sweeps.plan import seeds_of, with_more_seeds
-from sweeps.spaces import PRESETS
+from sweeps.presets import PRESETS
 
 BUDGETS = [(1, 2), (2, 4), (2, 7), (4, 12), (2, 16), (2, 20), (8, 40), (2, 60), (50, 100), (9, 9)]
 

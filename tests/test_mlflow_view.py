@@ -10,8 +10,8 @@ from analysis.runs import chart_page, connect
 from gptcore.config import TrialConfig
 from helpers.paths import SCREENSHOTS
 from helpers.trials import WORDS, undisturbed
-from sweeps.charts import chart_points
-from sweeps.mlflow_view import view_of_sweep, view_state
+from tracking.charts import chart_points
+from tracking.view import view_of_sweep, view_state
 
 
 def test_the_view_is_packed_as_mlflow_unpacks_it():

@@ -5,7 +5,7 @@ import pytest
 
 from gptcore.records import SCHEMA_VERSION, TABLES
 from helpers.trials import undisturbed
-from sweeps.parquet import schema_of, write_tables
+from tracking.tables import schema_of, write_tables
 
 
 @pytest.mark.parametrize("table", TABLES)

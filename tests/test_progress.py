@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from sweeps import progress
-from sweeps.progress import SweepProgress
+from sweeps.execution import progress
+from sweeps.execution.progress import SweepProgress
 
 
 def trial(key, **last_result):

@@ -13,7 +13,9 @@ from helpers.trials import TINY, flags
 
 IN_PORTIONS = """
 import sys
-from sweeps import launch, ray_runner, spaces
+from sweeps import launch
+from sweeps.execution import runner as ray_runner
+from sweeps import presets as spaces
 ray_runner.PORTION, ray_runner.ROUNDS = 2, 1
 sys.exit(launch.main("many", spaces.PRESETS))
 """

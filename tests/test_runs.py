@@ -96,7 +96,7 @@ def test_a_folder_without_sweeps_is_named_and_left_empty(tmp_path, capsys):
 
 
 def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
-    from sweeps.tracking import SweepRun, open_experiment
+    from tracking.recorder import SweepRun, open_experiment
 
     client = connect(tracking_uri(tmp_path))
     plan = {

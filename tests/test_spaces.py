@@ -2,7 +2,7 @@ import pytest
 
 from gptcore.config import TrialConfig
 from gptcore.experiment import check_knobs
-from sweeps.spaces import PRESETS, trials_of
+from sweeps.presets import PRESETS, trials_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)

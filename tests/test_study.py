@@ -7,7 +7,7 @@ from gptcore.experiment import check_knobs
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from helpers.trials import TINY
-from sweeps.study import (
+from sweeps.searching.study import (
     PARAMETERS,
     Range,
     Searcher,

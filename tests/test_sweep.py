@@ -15,7 +15,7 @@ from gptcore.records import TABLES
 from helpers.driving import kill, kill_worker, outcome, start, wait_for, workers
 from helpers.store import check_whole, keys_running, runs_of
 from helpers.trials import KILLED, TINY, flags, key_of, undisturbed_tables, with_knobs
-from sweeps.ray_runner import RETRIES
+from sweeps.execution.runner import RETRIES
 
 ENDLESS = 10**6
 """Steps of a trial that is still under way whenever the test gets to it."""

@@ -15,7 +15,7 @@ from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from helpers.paths import ROOT
 from helpers.trials import undisturbed_tables
-from sweeps.tracking import MlflowRecorder, SweepRun, close_runs, open_experiment
+from tracking.recorder import MlflowRecorder, SweepRun, close_runs, open_experiment
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ import json, os, signal, sys
 import polars as pl
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
-from sweeps.tracking import MlflowRecorder
+from tracking.recorder import MlflowRecorder
 
 write, written = pl.DataFrame.write_parquet, []
 

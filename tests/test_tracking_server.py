@@ -20,8 +20,8 @@ from gptcore.config import InputError
 from helpers.driving import wait_for
 from helpers.paths import ROOT
 from helpers.servers import free_port
-from sweeps import tracking_server
-from sweeps.tracking_server import USER, end_server_of, main
+from tracking import server as tracking_server
+from tracking.server import USER, end_server_of, main
 
 BATCHES, BATCH = 6, 1000
 PASSWORD = "a-secret-that-nobody-guesses-0123456789"
@@ -42,7 +42,7 @@ def serving(folder, *arguments):
     address = f"127.0.0.1:{free_port()}"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+            [sys.executable, "-m", "tracking.server", "--address", address,
              "--folder", str(folder), "--artifacts", str(folder / "artifacts"),
              "--password-file", str(folder / "password"), *arguments],
             cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
@@ -274,7 +274,7 @@ def test_a_port_that_is_taken_is_an_error(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = subprocess.run(
-            [sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+            [sys.executable, "-m", "tracking.server", "--address", address,
              "--folder", str(tmp_path / "t"), "--artifacts", "x",
              "--password-file", str(tmp_path / "password")],
             cwd=ROOT, capture_output=True, text=True, timeout=120,

@@ -17,9 +17,10 @@ from gptcore.corpus import GIVEN, Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES
 from helpers.trials import undisturbed, undisturbed_tables
-from sweeps import tracking, trainable
-from sweeps.tracking import MlflowRecorder, open_experiment
-from sweeps.trainable import run_batch
+from sweeps.execution import trainable
+from sweeps.execution.trainable import run_batch
+from tracking import recorder as tracking
+from tracking.recorder import MlflowRecorder, open_experiment
 
 
 def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(

@@ -1,6 +1,6 @@
 import pytest
 
-from sweeps.units import clock, size
+from gptcore.units import clock, size
 
 
 @pytest.mark.parametrize(

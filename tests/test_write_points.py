@@ -29,9 +29,11 @@ from gptcore.experiment import run_trial
 from gptcore.records import TABLES, MemoryRecorder
 from helpers import trials
 from helpers.trials import TINY, key_of
-from sweeps import parquet, tracking, trainable
-from sweeps.charts import chart_points
-from sweeps.tracking import MlflowRecorder, close_runs, open_experiment
+from sweeps.execution import trainable
+from tracking import recorder as tracking
+from tracking import tables as parquet
+from tracking.charts import chart_points
+from tracking.recorder import MlflowRecorder, close_runs, open_experiment
 
 STEPS = 10
 SAVED_EVERY = 4  # steps: a checkpoint at 0, 4 and 8 holds the rows of the steps before it

@@ -85,8 +85,8 @@ def make_sweep(
     from analysis.claims import digest
     from analysis.runs import connect, trial_runs
     from gptcore.experiment import run_trial
-    from sweeps.mlflow_view import VIEW_TAG, view_of_sweep
-    from sweeps.tracking import MlflowRecorder, SweepRun, open_experiment
+    from tracking.recorder import MlflowRecorder, SweepRun, open_experiment
+    from tracking.view import VIEW_TAG, view_of_sweep
 
     client = connect(uri)
     view = {VIEW_TAG: view_of_sweep(["init.scheme"], TINY["model.n_layer"])}

@@ -12,7 +12,7 @@ from gptcore.config import TrialConfig, spelling
 from gptcore.experiment import check_trial, run_trial
 from gptcore.files import write_atomically
 from gptcore.records import MemoryRecorder, Row, TrainingRow
-from sweeps.parquet import write_tables
+from tracking.tables import write_tables
 
 TINY = {
     "model.n_layer": 2,

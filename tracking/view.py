@@ -1,27 +1,23 @@
 """The view of a sweep that MLflow's pages open with: filter, grouping, columns, charts first.
 
-MLflow keeps a shared view as a tag of the experiment. The tag's name and what its state holds are
-read from MLflow's own page, not documented: the version is pinned, and a test opens the page.
+MLflow keeps a shared view as a tag of the experiment (tracking.private_api). What the view's state
+holds was read from MLflow's own page and is not documented: a test opens the page.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.runs import VIEW
+from tracking.private_api import shared_view, shared_view_tag
+from tracking.store import VIEW
 
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEW_TAG = shared_view_tag(VIEW)
 
 
 def view_of_sweep(group_by: Sequence[str], n_layer: int) -> str:
     """The tag's value: a view of the trials, grouped by some params, of up to `n_layer` blocks."""
-    state = json.dumps(view_state(group_by, n_layer), separators=(",", ":"))
-    packed = base64.b64encode(zlib.compress(state.encode(), 9)).decode()
-    return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
+    return shared_view(VIEW, view_state(group_by, n_layer))
 
 
 def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:

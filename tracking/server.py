@@ -1,11 +1,11 @@
 """The tracking server of a cluster: MLflow over PostgreSQL, on the head, behind a password.
 
-python -m sweeps.tracking_server --cluster ~/ray_bootstrap_config.yaml
+python -m tracking.server --cluster ~/ray_bootstrap_config.yaml
 
 That is how a cluster file starts it, for as long as Ray's head: in the background, with what the
 file says. By hand, for as long as the command:
 
-python -m sweeps.tracking_server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
+python -m tracking.server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
 
 The password is the cluster's own secret, Ray's token: who has that may run anything there anyway.
 The database is made in the folder the first time, and listens on a socket file alone. Where its
@@ -33,12 +33,14 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Seque
 from pathlib import Path
 from typing import Any
 
-import requests
 import yaml
 from pyarrow.fs import FileSystem, FileType
 
-from gptcore.config import InputError, Parser
-from sweeps.bucket import BUCKET
+from gptcore.config import InputError
+from tracking.arguments import Parser
+from tracking.health import server_answers
+from tracking.private_api import server_app
+from tracking.store import BUCKET
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
@@ -76,9 +78,9 @@ def create_app() -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     MLflow's basic-auth hashes the password anew for every request, which takes a quarter of a
     second: right for passwords that people choose, and not for 256 random bits.
     """
-    from mlflow.server.fastapi_app import app
     from starlette.responses import PlainTextResponse
 
+    app = server_app()
     password = password_of(Path(os.environ[PASSWORD_FILE]))
     wanted = b"Basic " + base64.b64encode(f"{USER}:{password}".encode())
     refused = PlainTextResponse(
@@ -258,10 +260,8 @@ def serve_cluster(file: Path) -> int:
     FOR_SHELLS then says to a shell where it is, and what the cluster's machines share. Raises
     InputError where it does not start.
     """
-    import ray
-
     provider = yaml.safe_load(file.read_text())["provider"]
-    host = provider.get("head_ip") or ray.util.get_node_ip_address()
+    host = provider.get("head_ip") or own_address()
     if "bucket" in provider:
         shared = f"s3://{provider['bucket']}/gpt-sweeps"
         more = ["--backup", shared]
@@ -279,7 +279,7 @@ def serve_cluster(file: Path) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     end_server_of(FOLDER)
     command = [
-        sys.executable, "-m", "sweeps.tracking_server", "--address", address,
+        sys.executable, "-m", "tracking.server", "--address", address,
         "--folder", str(FOLDER), "--artifacts", f"{shared}/artifacts",
         "--beside", f"{host}:{RAY_PORT}", *more,
     ]  # fmt: skip
@@ -289,7 +289,7 @@ def serve_cluster(file: Path) -> int:
             cwd=ROOT, start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + SECONDS_TO_START
-    while not (server.poll() is None and _is_healthy(address)):
+    while not (server.poll() is None and server_answers(f"http://{address}")):
         if server.poll() is not None or time.monotonic() > deadline:
             last = (log.read_text().strip().splitlines() or ["it says nothing"])[-1]
             raise InputError(f"the tracking server did not start, {log} on the head: {last}")
@@ -301,11 +301,12 @@ def serve_cluster(file: Path) -> int:
     return 0
 
 
-def _is_healthy(address: str) -> bool:
-    try:
-        return requests.get(f"http://{address}/health", timeout=5).ok
-    except requests.RequestException:
-        return False
+def own_address() -> str:
+    """Return the address by which other machines reach this one, as Ray finds it for its head."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("8.8.8.8", 80))  # chooses a route; nothing is sent
+        address: str = probe.getsockname()[0]
+    return address
 
 
 def host_and_port(address: str) -> tuple[str, int]:

@@ -5,7 +5,6 @@ Each machine then has a runs folder of its own; what the bucket has of a checkpo
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,13 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
 from gptcore.files import remove_leftovers, write_atomically
-
-BUCKET = "GPT_SWEEPS_BUCKET"
-
-
-def bucket() -> str | None:
-    """The address of the folder that this process is to use, such as s3://lab/gpt-sweeps."""
-    return (os.environ.get(BUCKET) or "").rstrip("/") or None
+from tracking.store import BUCKET, bucket
 
 
 def check_bucket() -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from gptcore.config import (
 )
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
+from tracking.recorder import Job
 
 REDUCTION = 3
 """Of the trials that reach a rung of ASHA one in so many goes on to the next, which is as many
@@ -59,6 +60,16 @@ class Range:
 Domain = Range | Sequence[Scalar]
 """What a knob may be: a range, or one of some values."""
 
+
+@dataclass(frozen=True)
+class SearchQuestion:
+    """What a search asks; a study answers one question alone."""
+
+    goal: str  # best or refute
+    of: str  # the metric that is made small, or the claim
+    knobs: Mapping[str, str | Sequence[str]]  # a range or the values of each knob, spelled
+
+
 PARAMETERS: dict[str, Domain] = {
     "init.std": Range(0.005, 0.1),
     "init.gain": Range(0.2, 5.0),
@@ -66,6 +77,11 @@ PARAMETERS: dict[str, Domain] = {
     "init.nu": Range(2.5, 30.0),
 }
 """Of the init schemes that take them."""
+
+
+def is_fixed(domain: Domain) -> bool:
+    """Whether there is nothing to choose."""
+    return not isinstance(domain, Range) and len(set(domain)) == 1
 
 
 def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
@@ -119,14 +135,14 @@ def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
 
 
 def open_study(
-    runs_dir: Path, name: str, question: Mapping[str, Any], largest: TrialConfig
+    runs_dir: Path, name: str, question: SearchQuestion, largest: TrialConfig
 ) -> optuna.Study:
     """The study of this name, which is minimised, made if it is new.
 
     The first rung is where the fixed texts are read for the first time after the start, or later.
     Raises InputError where it asks another question, or its file is damaged.
     """
-    file = runs_dir / "optuna.db"
+    file, wanted = runs_dir / "optuna.db", json.loads(json.dumps(asdict(question)))
     try:
         study = optuna.create_study(
             storage=f"sqlite:///{file}",
@@ -144,12 +160,12 @@ def open_study(
         )
         asked = study.user_attrs.get("question")
         if asked is None:
-            study.set_user_attr("question", question)
+            study.set_user_attr("question", wanted)
     except SQLAlchemyError as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{file} cannot be read as an Optuna study: {why}") from error
-    if asked is not None and asked != json.loads(json.dumps(question)):
-        differs = [key for key in question if question[key] != asked.get(key)]
+    if asked is not None and asked != wanted:
+        differs = [key for key in wanted if wanted[key] != asked.get(key)]
         raise InputError(
             f"search {name} asks something else already ({', '.join(differs)} differ): "
             "take another --name"
@@ -171,7 +187,7 @@ class Suggestions(Searcher):
         study: optuna.Study,
         trials: int,
         domains: Mapping[str, Domain],
-        prepare: Callable[[TrialConfig], tuple[dict[str, Any], bool]],
+        prepare: Callable[[TrialConfig], tuple[Job, bool]],
         answer: Callable[[str], float | None],
         prune: Callable[[str, str], None],
         common: Mapping[str, Any],
@@ -180,12 +196,12 @@ class Suggestions(Searcher):
         self.study, self.trials, self.domains = study, trials, domains
         self.prepare, self.answer, self.prune = prepare, answer, prune
         self.common = common
-        self.jobs: list[dict[str, Any]] = []
+        self.jobs: list[Job] = []
         self.errors: list[Exception] = []
         self.asked: dict[str, Trial] = {}  # that run, by Tune's id
         self.keys: dict[str, str] = {}  # of these, by Tune's id
         self.unanswered = [
-            Trial(study, one._trial_id)
+            Trial(study, one._trial_id)  # Optuna gives one that can be answered only as it suggests
             for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         ]
         self.prunes = Pruning(self)
@@ -200,9 +216,9 @@ class Suggestions(Searcher):
         try:
             while trial := self._next():
                 if job := self._job(trial):
-                    self.asked[trial_id], self.keys[trial_id] = trial, job["key"]
+                    self.asked[trial_id], self.keys[trial_id] = trial, job.key
                     self.jobs.append(job)
-                    return {**self.common, "key": job["key"], "batch": [job]}
+                    return {**self.common, "key": job.key, "batch": [job]}
         except Exception as error:
             self.errors.append(error)
         return Searcher.FINISHED
@@ -214,17 +230,17 @@ class Suggestions(Searcher):
             return self.study.ask()
         return None
 
-    def _job(self, trial: Trial) -> dict[str, Any] | None:
+    def _job(self, trial: Trial) -> Job | None:
         """The job of a suggestion; None where it could be answered at once."""
         try:
             job, is_done = self.prepare(TrialConfig.from_flat(suggested(trial, self.domains)))
         except InputError as error:
             self._tell(trial, TrialState.FAIL, str(error))
             return None
-        key = job["key"]
+        key = job.key
         before = {one.user_attrs.get("trial_key"): one.state for one in answered(self.study)}
         trial.set_user_attr("trial_key", key)
-        trial.set_user_attr("params", job["params"])
+        trial.set_user_attr("params", dict(job.params))
         if is_done:
             self._tell_value(trial, key)
         elif key in before:

@@ -1,6 +1,6 @@
 """A sweep that gets more seeds until its claims are decided, or it has as many as it may.
 
-Look after look, each over the trials of so many seeds, at the levels that analysis.looks gives.
+Look after look, each over the trials of so many seeds, at the levels that analysis.interim gives.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Any
 
 from rich.console import Console
 
-from analysis import looks
+from analysis import interim
 from analysis.claims import CLAIMS
 from analysis.findings import look, with_scheme
 from analysis.runs import read_looks, read_sweeps
 from gptcore.config import InputError
 from sweeps.plan import Plan
 from sweeps.session import Session
-from sweeps.tracking import DONE
+from tracking.store import DONE, Store
 
 
-def agreed_looks(plan: Plan, given: int | None, uri: str) -> dict[str, Any] | None:
+def agreed_looks(plan: Plan, given: int | None, store: Store) -> dict[str, Any] | None:
     """The looks of the sweep, those taken among them; None for a sweep without.
 
     `plan` has all seeds that the sweep may get, of which `given` were asked for, None without
     --until-decided. Raises InputError where the sweep began in another way: whoever changes the
     plan after a look spends error twice, and a report at a full 5% was a look.
     """
-    kept = read_looks(uri, plan.name)
+    kept = read_looks(store, plan.name)
     if given is None:
         if kept:
             raise InputError(
@@ -37,7 +37,7 @@ def agreed_looks(plan: Plan, given: int | None, uri: str) -> dict[str, Any] | No
             )
         return None
     seeds = list(dict.fromkeys(config.init.seed for config in plan.trials.values()))
-    wanted = looks.plan_looks(seeds, given, list(plan.trials))
+    wanted = interim.plan_looks(seeds, given, list(plan.trials))
     if kept is None:
         return wanted
     other = "and seeds that it has not run"
@@ -60,18 +60,22 @@ def agreed_looks(plan: Plan, given: int | None, uri: str) -> dict[str, Any] | No
     return kept
 
 
-def follow(session: Session, plan: Plan, given: int, redo: Sequence[str], console: Console) -> bool:
+def follow(
+    session: Session,
+    plan: Plan,
+    record: interim.Record,
+    redo: Sequence[str],
+    console: Console,
+) -> bool:
     """Run the sweep look by look until none is to come; -> whether stopped.
 
     What was recorded of a look stands: a sweep that was cut off goes on with the next one. A look
     waits for every one of its trials: where one fails, the sweep ends before it.
     """
-    record = agreed_looks(plan, given, session.uri)
-    assert record
     session.keep_looks(record)
-    if looks.is_over(record):
+    if interim.is_over(record):
         return session.run(next_look(plan, record)[0], redo)
-    while not looks.is_over(record):
+    while not interim.is_over(record):
         wanted, alpha = next_look(plan, record)
         if session.run(wanted, redo):
             return True
@@ -80,7 +84,7 @@ def follow(session: Session, plan: Plan, given: int, redo: Sequence[str], consol
         if "finished" not in ends or not ends <= set(DONE):
             console.print("the look is not taken: it waits for the results of all its trials")
             return False
-        sweep = read_sweeps(session.uri, [plan.name], None, session.runs_dir / "cache")
+        sweep = read_sweeps(session.store, [plan.name], None, session.runs_dir / "cache")
         unreadable = sweep.trials.filter(status="unreadable")["trial_key"].to_list()
         if unreadable:
             console.print(
@@ -90,20 +94,20 @@ def follow(session: Session, plan: Plan, given: int, redo: Sequence[str], consol
             )
             return False
         found = look(replace(sweep, trials=with_scheme(sweep.trials)), alpha)
-        record = looks.take(record, found)
+        record = interim.take(record, found)
         session.keep_looks(record)
         say_look(record, console)
     return False
 
 
-def next_look(plan: Plan, record: looks.Record) -> tuple[Plan, float]:
+def next_look(plan: Plan, record: interim.Record) -> tuple[Plan, float]:
     """The trials of the look to come and its level; where none is, those of the last."""
-    number = len(record["looks"]) - looks.is_over(record)
+    number = len(record["looks"]) - interim.is_over(record)
     to_take = record["schedule"][number]
     return plan.of_seeds(record["seeds"][: to_take["seeds"]]), to_take["alpha"]
 
 
-def say_schedule(record: looks.Record, console: Console) -> None:
+def say_schedule(record: interim.Record, console: Console) -> None:
     levels = ", ".join(f"{one['alpha']:.2g}" for one in record["schedule"])
     taken = len(record["looks"])
     console.print(
@@ -117,11 +121,11 @@ def say_schedule(record: looks.Record, console: Console) -> None:
         )
 
 
-def say_look(record: looks.Record, console: Console) -> None:
+def say_look(record: interim.Record, console: Console) -> None:
     """What the look just taken decided, what is open, and how many seeds are still allowed."""
     taken, number = record["looks"][-1], len(record["looks"])
     decided = [f"{name} {taken['findings'][name]['verdict']}" for name in taken["decided"]]
-    still = looks.waiting(record)
+    still = interim.waiting(record)
     more = len(record["seeds"]) - taken["seeds"]
     console.print(
         f"look {number} of {len(record['schedule'])}, {taken['seeds']} seeds, level "
@@ -131,9 +135,9 @@ def say_look(record: looks.Record, console: Console) -> None:
     )
 
 
-def _sizes(record: looks.Record) -> str:
+def _sizes(record: interim.Record) -> str:
     return ", ".join(str(one["seeds"]) for one in record["schedule"])
 
 
-def _told(record: looks.Record) -> str:
+def _told(record: interim.Record) -> str:
     return f"followed by looks at {_sizes(record)} seeds"

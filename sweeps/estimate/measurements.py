@@ -10,19 +10,7 @@ from pathlib import Path
 
 from gptcore.config import TrialConfig
 from gptcore.files import write_atomically
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
-    slowest, bytes of memory and of a GPU's memory, and of disk for each of its trials."""
-
-    seconds: float
-    low: float
-    high: float
-    memory: int
-    gpu_memory: int
-    disk: int
+from sweeps.estimate.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class Measurable:
     """What a measurement is of, and holds for alone."""
 
     shape: TrialConfig
-    hardware: str  # as sweeps.cluster.hardware names it
+    hardware: str  # as sweeps.execution.ray_cluster.hardware names it
     array: str  # as --array takes it
     versions: str  # as sweeps.plan.versions tells them
 

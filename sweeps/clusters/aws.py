@@ -24,7 +24,7 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND
 
 from gptcore.config import InputError
-from sweeps.aws_rules import ENVIRONMENT, TOKEN, workers, wrong_with
+from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, workers, wrong_with
 
 ENDING = sys.argv[1:2] == ["down"]
 """Whether this is `ray down`: machines that cost money are ended whatever else is wrong."""

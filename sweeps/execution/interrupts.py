@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from sweeps.faults import GO_ON
+from tracking.health import GO_ON
 
 SHOW_CURSOR = b"\x1b[?25h"
 """For the terminal whose cursor a progress line has hidden."""

@@ -1,0 +1,1 @@
+"""What trials take, and how many of them run at a time."""

@@ -1,0 +1,171 @@
+"""The plan before the money: what a sweep will take, from a few steps of each of its shapes.
+
+As many trials of a shape as will run at a time are begun together on Ray, as the sweep's own will
+be; each stops after a few steps, and what they took is scaled to whole trials.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ray
+from rich.console import Console
+
+from gptcore.config import TrialConfig
+from gptcore.corpus import Texts
+from gptcore.units import clock, size
+from sweeps.estimate.cost import Cost, makespan, shape_of
+from sweeps.estimate.measurements import Measurable, keep, kept
+from sweeps.estimate.packing import (
+    Batch,
+    arranged,
+    arrangement,
+    known_batches,
+    last_line,
+    together,
+    unmeasured_batches,
+)
+from sweeps.execution.resources import fit, hardware, live_machines, needs_of, slots
+from sweeps.plan import versions
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the missing trials of a plan take."""
+
+    trials: int
+    steps: int
+    concurrent: int  # trials at a time
+    array: int  # of them in one process, at most
+    per_gpu: int  # processes on one GPU, at most; 0 without any
+    seconds: float
+    low: float
+    high: float
+    memory: int  # bytes, of the largest process
+    gpu_memory: int
+    disk: int  # bytes, of all trials
+    unknown: tuple[str, ...]  # of each shape that could not be measured, why
+    dates: tuple[str, ...] = ()  # of the kept measurements that it rests on
+    unmeasured: int = 0  # trials of which there is no measurement and, as asked, none was made
+    unmeasured_as: str = ""  # how these are to run
+
+    def lines(self) -> list[str]:
+        """The estimate for a reader."""
+        why = f"not measured (--no-estimate): {self.unmeasured_as}, time and memory not known"
+        if self.unmeasured == self.trials:
+            return [why]
+        gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
+        arrays = f" in arrays of {self.array}" if self.array > 1 else ""
+        on_gpu = f", {self.per_gpu * self.array} on a GPU" if self.per_gpu else ""
+        at_once = f"{self.concurrent} at a time{arrays}{on_gpu}"
+        measured = f", as measured on {' and '.join(self.dates)}" if self.dates else ""
+        return [
+            f"{self.trials} trials of {self.steps:,} steps in all, {at_once}: "
+            f"about {clock(self.seconds)} ({clock(self.low)} to {clock(self.high)}){measured}",
+            f"  {size(self.memory)} of memory{gpu} {'an array' if self.array > 1 else 'a trial'}, "
+            f"{size(self.disk)} of disk for all",
+            *(f"  not measured, and not counted: {why}" for why in self.unknown),
+            *([f"  {self.unmeasured} trials not counted, as {why}"] if self.unmeasured else []),
+        ]
+
+    def as_tags(self) -> dict[str, str]:
+        """The estimate for the sweep's run; none where some trials were not measured, as asked."""
+        words = ("unknown", "dates", "unmeasured", "unmeasured_as")
+        numbers = {name: value for name, value in asdict(self).items() if name not in words}
+        if self.unmeasured:
+            return {}
+        return {f"estimated_{name}": f"{value:.0f}" for name, value in numbers.items()}
+
+
+def estimate(
+    trials: Mapping[str, TrialConfig],
+    texts: Texts,
+    console: Console,
+    runs_dir: Path,
+    array: str = "off",
+    measuring: bool = True,
+) -> tuple[Estimate, list[Batch]]:
+    """Say what these trials take, and how they are to run: as single trials or, as `array` says
+    (--array), together.
+
+    Measured on the Ray that runs, and kept in `runs_dir`. Without `measuring` what is kept there is
+    used instead, no Ray is needed, and a shape of which nothing is kept is not counted.
+    """
+    shapes: defaultdict[TrialConfig, list[list[str]]] = defaultdict(list)
+    for group in together(trials):
+        shapes[shape_of(trials[group[0]])].append(group)
+    costs: list[Cost] = []
+    batches: list[Batch] = []
+    unmeasured: list[Batch] = []
+    dates: set[str] = set()
+    unknown, beginning, disk = [], 0.0, 0
+    given = ray.put(texts) if measuring else None
+    with console.status("") as status:
+        for done, (shape, groups) in enumerate(shapes.items()):
+            needs = needs_of(shape)
+            if measuring and not any(fit(one, needs) for one in live_machines()):
+                console.print(
+                    "waiting for a machine of the cluster: `ray status` on its head says what it "
+                    "does, and what keeps it from it"
+                )
+            status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
+            of = Measurable(shape, hardware(needs), array, versions())
+            if given is None:
+                found = kept(of, runs_dir)
+                if found is None:
+                    unmeasured += unmeasured_batches(shape, groups, array)
+                    continue
+                dates.add(found.date)
+                if array.isdecimal() and found.array < min(int(array), max(map(len, groups))):
+                    console.print(
+                        f"--array {array}: arrays of {found.array}, as measured on {found.date}"
+                    )
+            else:
+                try:
+                    found = arranged(shape, groups, given, array, console)
+                except ray.exceptions.RayError as error:
+                    keys = [key for group in groups for key in group]
+                    unknown.append(f"{len(keys)} trials such as {keys[0]}: {last_line(error)}")
+                    batches += [Batch((key,), needs) for key in keys]
+                    continue
+                try:
+                    keep(found, of, runs_dir)
+                except OSError as error:
+                    console.print(f"the measurement is not kept: {error}", soft_wrap=True)
+            arrays = known_batches(found, shape, groups, array)
+            costs += [found.cost] * len(arrays)
+            disk += found.cost.disk * sum(map(len, groups))
+            batches += arrays
+            beginning = max(beginning, found.begins)
+    batches += unmeasured
+    order = {key: i for i, key in enumerate(trials)}
+    batches.sort(key=lambda batch: order[batch.keys[0]])
+    kinds = {str(batch.needs): batch.needs for batch in batches}.values()
+    at_once = min(len(batches), *map(slots, kinds))
+    largest = max(len(batch.keys) for batch in batches)
+
+    def whole(name: str) -> float:
+        return beginning + makespan([getattr(cost, name) for cost in costs], at_once)
+
+    return Estimate(
+        trials=len(trials),
+        steps=sum(config.train.steps for config in trials.values()),
+        concurrent=min(len(trials), at_once * largest),
+        array=largest,
+        per_gpu=max(
+            (round(1 / one.needs["GPU"]) for one in batches if "GPU" in one.needs), default=0
+        ),
+        seconds=whole("seconds"),
+        low=whole("low"),
+        high=whole("high"),
+        memory=max((cost.memory for cost in costs), default=0),
+        gpu_memory=max((cost.gpu_memory for cost in costs), default=0),
+        disk=disk,
+        unknown=tuple(unknown),
+        dates=tuple(sorted(dates)),
+        unmeasured=sum(len(batch.keys) for batch in unmeasured),
+        unmeasured_as=arrangement(unmeasured),
+    ), batches

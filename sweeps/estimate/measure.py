@@ -1,0 +1,146 @@
+"""Measure what trials take: a few of their steps, in as many Ray workers as will run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from gptcore.config import Scalar, TrialConfig
+from gptcore.corpus import Texts
+from gptcore.experiment import Trial, run_trials
+from gptcore.records import MemoryRecorder, Row, TrainingRow
+from gptcore.units import peak_memory
+from sweeps.estimate.cost import Measured, shortened
+from sweeps.execution.resources import needs_of
+from tracking.charts import chart_points
+from tracking.tables import write_tables
+
+SECONDS_A_SHAPE = 20.0
+CUDA_CONTEXT_BYTES = 600 * 2**20
+"""Bytes of a GPU that CUDA takes of it for a process, beside what PyTorch reserves."""
+
+
+class MeasuringTimeUp(Exception):
+    """A trial has been measured for long enough."""
+
+
+class Stopwatch(MemoryRecorder):
+    """Keeps the rows, and when each step had ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = time.perf_counter()
+        self.ends: list[float] = []  # by step
+
+    @property
+    def seconds(self) -> float:
+        return (self.ends or [self.begun])[-1] - self.begun
+
+    def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
+        if any(isinstance(row, TrainingRow) for row in rows):
+            self.ends.append(time.perf_counter())
+            if self.ends[-1] - self.ends[0] > SECONDS_A_SHAPE:
+                raise MeasuringTimeUp
+
+
+def timed(config: TrialConfig, array: int, texts: Texts) -> Stopwatch:
+    """Run such a trial, or an array of them, until it ends or has been measured for long enough;
+    -> the watch of the first one."""
+    stopwatches = [Stopwatch() for _ in range(array)]
+    with contextlib.suppress(MeasuringTimeUp):
+        run_trials(
+            [
+                Trial(replace(config, init=replace(config.init, seed=seed)), stopwatch)
+                for seed, stopwatch in enumerate(stopwatches)
+            ],
+            preloaded_texts=texts,
+            sync_every=1,  # each step is timed by itself
+        )
+    return stopwatches[0]
+
+
+def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
+    """Run a trial as long as it is worth while; in a process of its own.
+
+    The first trial of a process is slower by half a second, once: a short one is run again, and
+    what it took then is what the next ones will.
+    """
+    empty = peak_memory()
+    entered, config = time.time(), TrialConfig.from_flat(params)
+    first = stopwatch = timed(config, array, texts)
+    if first.seconds < SECONDS_A_SHAPE / 8:
+        stopwatch = timed(config, array, texts)
+    trained = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {
+            file.stem: file.stat().st_size for file in write_tables(stopwatch.rows, Path(folder))
+        }
+    gpu_memory, gpu_size = peak_gpu_memory()
+    moments = [stopwatch.begun, *stopwatch.ends]
+    return Measured(
+        began=entered + first.seconds - stopwatch.seconds,
+        steps=[end - start for start, end in itertools.pairwise(moments)],
+        writing=array * (time.perf_counter() - trained),
+        rows={
+            table: [getattr(row, "step", None) for row in rows]
+            for table, rows in stopwatch.rows.items()
+        },
+        points=[
+            step
+            for rows in stopwatch.rows.values()
+            for row in rows
+            for _, step, _ in chart_points(row)
+        ],
+        bytes=sizes,
+        memory=peak_memory(),
+        gpu_memory=gpu_memory,
+        gpu_size=gpu_size,
+        empty=empty,
+        array=array,
+    )
+
+
+def peak_gpu_memory() -> tuple[int, int]:
+    """Bytes of its GPU that this process held at most, and that the GPU has; 0 where unused."""
+    if not torch.cuda.is_initialized():
+        return 0, 0
+    return CUDA_CONTEXT_BYTES + torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+
+
+def side_by_side(
+    config: TrialConfig, texts: ray.ObjectRef[Texts], count: int, array: int = 1
+) -> list[Measured]:
+    """What so many trials of a shape, or arrays of them, take beside each other on one machine, and
+    on one GPU where they use any. Raises Ray's error for what they break on."""
+    needs = needs_of(config, per_gpu=count)
+    together = {name: math.ceil(count * need) for name, need in needs.items()}
+    group = ray.util.placement_group([together])
+    # A worker ends with its trial: the peak of its memory is that trial's.
+    task: Any = ray.remote(
+        num_cpus=needs["CPU"],
+        num_gpus=needs.get("GPU", 0),
+        max_calls=1,
+        max_retries=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+    )(measure)
+    params = shortened(config).to_flat()
+    try:
+        while not group.wait(1):
+            pass  # a cluster may have to start a machine
+        asked = time.time()
+        measured = ray.get([task.remote(params, texts, array) for _ in range(count)])
+        return [replace(one, began=one.began - asked) for one in measured]
+    finally:
+        ray.util.remove_placement_group(group)

@@ -1,0 +1,260 @@
+"""How trials are packed: which train together as an array, and how many batches share a GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from statistics import median
+
+import ray
+import torch
+from rich.console import Console
+
+from gptcore.config import InputError, Scalar, TrialConfig
+from gptcore.corpus import Texts
+from gptcore.experiment import PER_TRIAL_KNOBS, conflicting_knobs, step_seconds
+from sweeps.estimate.cost import Measured, cost_of
+from sweeps.estimate.measure import CUDA_CONTEXT_BYTES, side_by_side
+from sweeps.estimate.measurements import Measurement
+from sweeps.execution.resources import (
+    HEADROOM,
+    fit,
+    needs_of,
+    schedulable_machines,
+    slots,
+)
+
+MIN_SPEEDUP = 1.1
+"""How much faster a machine has to become with twice the trials on it to be given those."""
+MAX_ARRAY_SIZE = 64
+"""Trials of an array that auto goes up to."""
+LONG_STEP = 0.1
+"""Seconds: an array saves calls, some ten thousandths of a second a step, not arithmetic."""
+GPU_FILL_FRACTION = 0.9
+"""Of a GPU's memory: how much of it trials may fill."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Trials that train together, by their keys, and what they need of a machine, as needs_of."""
+
+    keys: tuple[str, ...]
+    needs: Mapping[str, float]
+
+
+def check_array(text: str) -> str:
+    """The option as it was given. Raises InputError for what it does not take."""
+    if text in ("auto", "off") or (text.isdecimal() and int(text) > 0):
+        return text
+    raise InputError(f"--array takes auto, off or how many trials, at least 1, not {text!r}")
+
+
+def together(trials: Mapping[str, TrialConfig]) -> list[list[str]]:
+    """The keys of trials that can train together, for all trials."""
+    groups: dict[tuple[Scalar, ...], list[str]] = {}
+    for key, config in trials.items():
+        flat = config.to_flat()
+        shared = tuple(value for knob, value in flat.items() if knob not in PER_TRIAL_KNOBS)
+        groups.setdefault(shared, []).append(key)
+    return list(groups.values())
+
+
+def check_together(array: str, trials: Mapping[str, TrialConfig]) -> None:
+    """Raises InputError where arrays are asked for, and no two trials can be in one."""
+    if array in ("auto", "off", "1") or len(trials) < 2:
+        return
+    if all(len(group) == 1 for group in together(trials)):
+        raise InputError(
+            f"--array {array}: no two of these trials can train together, for they differ in "
+            f"{', '.join(conflicting_knobs(list(trials.values())))}: an array shares all but init "
+            "and corpus, and the tokenizer too"
+        )
+
+
+def split(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """The keys in arrays of nearly one length, at most `size`."""
+    number = math.ceil(len(keys) / size)
+    ends = [len(keys) * i // number for i in range(number + 1)]
+    return [tuple(keys[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def best_size(params: Mapping[str, Scalar], texts: Texts, most: int) -> int:
+    """How many trials of a shape, at most, are to train together on this machine.
+
+    Twice as many each time, while that makes a step of each shorter by more than MIN_SPEEDUP.
+    """
+    config, size = TrialConfig.from_flat(params), 1
+    while 2 * size <= most:
+        try:
+            now, twice = step_seconds(config, (size, 2 * size), texts)
+        except torch.OutOfMemoryError:
+            break
+        if now / size < MIN_SPEEDUP * twice / (2 * size):
+            break
+        size *= 2
+    return size
+
+
+def array_size(
+    shape: TrialConfig,
+    texts: ray.ObjectRef[Texts],
+    asked: str,
+    groups: Sequence[Sequence[str]],
+    alone: Measured,
+    console: Console,
+) -> int:
+    """How many trials of a shape train together, of groups that can.
+
+    As many as are `asked` for, if memory holds so many times what one that was measured `alone`
+    takes beside what its process does; with auto as many as make it faster, and no more than leave
+    every slot something to do.
+    """
+    longest = max(map(len, groups))
+    if asked == "off" or longest == 1:
+        return 1
+    needs = needs_of(shape)
+    fits = [machine for machine in schedulable_machines() if fit(machine, needs)]
+    memory = min(machine.get("memory", math.inf) / fit(machine, needs) for machine in fits)
+    held = (memory / HEADROOM - alone.empty) / max(1, alone.memory - alone.empty)
+    if alone.gpu_memory:
+        free = GPU_FILL_FRACTION * alone.gpu_size - CUDA_CONTEXT_BYTES
+        held = min(held, free / max(1, alone.gpu_memory - CUDA_CONTEXT_BYTES))
+    most = max(1, int(min(longest, held)))
+    if asked != "auto":
+        if most < min(int(asked), longest):
+            console.print(f"--array {asked}: memory holds arrays of {most} of these trials")
+        return min(int(asked), most)
+    if median(alone.steps) > LONG_STEP:
+        return 1
+    most = min(most, MAX_ARRAY_SIZE, math.ceil(sum(map(len, groups)) / slots(needs)))
+    if most == 1:
+        return 1
+    task = ray.remote(
+        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=0
+    )(best_size)
+    try:
+        best: int = ray.get(task.remote(shape.to_flat(), texts, most))
+    except ray.exceptions.RayError as error:
+        console.print(f"arrays could not be tried: {last_line(error)}", soft_wrap=True)
+        return 1
+    return best
+
+
+def share_of_gpu(
+    config: TrialConfig,
+    batches: int,
+    beside: Callable[[int], list[Measured]],
+    measured: list[Measured],
+) -> tuple[int, list[Measured]]:
+    """How many batches of a shape a GPU is to have at a time, and what they then take.
+
+    One at first, as `measured`, then twice as many each time, `beside` each other, while that makes
+    the GPU faster by more than MIN_SPEEDUP, the machine has cores and memory, and the GPU memory,
+    for them, and there are so many `batches` for each GPU.
+    """
+    gpus = [machine for machine in schedulable_machines() if machine.get("GPU")]
+    cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
+    memory = min(machine.get("memory", math.inf) / machine["GPU"] for machine in gpus)
+    most = min(cores, math.ceil(batches / sum(machine["GPU"] for machine in gpus)))
+    count = 1
+    while 2 * count <= most:
+        if any(
+            2 * count * one.gpu_memory > GPU_FILL_FRACTION * one.gpu_size
+            or 2 * count * one.memory * HEADROOM > memory
+            for one in measured
+        ):
+            break
+        try:
+            more = beside(2 * count)
+        except ray.exceptions.RayError:
+            break  # what fits is known only then
+        seconds, before = (cost_of(config, some).seconds for some in (more, measured))
+        if before / count < MIN_SPEEDUP * seconds / (2 * count):
+            break
+        count, measured = 2 * count, more
+    return count, measured
+
+
+def arranged(
+    shape: TrialConfig,
+    groups: Sequence[Sequence[str]],
+    texts: ray.ObjectRef[Texts],
+    array: str,
+    console: Console,
+) -> Measurement:
+    """Measure how trials of a shape, in groups that can train together, are to run.
+
+    Raises Ray's error for what they break on alone.
+    """
+    needs = needs_of(shape)
+    fits = 1 if "GPU" in needs else max(fit(machine, needs) for machine in schedulable_machines())
+
+    def beside(count: int, members: int = 1) -> list[Measured]:
+        return side_by_side(shape, texts, count, members)
+
+    alone = beside(max(1, min(fits, sum(map(len, groups)))))
+    most = array_size(shape, texts, array, groups, alone[0], console)
+    while True:
+        arrays = [some for group in groups for some in split(group, most)]
+        members = max(map(len, arrays))
+        try:
+            measured = beside(min(fits, len(arrays)), members) if members > 1 else alone
+        except ray.exceptions.RayError as error:
+            most = members // 2
+            console.print(
+                f"arrays of {members} cannot be: {last_line(error)}; {most} are tried",
+                soft_wrap=True,
+            )
+            continue
+        per_gpu = 1
+        if "GPU" in needs:
+            of_these = functools.partial(beside, members=members)
+            per_gpu, measured = share_of_gpu(shape, len(arrays), of_these, measured)
+        return Measurement(
+            array=members,
+            per_gpu=per_gpu,
+            begins=max(one.began for one in measured),
+            cost=cost_of(shape, measured),
+            date=date.today().isoformat(),
+        )
+
+
+def known_batches(
+    found: Measurement, shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
+) -> list[Batch]:
+    """Arrange trials of a shape as it was measured to be best, perhaps when there were more."""
+    alone, most = needs_of(shape), found.array
+    if array == "auto":
+        most = min(most, math.ceil(sum(map(len, groups)) / slots(alone)))
+    arrays = [some for group in groups for some in split(group, most)]
+    gpus = sum(machine.get("GPU", 0.0) for machine in schedulable_machines())
+    per_gpu = min(found.per_gpu, math.ceil(len(arrays) / gpus)) if gpus else 1
+    needs = needs_of(shape, found.cost.memory, per_gpu)
+    return [Batch(some, needs) for some in arrays]
+
+
+def unmeasured_batches(
+    shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
+) -> list[Batch]:
+    """Arrange trials of a shape of which nothing is known: in arrays if some number is asked for,
+    each on a core, or a GPU where it may use one."""
+    most = int(array) if array.isdecimal() else 1
+    needs = needs_of(shape)
+    return [Batch(some, needs) for group in groups for some in split(group, most)]
+
+
+def arrangement(batches: Sequence[Batch]) -> str:
+    """Say how such trials run: `one trial a core`."""
+    largest = max((len(batch.keys) for batch in batches), default=1)
+    units = sorted({"GPU" if "GPU" in batch.needs else "core" for batch in batches})
+    what = f"one array of up to {largest} trials" if largest > 1 else "one trial"
+    return f"{what} a {' or '.join(units)}"
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error, which in Ray's says what happened."""
+    return str(error).strip().splitlines()[-1].strip()

@@ -1,0 +1,119 @@
+"""The parts of Ray 2.60.0 that its documentation does not promise, all in one module.
+
+Each has its reason. tests/test_private_api.py fails, with a sentence, when another version changes
+one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray._common.usage.usage_lib import get_cluster_metadata
+from ray._common.utils import get_system_memory
+from ray._private import ray_constants
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray._private.services import find_bootstrap_address
+from ray._private.utils import check_version_info, get_used_memory
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial as TuneTrial
+
+CHATTY_LOGGERS = (
+    "ray._private.authentication",
+    "ray.train._internal.syncer",
+    "ray.tune.analysis.experiment_analysis",
+    "ray.tune.execution.tune_controller",
+    "ray.tune.tune",
+)
+"""Loggers of what is no news here.
+
+That Ray made a token for itself; that Tune keeps no files of results, which MLflow and Parquet
+have; why a trial failed, which SweepProgress says once; that Tune cannot keep a state of its own,
+which nobody reads.
+"""
+
+
+def silence_workers() -> None:
+    """Keep Ray from printing which trials a machine that died took with it.
+
+    Reason: SweepProgress says it in one line, without a stack trace.
+    """
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def listen_on_loopback() -> None:
+    """Have Ray, started on this machine for itself, listen on 127.0.0.1 alone.
+
+    Reason: on Linux it would listen on every interface. This is the switch by which Ray itself
+    does so on Windows and macOS.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def started_cluster() -> str | None:
+    """Return the address of the cluster that `ray start` made here; None where there is none.
+
+    Reason: ray.init(address="auto") would also join another sweep's own Ray, and end with it.
+    """
+    address: str | None = find_bootstrap_address(None)
+    return address
+
+
+def cluster_metadata(address: str) -> Mapping[str, Any]:
+    """Ask a cluster for its versions of Ray and Python; empty where it does not say.
+
+    Reason: ray.init() would try for minutes, end the process, or say why in twenty lines.
+
+    Raises:
+        ray.exceptions.RayError: no cluster answers, or it asks for another token.
+    """
+    return get_cluster_metadata(GcsClient(address=address)) or {}
+
+
+def check_versions(metadata: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where a cluster's versions are not this process's."""
+    check_version_info(dict(metadata), "here")
+
+
+def has_token() -> bool:
+    """Return whether this account has a token for Ray's processes.
+
+    Reason: without one, Ray says so only after it has started to connect.
+    """
+    try:
+        return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+    except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names no file, or an empty one
+        return False
+
+
+def resources_here(object_store: int) -> dict[str, float]:
+    """Count the cores, memory in bytes and GPUs of this machine as Ray would.
+
+    Reason: a dry run that measures nothing starts no Ray, and is to count as Ray would.
+    """
+    here = ResourceAndLabelSpec(object_store_memory=object_store)
+    here.resolve(is_head=True, node_ip_address="127.0.0.1")
+    counted: dict[str, float] = here.to_resource_dict()
+    return counted
+
+
+def memory_here() -> tuple[int, int]:
+    """Return the free and the total memory of this machine, or of its container, in bytes.
+
+    Reason: these are the numbers by which Ray's memory monitor kills a worker.
+    """
+    total = int(get_system_memory())
+    return total - int(get_used_memory()), total
+
+
+def error_text(trial: TuneTrial) -> str:
+    """Return what Tune knows of a trial's latest error.
+
+    Reason: trial.get_error() reads a copy that has not reached the storage yet.
+    """
+    return Path(trial.error_file).read_text().rpartition("Failure # ")[2].strip()

@@ -1,0 +1,132 @@
+"""What the machines of a cluster, or this one, have, and how many trials they take at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+import yaml
+
+from gptcore.config import TrialConfig
+from sweeps.execution.private_api import resources_here, started_cluster
+
+Resources = Mapping[str, float]
+"""By Ray's name of a resource (CPU, GPU, memory in bytes) how much of it there is or is needed."""
+
+OBJECT_STORE = 100 * 2**20
+"""Bytes of memory for it on this machine: nothing large goes through it."""
+
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()
+"""Where `ray up` leaves the cluster's file on its head."""
+
+HEADROOM = 1.1
+"""What a trial is given of memory, as a multiple of what it was measured to need."""
+
+
+def cluster_address() -> str | None:
+    """HOST:PORT of the cluster to join; None where there is none."""
+    # As ray.init() itself finds it. address="auto" would join another sweep's own Ray as well, and
+    # end with it.
+    named = os.environ.get("RAY_ADDRESS")
+    if named == "auto":
+        named = None
+    address = named or started_cluster()
+    return None if address == "local" else address
+
+
+def live_machines() -> list[dict[str, float]]:
+    """The resources of each machine that is there; where no Ray runs, of this one as Ray would
+    count them."""
+    if not ray.is_initialized():
+        return [_this_machine()]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@functools.cache
+def _this_machine() -> dict[str, float]:
+    """Count the resources of this machine as Ray would, once: asking its GPUs takes a while."""
+    return resources_here(OBJECT_STORE)
+
+
+def autoscaler_machines() -> list[dict[str, float]]:
+    """The resources of each machine that the cluster's own file has it start for work, all that
+    there may be at a time; none where machines do not come and go."""
+    if not cluster_address() or not BOOTSTRAP.exists():
+        return []
+    file = yaml.safe_load(BOOTSTRAP.read_text())
+    kinds = file.get("available_node_types", {})
+    if file["provider"]["type"] == "local":
+        return []
+    return [
+        kind["resources"]
+        for name, kind in kinds.items()
+        if name != file.get("head_node_type")
+        for _ in range(kind.get("max_workers", 0))
+    ][: file.get("max_workers")]
+
+
+def schedulable_machines() -> list[dict[str, float]]:
+    """The resources of each machine that trials may run on: of those that may be started, where the
+    cluster starts them for work, else of those that are there."""
+    return autoscaler_machines() or [machine for machine in live_machines() if machine.get("CPU")]
+
+
+def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str, float]:
+    """What of a machine's resources a trial takes: one core, its memory in bytes, and a share of a
+    GPU where there are some and it may use one.
+
+    No more memory than the largest machine has: where that is not enough, the trial will say so.
+    """
+    needs = {"CPU": 1.0}
+    if config.train.device != "cpu" and any(
+        machine.get("GPU") for machine in schedulable_machines()
+    ):
+        needs["GPU"] = 1 / per_gpu
+    if memory:
+        fitting = [machine for machine in schedulable_machines() if fit(machine, needs)]
+        largest = max((machine.get("memory", 0.0) for machine in fitting), default=math.inf)
+        needs["memory"] = min(HEADROOM * memory, largest)
+    return needs
+
+
+def fit(machine: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many trials with these needs a machine takes at a time."""
+    return min(int(machine.get(name, 0.0) / need) for name, need in needs.items())
+
+
+def slots(needs: Mapping[str, float]) -> int:
+    """How many trials with these needs all machines take at a time, at least one."""
+    return max(1, sum(fit(machine, needs) for machine in schedulable_machines()))
+
+
+def hardware(needs: Mapping[str, float]) -> str:
+    """Name what trials with these needs run on.
+
+    Of each kind of machine its cores and, where they use one, its GPUs; on this machine, that is
+    without a cluster, also the model of its CPU.
+    """
+    kinds = {
+        ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in sorted(machine.items())
+            if name in needs or ("GPU" in needs and name.startswith("accelerator_type:"))
+        )
+        for machine in schedulable_machines()
+        if fit(machine, needs)
+    }
+    return "; ".join([*([] if cluster_address() else [cpu_model()]), *sorted(kinds)])
+
+
+def cpu_model() -> str:
+    """Name this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

@@ -1,0 +1,272 @@
+"""What a Ray worker runs: a batch of trials, each recorded in its own MLflow run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from gptcore.checkpoint import checkpoint_file
+from gptcore.config import InputError, TrialConfig, seed_of
+from gptcore.corpus import NO_TEXTS, Texts
+from gptcore.experiment import Trial, check_trial, run_trials
+from gptcore.records import Recorder, Row, TrainingRow, TrialResult
+from sweeps.execution.checkpoints import fetch, forget, keep
+from sweeps.execution.faults import fault_of_sweep, fault_of_trial, has_lost_device
+from tracking.charts import chart_points
+from tracking.health import wait_for_server
+from tracking.recorder import Job, MlflowRecorder
+from tracking.store import DONE, Store, StoreAddress, trial_status
+
+REPORT_SECONDS = 1.0
+"""Seconds between two reports of how far a trial is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialReport:
+    """What a worker tells the driver of one trial, through Tune."""
+
+    trial_key: str
+    step: int | None = None
+    loss: float | None = None
+    value: float | None = None  # of the metric that a search asked for
+    status: str | None = None  # finished, diverged, failed; None while the trial goes on
+    reason: str | None = None  # why it failed
+    ends_sweep: bool = False  # every other trial would fail in the same way
+
+    def send(self) -> None:
+        """Tell Tune, which takes a dict."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tune.report({name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> TrialReport:
+        """Read a report from what Tune made of it, which has more entries."""
+        names = [entry.name for entry in fields(cls)]
+        return cls(**{name: result[name] for name in names if name in result})
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where a worker records its trials, and where their checkpoints are."""
+
+    address: StoreAddress
+    experiment_id: str
+    runs_dir: Path
+
+
+def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
+    """Run a batch of trials, and tell Tune how far each is.
+
+    A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: tried
+    again, the trial would break again. Tune tries again only what a worker was running that died.
+    What every trial would break on is told to the driver, which ends the sweep and closes the run.
+    A trial that Tune stops (by SystemExit) is left to the driver.
+
+    Args:
+        config: Tune's, with `batch`, a list of Jobs; `recording`, a Recording; `isolate`, whether
+            the trials of the batch run one after the other instead of together; `metric`, of which
+            a search has every value reported.
+        texts: corpora that need not be on this machine.
+    """
+    recording: Recording = config["recording"]
+    address, runs_dir = recording.address, recording.runs_dir
+    batch, metric = config["batch"], config.get("metric")
+    batches = [[job] for job in batch] if config.get("isolate") else [batch]
+    try:
+        for jobs in batches:
+            answers = False
+            try:
+                run_missing(jobs, recording, metric, texts)
+            except Exception as error:
+                # MLflow asks again by itself, but not where a server died in its answer.
+                if fault_of_sweep(error, address, runs_dir) and address.is_server:
+                    answers = wait_for_server(address.uri)
+                if not answers:
+                    raise
+            if answers:  # the error is gone by now, and with it what its frames held
+                run_missing(jobs, recording, metric, texts)
+    except Exception as error:
+        fault = fault_of_sweep(error, address, runs_dir)
+        if fault is None:
+            raise
+        key = batch[0].key
+        TrialReport(trial_key=key, status="failed", reason=fault, ends_sweep=True).send()
+
+
+def run_missing(
+    batch: Sequence[Job], recording: Recording, metric: str | None, texts: Texts
+) -> None:
+    """Run the trials of a batch that have no result, together, or else one by one.
+
+    Raises what is no fault of a trial's own.
+    """
+    store = Store(recording.address)
+    with trial_locks([job.key for job in batch], recording.runs_dir) as release:
+
+        def missing() -> list[Job]:
+            return [job for job in batch if not _is_done(job, store, recording.runs_dir)]
+
+        jobs = missing()
+        if len(jobs) > 1:
+            if run_together(jobs, store, recording, metric, texts, release):
+                return
+            jobs = missing()  # which of them broke the array is not known: each goes on by itself
+        for job in jobs:
+            run_together([job], store, recording, metric, texts, release)
+
+
+def _is_done(job: Job, store: Store, runs_dir: Path) -> bool:
+    """Return whether the trial has its result, perhaps from another sweep; tell the driver so."""
+    run = store.find_run("trial", trial_key=job.key)
+    status = trial_status(run)
+    if status in DONE:
+        _delete_checkpoint(checkpoint_file(runs_dir, job.key))  # a worker may have died before
+        steps = int(job.params["train.steps"])
+        TrialReport(trial_key=job.key, step=steps, status=status).send()
+    return status in DONE
+
+
+def _delete_checkpoint(file: Path) -> None:
+    """Delete the checkpoint of a trial that has its result; one that stays does no harm."""
+    with contextlib.suppress(OSError):
+        forget(file)
+
+
+@contextlib.contextmanager
+def trial_locks(keys: Iterable[str], runs_dir: Path) -> Iterator[Callable[[str], None]]:
+    """Inside, no other process with this runs folder runs the trials; wait for one that does.
+
+    Yields a function that releases the lock of one trial, by its key.
+
+    The locks are the file system's: a worker that dies holds nothing, but one whose machine is cut
+    off may hold its locks for as long as that machine runs.
+    """
+    file = runs_dir / "locks" / "trials"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A byte of the file for each trial, at a place that its key gives; the file stays empty.
+    byte_of = {key: seed_of("lock", key) >> 2 for key in sorted(keys)}
+    # It is opened once: closing any handle would release every lock of this process on the file.
+    with file.open("a") as lock:
+        for byte in byte_of.values():  # in the same order as every other worker
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, byte)
+        yield lambda key: fcntl.lockf(lock, fcntl.LOCK_UN, 1, byte_of[key])
+
+
+def run_together(
+    batch: Sequence[Job],
+    store: Store,
+    recording: Recording,
+    metric: str | None,
+    texts: Texts,
+    release: Callable[[str], None],
+) -> bool:
+    """Run trials as one array. Return False where several broke, which may do better alone.
+
+    A trial that cannot even begin fails, and the others go on without it. `release` is called with
+    the key of each trial that has its result.
+    """
+    trials, recorders = [], []
+    for job in batch:
+        recorder = MlflowRecorder(
+            store, recording.experiment_id, job.with_tags(array=str(len(batch)))
+        )
+        file = checkpoint_file(recording.runs_dir, job.key)
+        fetch(file)
+        try:
+            config = TrialConfig.from_flat(job.params)
+            key = config.key(check_trial(config, texts).digest)
+            if key != job.key:
+                raise InputError(
+                    f"trial {job.key} is {key} on this worker: "
+                    "its corpus or its gptcore is not the driver's"
+                )
+        except Exception as error:
+            if fault_of_sweep(error, recording.address, recording.runs_dir):
+                raise
+            _fail(job.key, recorder, fault_of_trial(error), traceback.format_exc())
+            continue
+        pause = REPORT_SECONDS * len(batch)
+        reporting = ReportingRecorder(recorder, job.key, metric, file, pause, release)
+        trials.append(Trial(config, reporting, file, keep))
+        recorders.append((job.key, recorder))
+    if not trials:
+        return True
+    try:
+        run_trials(trials, texts)
+        return True
+    except Exception as error:
+        if fault_of_sweep(error, recording.address, recording.runs_dir):
+            raise
+        if has_lost_device(error):
+            # Tune has the trials go on in another process, from their checkpoints.
+            raise RuntimeError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+        why, details = fault_of_trial(error), traceback.format_exc()
+    # The error is gone by now, and with it the tensors that its frames held.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes may want what this trial leaves
+    if len(trials) == 1:
+        ((key, recorder),) = recorders
+        _fail(key, recorder, why, details)
+    return len(trials) == 1
+
+
+def _fail(key: str, recorder: MlflowRecorder, why: str, details: str) -> None:
+    recorder.fail(why, details)
+    TrialReport(trial_key=key, status="failed", reason=why).send()
+
+
+class ReportingRecorder:
+    """A recorder that also tells Tune from time to time how far the trial is."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        key: str,
+        metric: str | None,
+        checkpoint: Path,
+        pause: float,
+        release: Callable[[str], None],
+    ) -> None:
+        """Wrap a recorder.
+
+        Args:
+            recorder: where the rows go.
+            key: of the trial.
+            metric: every value of this chart's metric is reported; None where no search asks.
+            checkpoint: deleted once the trial has its result.
+            pause: least seconds between two reports.
+            release: called with the key once the trial has its result.
+        """
+        self.recorder, self.key, self.metric = recorder, key, metric
+        self.checkpoint, self.pause, self.release = checkpoint, pause, release
+        # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
+        self.next_report = time.monotonic() + pause
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Record rows, and report."""
+        self.recorder.log(rows)
+        for row in rows if self.metric else ():
+            for name, step, value in chart_points(row):
+                if name == self.metric and math.isfinite(value):
+                    TrialReport(trial_key=self.key, step=step, value=value).send()
+        for row in rows:
+            if isinstance(row, TrainingRow) and time.monotonic() >= self.next_report:
+                TrialReport(trial_key=self.key, step=row.step, loss=row.loss).send()
+                self.next_report = time.monotonic() + self.pause
+
+    def close(self, result: TrialResult) -> None:
+        """Record the result, delete the checkpoint, free the trial, and report."""
+        self.recorder.close(result)
+        _delete_checkpoint(self.checkpoint)
+        self.release(self.key)
+        TrialReport(trial_key=self.key, step=result.steps, status=result.status).send()

@@ -1,0 +1,253 @@
+"""The trials that a search tries: suggested by a study, run as those of a sweep, then judged."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from analysis.claims import CLAIMS
+from analysis.counterexamples import Counterexample, distance, judge_on_fresh_seeds, spelled
+from analysis.runs import read_sweeps
+from gptcore.config import InputError, Scalar, TrialConfig
+from gptcore.files import write_atomically
+from sweeps.plan import Plan, checked, jobs_of
+from sweeps.searching.study import (
+    Domain,
+    Range,
+    SearchQuestion,
+    Suggestions,
+    answered,
+    in_order,
+    is_fixed,
+)
+from sweeps.session import Session
+from tracking.recorder import Job, close_run
+from tracking.store import DONE, trial_status
+
+matplotlib.use("Agg")  # no screen is needed to write a file
+
+FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
+    "history": optuna.visualization.matplotlib.plot_optimization_history,
+    "importances": optuna.visualization.matplotlib.plot_param_importances,
+}
+METRICS = ("loss/val", "loss/probe", "loss/train")
+REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
+"""The claims that one trial alone has a number for."""
+SHOWN = 10
+"""Trials in the table that a search ends with."""
+FEW = 20
+"""Trials that say little of what mattered."""
+
+
+class SearchRunner:
+    """The trials of a study, as those of a sweep."""
+
+    def __init__(
+        self,
+        session: Session,
+        study: optuna.Study,
+        question: SearchQuestion,
+        domains: Mapping[str, Domain],
+        notes: tuple[str, ...],
+    ) -> None:
+        self.session, self.study, self.question, self.domains = session, study, question, domains
+        known = [
+            TrialConfig.from_flat(one.user_attrs["params"])
+            for one in study.get_trials(deepcopy=False)
+            if "params" in one.user_attrs
+        ]
+        varied = tuple(knob for knob, domain in domains.items() if not is_fixed(domain))
+        self.trials, self.corpora = checked(known)
+        self.plan = Plan(
+            session.name, question.goal, self.trials, self.corpora, notes, searched=varied
+        )
+
+    def go_on(self, trials: int, largest: TrialConfig) -> bool:
+        """Try more, until there are so many trials; -> whether stopped."""
+        left = trials - len(answered(self.study))
+        self.session.console.print(
+            f"search {self.session.name}: {trials} trials, {trials - max(0, left)} done"
+        )
+        names = self.domains.get("corpus.name", [largest.corpus.name])
+        assert not isinstance(names, Range)
+        devices = {largest.train.device} if left > 0 else set()
+        self.session.open(self.plan, devices, {str(name) for name in names})
+        if left <= 0:
+            return False
+        from sweeps.execution.runner import run_search
+
+        metric = self.question.of if self.question.goal == "best" else None
+        run = self.session.recorded_run()
+        common = {"recording": run.recording, "metric": metric}
+        suggestions = Suggestions(
+            self.study, trials, self.domains, self.prepared, self.answer, self.prune, common
+        )
+        with self.session.estimated({f"trial {i}": largest for i in range(left)}) as batches:
+            return run_search(suggestions, batches[0], run)
+
+    def prepared(self, config: TrialConfig) -> tuple[Job, bool]:
+        """A suggested trial as a job of this sweep; -> also whether it has been run already."""
+        trials, corpora = checked([config])
+        ((key, _),) = trials.items()
+        if key not in self.trials:
+            self.trials |= trials
+            self.corpora |= corpora
+            self.session.record(self.plan)
+        run = self.session.store.find_run("trial", trial_key=key)
+        (job,) = jobs_of(self.plan, [key])
+        return job, trial_status(run) in DONE
+
+    def prune(self, key: str, why: str) -> None:
+        """Close the run of a trial that was given up."""
+        if run := self.session.store.find_run("trial", trial_key=key):
+            close_run(self.session.store, run, "pruned", why)
+
+    def answer(self, key: str) -> float | None:
+        """What a trial that has been run is worth, the less the better; None where it diverged or
+        has no such number."""
+        run = self.session.store.find_run("trial", trial_key=key)
+        if trial_status(run) != "finished":
+            return None
+        if self.question.goal == "best":
+            assert run is not None
+            return run.data.metrics.get(self.question.of)
+        rule = CLAIMS[self.question.of].rule
+        return min(
+            (distance(rule(part), value) for _, part, value in self.numbers([key])), default=None
+        )
+
+    def numbers(self, keys: Sequence[str]) -> list[tuple[str, str, float]]:
+        """(trial key, part, value) of the numbers that decide the claim, of finished trials."""
+        session, claim = self.session, CLAIMS[self.question.of]
+        try:
+            sweep = read_sweeps(
+                session.store, [session.name], None, session.runs_dir / "cache", keys
+            )
+        except InputError as error:  # none has finished, or none can be read
+            session.console.print(str(error), soft_wrap=True)
+            return []
+        rows = claim.measure(sweep).select("trial_key", "part", "value").rows()
+        return [(key, part, value) for key, part, value in rows if claim.rule(part).decides]
+
+    def complete(self) -> list[FrozenTrial]:
+        """The trials of the study that have a value."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def contrary(self, most: int) -> list[FrozenTrial]:
+        """The trials whose numbers lie on the other side of what the claim says, farthest first;
+        and all that were tried again before, when the study had fewer trials."""
+        by_key = {one.user_attrs["trial_key"]: one for one in self.complete() if one.values[0] < 0}
+        farthest = sorted(by_key, key=lambda key: by_key[key].values[0])[:most]
+        keys = list(dict.fromkeys([*self.study.user_attrs.get("tried_again", []), *farthest]))
+        self.study.set_user_attr("tried_again", keys)
+        return [by_key[key] for key in keys]
+
+    def fresh_seeds(self, one: FrozenTrial, seeds: int) -> list[TrialConfig]:
+        """The trial's configuration with the seeds that follow its own."""
+        config = TrialConfig.from_flat(one.user_attrs["params"])
+        return [
+            replace(config, init=replace(config.init, seed=config.init.seed + 1 + i))
+            for i in range(seeds)
+        ]
+
+    def on_fresh_seeds(self, contrary: Sequence[FrozenTrial], seeds: int) -> list[str]:
+        """Add the trials of some configurations on fresh seeds to the plan; -> their keys."""
+        trials, corpora = checked(
+            config for one in contrary for config in self.fresh_seeds(one, seeds)
+        )
+        self.trials |= trials
+        self.corpora |= corpora
+        return list(trials)
+
+    def confirmed(self, contrary: Sequence[FrozenTrial], seeds: int) -> list[Counterexample]:
+        """Return of each configuration its verdict on fresh seeds."""
+        claim, found = CLAIMS[self.question.of], []
+        for one in contrary:
+            trials, _ = checked(self.fresh_seeds(one, seeds))
+            numbers = [
+                (trials[key].init.seed, part, value)
+                for key, part, value in self.numbers(list(trials))
+            ]
+            verdict, judged, parts = judge_on_fresh_seeds(claim, numbers, len(contrary))
+            found.append(
+                Counterexample(
+                    trial_key=one.user_attrs["trial_key"],
+                    knobs=self.knobs_of(one),
+                    distance=one.values[0],
+                    seeds=judged,
+                    verdict=verdict,
+                    parts=parts,
+                )
+            )
+        return found
+
+    def knobs_of(self, one: FrozenTrial) -> dict[str, Scalar]:
+        """What was suggested for a trial, as it was run."""
+        params = one.user_attrs.get("params", {})
+        suggested = [knob for knob in self.plan.searched if knob in one.params and params]
+        return {knob: params[knob] for knob in in_order(suggested)}
+
+    def table(self) -> Table:
+        """The best trials of the study, best first."""
+        of = self.question.of
+        value = of if self.question.goal == "best" else "beyond contradiction"
+        counts = Counter(one.state.name.lower() for one in answered(self.study))
+        said = ", ".join(f"{count} {state}" for state, count in counts.items())
+        table = Table("trial", value, "suggested", title=f"{of}: the best of {said}")
+        for one in sorted(self.complete(), key=lambda one: one.values[0])[:SHOWN]:
+            knobs = spelled(self.knobs_of(one))
+            table.add_row(one.user_attrs["trial_key"], f"{one.values[0]:.4f}", knobs)
+        return table
+
+    def write(self, finds: Sequence[Counterexample] | None) -> list[Path]:
+        """search.json with every trial, and Optuna's figures where there are trials enough, into
+        the report's folder; -> the files."""
+        folder = self.session.runs_dir / "reports" / self.session.name
+        complete = self.complete()
+        importances: dict[str, float] = {}
+        files = []
+        if len({one.values[0] for one in complete}) > 1:
+            if len(complete) < FEW:
+                # Optuna would warn of each parameter in turn.
+                warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
+                self.session.console.print(
+                    f"importances rest on {len(complete)} trials: they are rough", soft_wrap=True
+                )
+            importances = optuna.importance.get_param_importances(self.study)
+            for name, draw in FIGURES.items():
+                files.append(folder / f"{name}.png")
+                save = functools.partial(draw(self.study).figure.savefig, bbox_inches="tight")
+                write_atomically(files[-1], save)
+        text = {
+            **asdict(self.question),
+            "trials": [
+                {
+                    "number": one.number,
+                    "trial_key": one.user_attrs.get("trial_key"),
+                    "state": one.state.name.lower(),
+                    "value": one.values[0] if one.state == TrialState.COMPLETE else None,
+                    "why": one.user_attrs.get("why", ""),
+                    "knobs": self.knobs_of(one),
+                }
+                for one in answered(self.study)
+            ],
+            "importances": importances,
+            **({} if finds is None else {"finds": [asdict(find) for find in finds]}),
+        }
+        files.append(folder / "search.json")
+        write_atomically(files[-1], lambda file: file.write_text(json.dumps(text, indent=1)))
+        self.session.console.print(
+            f"search: {', '.join(str(file) for file in files)}", soft_wrap=True
+        )
+        return files

@@ -1,0 +1,200 @@
+"""The rows of a trial into its MLflow run, and the end of runs that nobody works on any more.
+
+A run's timestamps are its start plus the step, so that a trial that runs again on a CPU of the same
+kind writes the very points that it wrote before, and MLflow keeps one of each. Metrics are a
+selection for charts; the Parquet files hold everything and are what the analysis reads.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlflow.entities import Metric, Param, Run
+
+from gptcore.config import Scalar, spelling
+from gptcore.files import remove_leftovers
+from gptcore.records import MemoryRecorder, Row, TrialResult
+from tracking.charts import chart_points
+from tracking.store import DONE, Store, artifact_folder, cut_tags
+from tracking.tables import write_tables
+
+FLUSH_AT = 1000
+"""Metrics of one call: MLflow's own limit for log_batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial as a worker is given it."""
+
+    key: str
+    name: str  # for people, such as `model5, all, seed 0`
+    params: Mapping[str, Scalar]  # every knob by its dotted key
+    tags: Mapping[str, str]  # what the driver knows and the run is to keep
+
+    def with_tags(self, **tags: str) -> Job:
+        """Return the job with more tags."""
+        return replace(self, tags={**self.tags, **tags})
+
+
+class MlflowRecorder(MemoryRecorder):
+    """The rows of one trial into its MLflow run."""
+
+    def __init__(self, store: Store, experiment_id: str, job: Job) -> None:
+        """Find the trial's run, in whichever sweep, or make it in this experiment."""
+        super().__init__()
+        self.store, self.client = store, store.client
+        run = store.find_run("trial", trial_key=job.key)
+        tags = dict(job.tags)
+        if run is None:
+            # All that a reader goes by is there from the start: the worker may die at any moment.
+            first = {"kind": "trial", "trial_key": job.key, "trial_status": "running"}
+            run = self.client.create_run(
+                experiment_id, run_name=f"{job.name} {job.key}", tags={**first, **cut_tags(tags)}
+            )
+            if store.address.is_server:
+                self._delete_twins(run)
+        else:
+            # It stays where it is: a run of the sweep that asked for it first.
+            tags["sweep"] = run.data.tags["sweep"]
+        self.run_id, self.start_ms = run.info.run_id, run.info.start_time
+        self.folder = artifact_folder(run)
+        self.client.update_run(self.run_id, status="RUNNING")
+        self.client.log_batch(
+            self.run_id,
+            # MLflow refuses another value for a param; what is not in the key may have one.
+            params=[
+                Param(name, spelling(job.params[name]))
+                for name in job.params.keys() - run.data.params
+            ],
+        )
+        self.store.set_tags(
+            self.run_id,
+            **tags,
+            host=platform.node(),
+            trial_status="running",
+            reason="",
+        )
+        self.metrics: list[Metric] = []
+
+    def _delete_twins(self, run: Run) -> None:
+        """What a server makes that dies before it can say so: MLflow then asks for another run."""
+        key = run.data.tags["trial_key"]
+        condition = f"tags.kind = 'trial' and tags.trial_key = '{key}'"
+        for twin in self.store.search(condition, run.info.experiment_id):
+            if twin.info.run_id != run.info.run_id:
+                self.client.delete_run(twin.info.run_id)
+
+    def log(self, rows: Sequence[Row]) -> None:
+        super().log(rows)
+        for row in rows:
+            for name, step, value in chart_points(row):
+                self.metrics.append(Metric(name, value, self.start_ms + step, step))
+        if len(self.metrics) >= FLUSH_AT:
+            self._flush()
+
+    def close(self, result: TrialResult) -> None:
+        super().close(result)
+        self._flush()
+        if self.folder:
+            # In place: MLflow's copying would leave half a file where it is cut off.
+            for table in self.rows:
+                remove_leftovers(self.folder / f"{table}.parquet")
+            write_tables(self.rows, self.folder)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                write_tables(self.rows, Path(folder))
+                self.client.log_artifacts(self.run_id, folder)
+        errors = {"loss_error": result.loss_error, "gradient_error": result.gradient_error}
+        self.store.set_tags(
+            self.run_id,
+            **{name: f"{error:.2e}" for name, error in errors.items() if error is not None},
+            trial_status=result.status,
+            reason=result.reason,
+            steps=str(result.steps),
+            device=result.device,
+            seconds=f"{result.seconds:.1f}",
+            tokens_per_second=f"{result.tokens_per_second:.0f}",
+        )
+        self.client.set_terminated(self.run_id, "FINISHED")
+
+    def fail(self, reason: str, details: str = "") -> None:
+        """Close the run of a trial that broke, with the reason and, as failure.txt, the details."""
+        self.store.set_tags(self.run_id, trial_status="failed", reason=reason)
+        if details:
+            self.client.log_text(self.run_id, details, "failure.txt")
+        self.client.set_terminated(self.run_id, "FAILED")
+
+    def _flush(self) -> None:
+        for start in range(0, len(self.metrics), FLUSH_AT):
+            self.client.log_batch(self.run_id, metrics=self.metrics[start : start + FLUSH_AT])
+        self.metrics.clear()
+
+
+RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
+"""MLflow's condition for the runs of trials that are under way, or were when they were cut off."""
+
+
+def set_aside(store: Store, run: Run) -> None:
+    """Keep a trial's run, marked, so that the trial counts as not run: see --redo."""
+    store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
+    if run.info.status == "RUNNING":
+        store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def close_cut_off(store: Store, experiment_id: str) -> None:
+    """Leave no trial's run of the sweep RUNNING; for a driver that knows itself to be the only one.
+
+    A driver that was killed could not do it. Whoever runs such a trial again opens its run anew.
+    """
+    for run in store.search(RUNNING, experiment_id):
+        close_run(store, run, "stopped")
+
+
+def close_run(store: Store, run: Run, status: str, reason: str = "") -> None:
+    """End a run that nobody works on: as failed, pruned or stopped, with the reason; one that has
+    its result, and died before it could say so, as finished."""
+    if run.data.tags["trial_status"] in DONE:
+        store.client.set_terminated(run.info.run_id, "FINISHED")
+        return
+    store.set_tags(run.info.run_id, trial_status=status, reason=reason)
+    store.client.set_terminated(run.info.run_id, "FAILED" if status == "failed" else "KILLED")
+
+
+def close_runs(
+    store: Store,
+    experiment_id: str,
+    jobs: Iterable[Job],
+    failed: Mapping[str, str],
+    retried: Mapping[str, Sequence[str]],
+    pruned: Mapping[str, str],
+) -> None:
+    """Leave nobody's run RUNNING when no job runs any more.
+
+    `failed` says why, by trial key, for the jobs that broke: a worker that died could not say so
+    itself, or had not even begun its run. A run still RUNNING beside those was stopped: KILLED.
+    `retried` says of those that lost a worker, and went on with another, why; `pruned` of those
+    that a search gave up, when.
+    """
+    # Asked once: a question for each of thousands that have ended well would take minutes.
+    running = {run.data.tags["trial_key"]: run for run in store.search(RUNNING)}
+    for job in jobs:
+        key = job.key
+        run = running.get(key)
+        if key in failed or key in retried:
+            run = store.find_run("trial", trial_key=key)
+        if run and key in retried:
+            why = "; ".join(retried[key])
+            store.set_tags(run.info.run_id, retries=str(len(retried[key])), retried_because=why)
+        if run is None and key in failed:
+            MlflowRecorder(store, experiment_id, job).fail(failed[key])
+        elif run and run.info.status == "RUNNING" and key in failed:
+            close_run(store, run, "failed", failed[key])
+        elif run and run.info.status == "RUNNING" and key in pruned:
+            close_run(store, run, "pruned", pruned[key])
+        elif run and run.info.status == "RUNNING":
+            close_run(store, run, "stopped")
