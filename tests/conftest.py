@@ -104,7 +104,7 @@ def real_gulliver(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
-    from analysis.runs import tracking_uri
+    from tracking.store import store_address
 
     def make(runs_dir: Path) -> None:
         knobs: list[dict[str, Scalar]] = [
@@ -113,7 +113,7 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for seed in (0, 1)
         ]
         knobs += [{"init.seed": 2, "optim.lr": 1e30}, {"init.seed": 3}]
-        make_sweep(tracking_uri(runs_dir), runs_dir, "small", knobs, missing=1)
+        make_sweep(store_address(runs_dir).uri, runs_dir, "small", knobs, missing=1)
 
     return made_once("finished_sweep", make, tmp_path_factory.mktemp("finished"))
 
@@ -122,10 +122,10 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with sweeps `one` and `two`: 2 schemes x 2 subsets, a subset each, and in `two`
     a trial that `one` has run."""
-    from analysis.runs import tracking_uri
+    from tracking.store import store_address
 
     def make(runs_dir: Path) -> None:
-        uri = tracking_uri(runs_dir)
+        uri = store_address(runs_dir).uri
         schemes: list[dict[str, Scalar]] = [{"init.scheme": name} for name in ("model5", "gpt2")]
         make_sweep(uri, runs_dir, "one", schemes)
         halves = [{**scheme, "corpus.subset": "0-0.25"} for scheme in schemes]

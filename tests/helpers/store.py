@@ -1,5 +1,7 @@
 """What a tracking store holds of trials, and stores made for a test."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import shutil
@@ -7,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -15,25 +17,52 @@ from gptcore.config import Scalar, TrialConfig
 from gptcore.records import TABLES
 from helpers.trials import TINY, WORDS, key_of, undisturbed_tables
 
+if TYPE_CHECKING:  # MLflow takes seconds to import, and many tests need none
+    from tracking.recorder import Job
+    from tracking.store import Store
+
+
+def open_store(uri: str) -> Store:
+    """Return the store at an address, made if it is new, after a check that it answers."""
+    from tracking.store import Store, StoreAddress
+
+    store = Store(StoreAddress(uri))
+    store.open()
+    return store
+
+
+def store_in(runs_dir: Path) -> Store:
+    """Return the store that a command with this runs folder uses, open."""
+    from tracking.store import store_address
+
+    return open_store(store_address(runs_dir).uri)
+
+
+def job_of(
+    config: TrialConfig, key: str | None = None, name: str = "a trial", sweep: str = "sweep"
+) -> Job:
+    """Return a trial as a worker of a sweep is given it, under its own key or another one."""
+    from tracking.recorder import Job
+
+    return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep})
+
 
 def runs_of(uri: str) -> dict[str, Any]:
     """The trials' runs in a store, each whole, by trial key: there is one of each."""
-    from analysis.runs import connect, experiment_ids, search_runs
-
-    client = connect(uri)
-    found = search_runs(client, experiment_ids(client), "trial")
-    runs = {run.data.tags["trial_key"]: client.get_run(run.info.run_id) for run in found}
+    store = open_store(uri)
+    found = store.runs("trial")
+    runs = {run.data.tags["trial_key"]: store.client.get_run(run.info.run_id) for run in found}
     assert len(runs) == len(found)
     return runs
 
 
 def keys_running(runs_dir: Path) -> list[str]:
     """Return the keys of trials under way, by what the store in a runs folder says."""
-    from analysis.runs import tracking_uri
+    from tracking.store import store_address
 
     if not (runs_dir / "mlflow.db").exists():
         return []
-    runs = runs_of(tracking_uri(runs_dir))
+    runs = runs_of(store_address(runs_dir).uri)
     return [key for key, run in runs.items() if run.info.status == "RUNNING"]
 
 
@@ -45,14 +74,13 @@ def check_whole(
     That is one finished run a trial and the sweep's own, every point of a metric once, and every
     Parquet table whole, with nothing half-written beside it.
     """
-    from analysis.runs import connect, experiment_ids
-
-    client, runs = connect(uri), runs_of(uri)
-    found = client.search_runs(experiment_ids(client), max_results=1000)
+    store, runs = open_store(uri), runs_of(uri)
+    client = store.client
+    found = client.search_runs(store.experiment_ids(), max_results=1000)
     assert len(found) == len(configs) + 1
     assert {run.info.status for run in found} == {"FINISHED"}
-    with sqlite3.connect(database) as store:
-        doubled = store.execute(
+    with sqlite3.connect(database) as opened:
+        doubled = opened.execute(
             "select run_uuid, key, step, count(*) from metrics group by 1, 2, 3 having count(*) > 1"
         )
         assert doubled.fetchall() == []
@@ -83,25 +111,25 @@ def make_sweep(
     A trial that another sweep has already run is planned here, and not run again.
     """
     from analysis.claims import digest
-    from analysis.runs import connect, trial_runs
     from gptcore.experiment import run_trial
-    from tracking.recorder import MlflowRecorder, SweepRun, open_experiment
+    from tracking.recorder import MlflowRecorder
+    from tracking.sweep_run import SweepRun
     from tracking.view import VIEW_TAG, view_of_sweep
 
-    client = connect(uri)
+    store = open_store(uri)
     view = {VIEW_TAG: view_of_sweep(["init.scheme"], TINY["model.n_layer"])}
-    experiment_id = open_experiment(client, name, runs_dir, view)
+    experiment_id = store.open_experiment(name, runs_dir, view)
     trials = {}
     for one in knobs:
         config = TrialConfig.from_flat({**base, **one})
         trials[key_of(config)] = config
-    done = trial_runs(client)
+    done = store.trial_runs()
     for key, config in list(trials.items())[: len(trials) - missing]:
         if key not in done:
             flat = config.to_flat()
             label = f"{flat['init.scheme']}, {flat['corpus.subset']}, seed {flat['init.seed']}"
-            tags = {"sweep": name}
-            run_trial(config, MlflowRecorder(uri, experiment_id, key, label, flat, tags))
+            job = job_of(config, key, label, name)
+            run_trial(config, MlflowRecorder(store, experiment_id, job))
     plan = {
         "sweep": name,
         "tags": {},
@@ -110,7 +138,7 @@ def make_sweep(
         "command": f"python sweeps/init_sweep.py --name {name}",
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }
-    SweepRun(client, experiment_id, plan, launched=time.time()).end("FINISHED")
+    SweepRun(store, experiment_id, plan, launched=time.time()).end("FINISHED")
 
 
 def made_once(name: str, make: Callable[[Path], None], parent: Path) -> Path:
