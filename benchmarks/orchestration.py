@@ -67,14 +67,14 @@ def time_to_go_on(n_trials: int) -> None:
 
 
 def quick_trials(n_trials: int) -> None:
-    from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
+    from tracking.store import Store, store_address
 
     folder = Path(tempfile.mkdtemp())
     try:
         seconds, _ = run(folder, TrialConfig(), n_trials, "--no-report")
-        client = connect(tracking_uri(folder))
-        own = sum(float(run.data.tags["seconds"]) for run in trial_runs(client).values())
-        (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+        store = Store(store_address(folder))
+        own = sum(float(run.data.tags["seconds"]) for run in store.trial_runs().values())
+        (sweep,) = store.runs("sweep")
         estimated, took = (
             float(sweep.data.tags[tag]) for tag in ("estimated_seconds", "took_seconds")
         )

@@ -45,7 +45,7 @@ def recorded(file: Path) -> MemoryRecorder:
     return pickle.loads(file.read_bytes())
 
 
-def replay(trials: Sequence[Trial]) -> None:
+def replay(trials: Sequence[Trial], texts: Any) -> None:
     """In place of gptcore.experiment.run_trials."""
     for trial in trials:
         whole = recorded(trial.file.parents[1] / RECORDED)
@@ -61,7 +61,7 @@ def run_batch(config: dict[str, Any], texts: Any) -> None:
     trainable.run_trials = replay
     begun = time.perf_counter()
     trainable.run_batch(config, texts)
-    with Path(config["runs_dir"], BUSY).open("a") as file:
+    with Path(config["recording"].runs_dir, BUSY).open("a") as file:
         file.write(f"{time.perf_counter() - begun}\n")
 
 
@@ -73,7 +73,7 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     import sweeps.estimate.estimate
     from gptcore.units import peak_memory
     from sweeps import launch, session
-    from sweeps.execution import runner as ray_runner
+    from sweeps.execution import runner
     from sweeps.presets import PRESETS
 
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -100,10 +100,10 @@ def drive(folder: str, n_trials: int, cores: int) -> None:
     watch(session, "read_ledger", "ledger")
     watch(session.Session, "open", "start")
     watch(sweeps.estimate.estimate, "estimate", "estimate")
-    watch(ray_runner.tune.Tuner, "fit", "Tune and trials")
-    watch(ray_runner, "close_runs", "closing runs")
+    watch(runner.tune.Tuner, "fit", "Tune and trials")
+    watch(runner, "close_runs", "closing runs")
     watch(session, "build_report", "report")
-    ray_runner.run_batch = run_batch
+    runner.run_batch = run_batch
     ray.init = functools.partial(ray.init, num_cpus=cores)
     knobs = TRIAL.to_flat().items()
     flags = [word for knob, value in knobs for word in (f"--{knob}", spelling(value))]

@@ -5,14 +5,17 @@ python sweeps/init_sweep.py --init.scheme model5 gpt2 --init.seed 0 1 2 --train.
 python sweeps/init_sweep.py --debug --init.scheme model5
 """
 
+import functools
 import sys
 from pathlib import Path
 
 # The checkout's root, not its sweeps/, is where imports start, also before an installed `sweeps`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sweeps.launch import main
+from sweeps import launch
 from sweeps.presets import PRESETS
 
+main = functools.partial(launch.main, __doc__, PRESETS)
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__, PRESETS))
+    sys.exit(main())

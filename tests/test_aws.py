@@ -477,7 +477,7 @@ def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
     said = [last for name, last in done if name == "ssh"]
     places = [next(i for i, last in enumerate(said) if words in last) for words in order]
     assert places == sorted(places)
-    # As the head reads it, and sweeps/tracking_server.py.
+    # As the head reads it, and tracking/server.py.
     config = AutoscalingConfig(json.loads(given.read_text()), skip_content_hash=True)
     assert config.get_config("provider")["type"] == "aws"
     assert config.get_config("provider")["bucket"] == BUCKET

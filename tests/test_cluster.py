@@ -7,17 +7,20 @@ import sys
 import pytest
 import yaml
 
-import sweeps.execution.ray_cluster
 from gptcore.config import InputError, TrialConfig
 from helpers.paths import ROOT
-from sweeps.execution.ray_cluster import check_cluster, check_shared, fit, machines, needs_of, slots
+from sweeps.execution import resources
+from sweeps.execution.ray_cluster import check_cluster, check_shared
+from sweeps.execution.resources import fit, needs_of, schedulable_machines, slots
+from tracking.store import StoreAddress
 
 SCRIPT = """
 import json, sys
 import psutil
 from rich.console import Console
 from gptcore.config import InputError, TrialConfig
-from sweeps.execution.ray_cluster import check_cluster, needs_of, ray, slots, start_ray, stop_ray
+from sweeps.execution.ray_cluster import check_cluster, ray, start_ray, stop_ray
+from sweeps.execution.resources import needs_of, slots
 
 start_ray({"cpu"}, Console(file=sys.stderr))
 ray.get(ray.remote(lambda: 1).remote())
@@ -106,18 +109,18 @@ def scaling(tmp_path, monkeypatch):
             sort_keys=False,
         )
     )
-    monkeypatch.setattr(sweeps.execution.ray_cluster, "BOOTSTRAP", file)
+    monkeypatch.setattr(resources, "BOOTSTRAP", file)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
 
 
 def test_machines_that_a_cluster_will_start_count_before_they_are_there(scaling):
-    assert [machine["GPU"] for machine in machines()] == [1, 1, 1, 4]
+    assert [machine["GPU"] for machine in schedulable_machines()] == [1, 1, 1, 4]
     alone = needs_of(TrialConfig())
     assert alone == {"CPU": 1.0, "GPU": 1.0}
     assert slots(alone) == 7
     shared = needs_of(TrialConfig(), memory=2**30, per_gpu=4)
     assert shared == {"CPU": 1.0, "GPU": 0.25, "memory": pytest.approx(1.1 * 2**30)}
-    assert [fit(machine, shared) for machine in machines()] == [4, 4, 4, 16]
+    assert [fit(machine, shared) for machine in schedulable_machines()] == [4, 4, 4, 16]
 
 
 def test_no_trial_is_given_more_memory_than_the_largest_machine_has(scaling):
@@ -128,8 +131,8 @@ def test_a_machine_without_a_core_for_trials_is_none_for_them(monkeypatch):
     """The head of machines that one has, whatever GPU it has."""
     head = {"GPU": 1.0, "memory": 2.0**40}
     monkeypatch.setattr(
-        sweeps.execution.ray_cluster,
-        "there",
+        resources,
+        "live_machines",
         lambda: [head, {"CPU": 2.0, "memory": 2.0**30}, {"CPU": 8.0}],
     )
     assert needs_of(TrialConfig(), memory=2**35) == {"CPU": 1.0, "memory": 2.0**30}
@@ -139,6 +142,6 @@ def test_a_machine_without_a_core_for_trials_is_none_for_them(monkeypatch):
 def test_machines_that_share_a_bucket_alone_need_a_tracking_server(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     monkeypatch.setenv("GPT_SWEEPS_BUCKET", "s3://lab/gpt-sweeps")
-    check_shared(tmp_path, "http://10.0.0.5:5000")
+    check_shared(tmp_path, StoreAddress("http://10.0.0.5:5000"))
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI takes its address"):
-        check_shared(tmp_path, "sqlite:////home/me/runs/mlflow.db")
+        check_shared(tmp_path, StoreAddress("sqlite:////home/me/runs/mlflow.db"))

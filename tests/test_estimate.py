@@ -10,31 +10,34 @@ import pytest
 import ray
 from rich.console import Console
 
-import sweeps.estimate.estimate
-import sweeps.execution.ray_cluster
-from analysis.runs import connect, experiment_ids, search_runs, tracking_uri
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
 from helpers.trials import TINY, flags
-from sweeps.estimate.estimate import (
+from sweeps.estimate import estimate as estimating
+from sweeps.estimate import measure as measuring
+from sweeps.estimate import packing
+from sweeps.estimate.cost import (
     OVERHEAD,
     POINT_BYTES,
+    Cost,
     Measured,
     cost_of,
-    estimate,
     kind_of,
     makespan,
-    measure,
     shape_of,
-    share_of_gpu,
     shortened,
 )
-from sweeps.estimate.measurements import Cost, Measurable, Measurement, file_of, keep, kept
+from sweeps.estimate.estimate import estimate
+from sweeps.estimate.measure import measure
+from sweeps.estimate.measurements import Measurable, Measurement, file_of, keep, kept
+from sweeps.estimate.packing import share_of_gpu
+from sweeps.execution import resources
 from sweeps.launch import main
 from sweeps.plan import versions
 from sweeps.presets import PRESETS
 from tracking.charts import chart_points
+from tracking.store import Store, store_address
 from tracking.tables import write_tables
 
 LONG = {"train.steps": 200, "probes.every": 10, "probes.histogram_every": 50}
@@ -160,9 +163,8 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
     speed_up, memory, cores, trials, share, monkeypatch
 ):
     machine = {"CPU": float(cores), "GPU": 1.0}
-    monkeypatch.setattr(
-        sweeps.estimate.estimate, "machines", lambda: [machine, machine, {"CPU": 2.0}]
-    )
+    three = [machine, machine, {"CPU": 2.0}]
+    monkeypatch.setattr(packing, "schedulable_machines", lambda: three)
     tried = []
 
     def beside(count):
@@ -183,7 +185,7 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
 
 def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch):
     machine = {"CPU": 8.0, "GPU": 1.0}
-    monkeypatch.setattr(sweeps.estimate.estimate, "machines", lambda: [machine])
+    monkeypatch.setattr(packing, "schedulable_machines", lambda: [machine])
     alone = [
         Measured(
             began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
@@ -200,7 +202,7 @@ def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch)
 
 
 def test_an_array_whose_first_step_takes_all_the_time_there_is_has_a_step_all_the_same(monkeypatch):
-    monkeypatch.setattr(sweeps.estimate.estimate, "SECONDS_A_SHAPE", 0.0)
+    monkeypatch.setattr(measuring, "SECONDS_A_SHAPE", 0.0)
     measured = measure(shortened(configured(LONG)).to_flat(), {}, array=3)
     assert len(measured.steps) == 2  # what comes before the first is no pace
     assert 0 < measured.empty <= measured.memory
@@ -217,12 +219,17 @@ FOUND = Measurement(
 )
 
 
+def set_machines(monkeypatch, *machines):
+    for module in (resources, packing):
+        monkeypatch.setattr(module, "schedulable_machines", lambda: list(machines))
+
+
 @pytest.fixture
 def two_cores(monkeypatch):
     """This machine has two cores, and a Ray that nobody may ask anything."""
     machine = {"CPU": 2.0, "memory": 8.0 * GIB}
-    monkeypatch.setattr(sweeps.execution.ray_cluster, "machines", lambda: [machine])
-    monkeypatch.setattr(sweeps.execution.ray_cluster, "cpu_model", lambda: "a CPU")
+    set_machines(monkeypatch, machine)
+    monkeypatch.setattr(resources, "cpu_model", lambda: "a CPU")
     monkeypatch.setattr(ray, "put", lambda _: pytest.fail("something was given to Ray"))
 
 
@@ -271,7 +278,7 @@ def test_a_measurement_that_cannot_be_read_counts_as_none(damage, tmp_path):
 def test_a_measurement_that_cannot_be_kept_costs_the_sweep_nothing(tmp_path, monkeypatch):
     (tmp_path / "measurements").write_text("a file in the place of the folder")
     monkeypatch.setattr(ray, "put", lambda texts: texts)
-    monkeypatch.setattr(sweeps.estimate.estimate, "arranged", lambda *_: FOUND)
+    monkeypatch.setattr(estimating, "arranged", lambda *_: FOUND)
     console = Console(record=True, width=200)
     _, batches = estimate({"k": configured({})}, {}, console, tmp_path)
     assert "the measurement is not kept: " in console.export_text()
@@ -310,7 +317,7 @@ def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path)
     said, tags, sizes, needs = expected(seeds(6), "3", tmp_path)
     assert (sizes, needs) == (
         [3, 3],
-        {"CPU": 1.0, "memory": sweeps.execution.ray_cluster.HEADROOM * GIB},
+        {"CPU": 1.0, "memory": resources.HEADROOM * GIB},
     )
     assert said == [
         "6 trials of 30 steps in all, 6 at a time in arrays of 3: about 1:00 (0:40 to 1:30), "
@@ -348,15 +355,12 @@ def test_without_a_measurement_a_trial_that_may_use_a_gpu_has_one_to_itself(
     two_cores, tmp_path, monkeypatch
 ):
     machine = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0, "memory": 8.0 * GIB}
-    monkeypatch.setattr(sweeps.execution.ray_cluster, "machines", lambda: [machine])
+    set_machines(monkeypatch, machine)
     said, _, sizes, needs = expected(seeds(2, **{"train.device": "auto"}), "auto", tmp_path)
     assert (sizes, needs) == ([1, 1], {"CPU": 1.0, "GPU": 1.0})
     assert "one trial a GPU" in said[0]
-    assert (
-        sweeps.execution.ray_cluster.hardware(needs)
-        == "a CPU; 8 CPU, 2 GPU, 1 accelerator_type:H100"
-    )
-    assert sweeps.execution.ray_cluster.hardware({"CPU": 1.0}) == "a CPU; 8 CPU"
+    assert resources.hardware(needs) == "a CPU; 8 CPU, 2 GPU, 1 accelerator_type:H100"
+    assert resources.hardware({"CPU": 1.0}) == "a CPU; 8 CPU"
 
 
 def test_of_shapes_some_of_which_were_measured_the_others_are_named(two_cores, tmp_path):
@@ -381,8 +385,7 @@ def test_a_sweep_goes_by_what_an_earlier_one_measured_and_measures_nothing(
         return capsys.readouterr().out
 
     def tags():
-        client = connect(tracking_uri(tmp_path))
-        (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+        (sweep,) = Store(store_address(tmp_path)).runs("sweep")
         return {name for name in sweep.data.tags if name.startswith("estimated_")}
 
     assert ", as measured on" not in run()
@@ -390,12 +393,8 @@ def test_a_sweep_goes_by_what_an_earlier_one_measured_and_measures_nothing(
     found = json.loads(file.read_text())
     assert (found["array"], found["versions"]) == ("auto", versions())
     assert "estimated_seconds" in tags()
-    monkeypatch.setattr(
-        sweeps.estimate.estimate, "side_by_side", lambda *_: pytest.fail("it was measured")
-    )
-    monkeypatch.setattr(
-        sweeps.estimate.estimate, "array_size", lambda *_: pytest.fail("it was measured")
-    )
+    for measures in ("side_by_side", "array_size"):
+        monkeypatch.setattr(packing, measures, lambda *_: pytest.fail("it was measured"))
     output = run("--no-estimate", "--init.seed", "0", "1")
     date = found["measurement"]["date"]
     assert re.search(rf"\n1 trials of 5 steps in all.*, as measured on {date}\n", output)

@@ -5,7 +5,6 @@ import json
 import polars as pl
 import pytest
 
-from analysis.runs import chart_page, mlflow_command
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
@@ -13,6 +12,7 @@ from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
 from sweeps.plan import make_plan, power
 from sweeps.presets import PRESETS
+from tracking.store import StoreAddress
 
 
 def run(*arguments):
@@ -138,7 +138,7 @@ def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
 def test_a_dry_run_that_measures_nothing_refuses_a_gpu_that_is_not_there(
     runs_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr("sweeps.execution.ray_cluster.machines", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("sweeps.execution.ray_cluster.schedulable_machines", lambda: [{"CPU": 2.0}])
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cuda"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 2
     assert "train.device is cuda, but Ray has no GPU" in capsys.readouterr().err
@@ -190,11 +190,11 @@ def test_help_names_every_knob_and_preset(capsys):
 
 
 def test_mlflow_is_opened_by_what_is_printed():
-    assert mlflow_command("sqlite:////a b/mlflow.db") == (
-        "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
-    )
-    assert mlflow_command("http://server:5000") == "http://server:5000"
-    assert chart_page("http://server:5000/", "7").startswith("http://server:5000/#/experiments/7/")
+    file = StoreAddress("sqlite:////a b/mlflow.db")
+    assert file.mlflow_command() == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    server = StoreAddress("http://server:5000/")
+    assert server.mlflow_command() == "http://server:5000/"
+    assert server.chart_page("7").startswith("http://server:5000/#/experiments/7/")
 
 
 def test_every_corpus_can_be_named_on_the_command_line(book, runs_dir, capsys):

@@ -6,13 +6,22 @@ import pytest
 import ray
 from rich.console import Console
 
-import sweeps.estimate.estimate
-import sweeps.estimate.packing
 from gptcore.config import InputError, TrialConfig
-from gptcore.experiment import apart
+from gptcore.experiment import conflicting_knobs
 from helpers.trials import TINY
-from sweeps.estimate.estimate import Measured, arranged, array_size, known_batches
-from sweeps.estimate.packing import best_size, check_array, check_together, split, together
+from sweeps.estimate import packing
+from sweeps.estimate.cost import Measured
+from sweeps.estimate.packing import (
+    arranged,
+    array_size,
+    best_size,
+    check_array,
+    check_together,
+    known_batches,
+    split,
+    together,
+)
+from sweeps.execution import resources
 
 
 def configured(**more):
@@ -30,7 +39,7 @@ def test_trials_go_together_that_differ_in_init_and_corpus_alone():
         "f": configured(corpus__tokenizer="bytes", model__vocab_size=50257),
     }
     assert together(trials) == [["a", "c"], ["b", "d"], ["e"], ["f"]]
-    assert apart([trials["e"], trials["f"]]) == ["corpus.tokenizer"]
+    assert conflicting_knobs([trials["e"], trials["f"]]) == ["corpus.tokenizer"]
 
 
 def test_arrays_are_of_nearly_one_length():
@@ -57,6 +66,13 @@ def test_arrays_asked_for_where_none_can_be_are_refused_by_what_differs():
 
 
 GIB = 2**30
+
+
+def set_machines(monkeypatch, *machines):
+    for module in (resources, packing):
+        monkeypatch.setattr(module, "schedulable_machines", lambda: list(machines))
+
+
 # Steps too long for calls to matter.
 ALONE = Measured(
     began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
@@ -73,9 +89,7 @@ def test_an_array_that_memory_does_not_hold_is_made_smaller_and_that_is_said(
     asked, trials, expected, said, monkeypatch
 ):
     # Two trials at a time: 10 GiB each.
-    monkeypatch.setattr(
-        sweeps.estimate.estimate, "machines", lambda: [{"CPU": 2.0, "memory": 20.0 * GIB}]
-    )
+    set_machines(monkeypatch, {"CPU": 2.0, "memory": 20.0 * GIB})
     console = Console(record=True, width=200)
     groups = [[str(i) for i in range(trials)]]
     size = array_size(configured(train__device="cpu"), None, asked, groups, ALONE, console)
@@ -97,13 +111,12 @@ class Task:
 def eight_slots(monkeypatch):
     """-> a function that has tasks on a machine of eight cores done in a given way."""
     machine = {"CPU": 8.0, "memory": 800.0 * GIB}
-    monkeypatch.setattr(sweeps.estimate.estimate, "machines", lambda: [machine])
-    monkeypatch.setattr("sweeps.execution.ray_cluster.machines", lambda: [machine])
+    set_machines(monkeypatch, machine)
 
     def do(best):
         task = Task(best)
-        monkeypatch.setattr(sweeps.estimate.estimate.ray, "remote", lambda **_: lambda _: task)
-        monkeypatch.setattr(sweeps.estimate.estimate.ray, "get", lambda given: given)
+        monkeypatch.setattr(packing.ray, "remote", lambda **_: lambda _: task)
+        monkeypatch.setattr(packing.ray, "get", lambda given: given)
         return task
 
     return do
@@ -146,7 +159,7 @@ def test_arrays_that_cannot_be_tried_leave_single_trials_and_a_line(eight_slots)
 
 def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(monkeypatch):
     machine = {"CPU": 2.0, "memory": 800.0 * GIB}
-    monkeypatch.setattr(sweeps.estimate.estimate, "machines", lambda: [machine])
+    set_machines(monkeypatch, machine)
     asked = []
 
     def side_by_side(shape, texts, count, array=1):
@@ -155,7 +168,7 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
             raise ray.exceptions.RayError("out of memory")
         return [replace(ALONE, array=array)] * count
 
-    monkeypatch.setattr(sweeps.estimate.estimate, "side_by_side", side_by_side)
+    monkeypatch.setattr(packing, "side_by_side", side_by_side)
     console = Console(record=True, width=200)
     groups = [[str(i) for i in range(13)]]
     found = arranged(configured(train__device="cpu"), groups, None, "13", console)
@@ -181,13 +194,13 @@ def test_an_array_grows_while_that_makes_a_step_of_each_trial_shorter(
     seconds, most, expected, monkeypatch
 ):
     monkeypatch.setattr(
-        sweeps.estimate.packing,
+        packing,
         "step_seconds",
-        lambda config, sizes: [seconds(size) for size in sizes],
+        lambda config, sizes, texts: [seconds(size) for size in sizes],
     )
     assert best_size(configured().to_flat(), {}, most) == expected
 
 
 def test_of_a_real_shape_every_size_up_to_the_most_is_measured(monkeypatch):
-    monkeypatch.setattr(sweeps.estimate.packing, "WORTH", 0.0)
+    monkeypatch.setattr(packing, "MIN_SPEEDUP", 0.0)
     assert best_size(configured().to_flat(), {}, 4) == 4

@@ -5,12 +5,16 @@ import pytest
 from rich.console import Console
 
 from sweeps.execution import progress
-from sweeps.execution.progress import SweepProgress
+from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes
+from tracking.recorder import Job
+
+
+def job_of(key):
+    return Job(key, "a trial", {"train.steps": 100}, {})
 
 
 def trial(key, **last_result):
-    job = {"key": key, "params": {"train.steps": 100}}
-    return SimpleNamespace(config={"key": key, "batch": [job]}, last_result=last_result)
+    return SimpleNamespace(config={"key": key, "batch": [job_of(key)]}, last_result=last_result)
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def shown(clock):
     console = Console(file=io.StringIO(), width=200)
-    return SweepProgress(console, {"a": 100, "b": 100, "c": 100})
+    return SweepProgress(console, TrialOutcomes({"a": 100, "b": 100, "c": 100}, trials=3))
 
 
 def result(shown, key, step, **more):
@@ -78,7 +82,7 @@ def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock,
     broken.error_file = tmp_path / "error.txt"
     broken.error_file.write_text("Failure # 1\nTraceback\nOSError: the disk is full\n\n")
     shown.on_trial_error(0, [], broken)
-    assert shown.failed == {"b": "OSError: the disk is full"}
+    assert shown.outcomes.failed == {"b": "OSError: the disk is full"}
     assert "trial b failed: OSError: the disk is full" in shown.console.file.getvalue()
     assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
 
@@ -90,7 +94,7 @@ def test_a_trial_that_broke_by_itself_is_told_with_its_reason(shown):
     shown.on_trial_start(0, [], trial("a"))
     shown.on_trial_result(0, [], trial("a"), FULL)
     shown.on_trial_complete(0, [], trial("a"))
-    assert (shown.failed, shown.finished) == ({"a": "OSError: full"}, set())
+    assert (shown.outcomes.failed, shown.outcomes.finished) == ({"a": "OSError: full"}, set())
     assert "trial a failed: OSError: full" in shown.console.file.getvalue()
 
 
@@ -100,11 +104,14 @@ def test_a_trial_that_lost_its_worker_goes_on(shown, tmp_path):
     lost.error_file.write_text("Failure # 1\nThe actor died unexpectedly.\nIt never ran.\n")
     shown.on_trial_start(0, [], lost)
     shown.on_trial_recover(0, [], lost)
-    assert (shown.retried, shown.running) == ({"a": ["the worker died: It never ran."]}, set())
+    assert (shown.outcomes.retried, shown.outcomes.running) == (
+        {"a": ["the worker died: It never ran."]},
+        set(),
+    )
     shown.on_trial_start(0, [], lost)
     result(shown, "a", 100, status="finished")
     shown.on_trial_complete(0, [], trial("a"))
-    assert (shown.finished, shown.failed) == ({"a"}, {})
+    assert (shown.outcomes.finished, shown.outcomes.failed) == ({"a"}, {})
 
 
 def test_a_machine_that_cannot_be_reached_has_taken_its_worker_along(shown, tmp_path):
@@ -112,7 +119,9 @@ def test_a_machine_that_cannot_be_reached_has_taken_its_worker_along(shown, tmp_
     lost.error_file = tmp_path / "error.txt"
     lost.error_file.write_text("Failure # 1\nThe actor 28e9 is unavailable: Socket closed\n")
     shown.on_trial_recover(0, [], lost)
-    assert shown.retried["a"] == ["the worker died: The actor 28e9 is unavailable: Socket closed"]
+    assert shown.outcomes.retried["a"] == [
+        "the worker died: The actor 28e9 is unavailable: Socket closed"
+    ]
 
 
 def test_a_worker_that_ray_killed_for_its_memory_leaves_rays_numbers(shown, tmp_path):
@@ -129,7 +138,7 @@ def test_a_worker_that_ray_killed_for_its_memory_leaves_rays_numbers(shown, tmp_
     text = lost.error_file.read_text()
     lost.error_file.write_text(text[: text.index("Failure # 2")])
     shown.on_trial_recover(0, [], lost)
-    assert shown.retried["a"] == [
+    assert shown.outcomes.retried["a"] == [
         "the worker died: It was killed.",
         "out of memory, the worker was killed by Ray: Memory on the node (IP: 127.0.0.1) was "
         "1.42GB used / 23.54GB limit (0.060126); it held 0.04GB",
@@ -140,21 +149,25 @@ def test_a_fault_of_the_sweep_ends_it(shown):
     shown.on_step_end(0, [])
     no_room = {"trial_key": "a", "status": "failed", "reason": "no room", "ends_sweep": True}
     shown.on_trial_result(0, [], trial("a"), no_room)
-    with pytest.raises(progress.Ended):
+    with pytest.raises(StopTune):
         shown.on_step_end(0, [])
-    assert (shown.fault, shown.failed) == ("no room", {"a": "no room"})
+    assert (shown.outcomes.fault, shown.outcomes.failed) == ("no room", {"a": "no room"})
 
 
 def test_a_fault_that_an_array_tells_of_by_a_trial_that_has_its_result_ends_the_sweep(shown):
-    jobs = [{"key": key, "params": {"train.steps": 100}} for key in ("a", "b")]
+    jobs = [job_of(key) for key in ("a", "b")]
     array = SimpleNamespace(config={"key": "a", "batch": jobs})
     array.last_result = {**FULL, "ends_sweep": True}
     shown.on_trial_start(0, [], array)
     shown.on_trial_result(0, [], array, {"trial_key": "a", "step": 20, "status": "diverged"})
     shown.on_trial_result(0, [], array, array.last_result)
     shown.on_trial_complete(0, [], array)
-    assert (shown.fault, shown.finished, shown.pruned) == ("OSError: full", {"a"}, {})
-    with pytest.raises(progress.Ended):
+    assert (shown.outcomes.fault, shown.outcomes.finished, shown.outcomes.pruned) == (
+        "OSError: full",
+        {"a"},
+        {},
+    )
+    with pytest.raises(StopTune):
         shown.on_step_end(0, [])
 
 
@@ -165,7 +178,7 @@ def test_nothing_is_foretold_when_every_trial_has_ended(shown):
 
 
 def test_a_search_tells_what_it_pruned_and_counts_trials_that_are_yet_to_be_suggested(clock):
-    searching = SweepProgress(Console(file=io.StringIO(), width=200), {}, trials=4)
+    searching = SweepProgress(Console(file=io.StringIO(), width=200), TrialOutcomes({}, trials=4))
     for key in ("a", "b"):
         searching.on_trial_start(0, [], trial(key))
         result(searching, key, 0)
@@ -175,25 +188,25 @@ def test_a_search_tells_what_it_pruned_and_counts_trials_that_are_yet_to_be_sugg
     result(searching, "b", 50)
     # 100 steps in 10 s; half of b and two trials to go.
     assert searching.line() == "0 of 4 finished, 1 pruned, 1 running, 0 failed, 0:25 left"
-    assert searching.pruned == {"a": "pruned at step 50"}
+    assert searching.outcomes.pruned == {"a": "pruned at step 50"}
     result(searching, "b", 100, status="finished")
-    assert (searching.ended, searching.finished) == (2, {"b"})
+    assert (searching.outcomes.ended, searching.outcomes.finished) == (2, {"b"})
 
 
 def test_of_an_array_each_trial_is_counted_as_it_ends(shown, tmp_path):
-    jobs = [{"key": key, "params": {"train.steps": 100}} for key in ("a", "b", "c")]
+    jobs = [job_of(key) for key in ("a", "b", "c")]
     array = SimpleNamespace(config={"key": "a", "batch": jobs}, last_result={})
     array.error_file = tmp_path / "error.txt"
     array.error_file.write_text("Failure # 1\nThe actor died.\nIt was killed.\n")
     shown.on_trial_start(0, [], array)
-    assert shown.running == {"a", "b", "c"}
+    assert shown.outcomes.running == {"a", "b", "c"}
     shown.on_trial_result(0, [], array, {"trial_key": "b", "step": 20, "status": "diverged"})
-    assert (shown.running, shown.finished) == ({"a", "c"}, {"b"})
+    assert (shown.outcomes.running, shown.outcomes.finished) == ({"a", "c"}, {"b"})
     shown.on_trial_recover(0, [], array)
-    assert set(shown.retried) == {"a", "c"}
-    assert not array.config["apart"]
+    assert set(shown.outcomes.retried) == {"a", "c"}
+    assert not array.config["isolate"]
     shown.on_trial_start(0, [], array)
-    assert shown.running == {"a", "c"}
+    assert shown.outcomes.running == {"a", "c"}
     for _ in range(2):  # a batch that goes on says again what it had
         shown.on_trial_result(0, [], array, {"trial_key": "b", "step": 20, "status": "diverged"})
     shown.on_trial_result(0, [], array, {"trial_key": "c", "step": 100, "status": "finished"})

@@ -5,19 +5,18 @@ import sys
 
 import pytest
 
-from analysis.runs import tracking_uri
 from gptcore.config import TrialConfig
 from helpers.paths import ROOT
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
+from tracking.store import store_address
 
 IN_PORTIONS = """
 import sys
-from sweeps import launch
-from sweeps.execution import runner as ray_runner
-from sweeps import presets as spaces
-ray_runner.PORTION, ray_runner.ROUNDS = 2, 1
-sys.exit(launch.main("many", spaces.PRESETS))
+from sweeps.execution import runner
+from sweeps.init_sweep import main
+runner.TRIALS_PER_TUNER_RUN, runner.ROUNDS_PER_SLOT = 2, 1
+sys.exit(main())
 """
 
 
@@ -34,5 +33,5 @@ def test_many_trials_are_tunes_a_portion_at_a_time(tmp_path):
     assert "5 of 5 finished, 0 running, 0 failed\n" in done.stdout
     assert "Traceback" not in done.stderr
     assert len([folder for folder in (tmp_path / "ray").iterdir() if folder.is_dir()]) == 3
-    runs = runs_of(tracking_uri(tmp_path)).values()
+    runs = runs_of(store_address(tmp_path).uri).values()
     assert [run.info.status for run in runs] == ["FINISHED"] * 5

@@ -9,13 +9,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_status
 from gptcore.config import TrialConfig
 from gptcore.records import TABLES
 from helpers.driving import kill, kill_worker, outcome, start, wait_for, workers
 from helpers.store import check_whole, keys_running, runs_of
 from helpers.trials import KILLED, TINY, flags, key_of, undisturbed_tables, with_knobs
 from sweeps.execution.runner import RETRIES
+from tracking.store import Store, store_address, trial_status
 
 ENDLESS = 10**6
 """Steps of a trial that is still under way whenever the test gets to it."""
@@ -31,7 +31,7 @@ def run(runs_dir, *arguments):
 
 
 def runs_in(runs_dir):
-    return runs_of(tracking_uri(runs_dir))
+    return runs_of(store_address(runs_dir).uri)
 
 
 def training_a_while(runs_dir, count=1, since=0.0):
@@ -128,7 +128,7 @@ def test_an_array_whose_worker_and_then_driver_are_killed_loses_and_doubles_noth
     kill(process)
     code, output = run(runs_dir, *arguments)
     assert code == 0, output
-    check_whole(tracking_uri(runs_dir), runs_dir / "mlflow.db", configs, tmp_path)
+    check_whole(store_address(runs_dir).uri, runs_dir / "mlflow.db", configs, tmp_path)
     runs = runs_in(runs_dir).values()
     assert {run.data.tags["array"] for run in runs} == {"2"}
 
@@ -150,7 +150,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     assert lost.data.tags["retries"] == "1"
     assert lost.data.tags["retried_because"].startswith("the worker died: ")
     # It went on under its own run, and holds every point once.
-    check_whole(tracking_uri(runs_dir), runs_dir / "mlflow.db", configs, tmp_path)
+    check_whole(store_address(runs_dir).uri, runs_dir / "mlflow.db", configs, tmp_path)
 
 
 @pytest.mark.full
@@ -249,7 +249,6 @@ def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, poli
     assert "stopped with 2 trials to go: the same command goes on" in output
     runs = runs_in(runs_dir).values()
     assert {(run.info.status, trial_status(run)) for run in runs} == {("KILLED", "stopped")}
-    client = connect(tracking_uri(runs_dir))
-    (sweep,) = search_runs(client, experiment_ids(client), "sweep")
+    (sweep,) = Store(store_address(runs_dir)).runs("sweep")
     assert sweep.info.status == "KILLED"
     wait_for(lambda: not workers(), seconds=120)

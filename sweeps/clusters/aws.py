@@ -20,11 +20,13 @@ from typing import Any
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
-from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND
 
 from gptcore.config import InputError
 from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, workers, wrong_with
+from sweeps.execution.private_api import aws_node_provider
+
+AWSNodeProvider: Any = aws_node_provider()
 
 ENDING = sys.argv[1:2] == ["down"]
 """Whether this is `ray down`: machines that cost money are ended whatever else is wrong."""

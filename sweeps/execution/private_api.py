@@ -111,6 +111,19 @@ def memory_here() -> tuple[int, int]:
     return total - int(get_used_memory()), total
 
 
+def aws_node_provider() -> type:
+    """Return Ray's own provider of machines on AWS.
+
+    Reason: ours checks the cluster's file, makes a security group and rights, and leaves the rest
+    to Ray's, which `ray up` finds by this class alone.
+    """
+    # Not at the top: only who starts a cluster has boto3.
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    provider: type = AWSNodeProvider
+    return provider
+
+
 def error_text(trial: TuneTrial) -> str:
     """Return what Tune knows of a trial's latest error.
 

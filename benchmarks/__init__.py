@@ -1,0 +1,1 @@
+"""One question a file; each is run by hand and says how."""
