@@ -32,6 +32,8 @@ from playwright.sync_api import sync_playwright
 from tracking.store import Store, StoreAddress
 
 PICTURES = Path(__file__).parent / "pictures"
+WIDTH = 980
+"""Pixels of a picture of the report."""
 MOST_BYTES = 300_000
 """Of one picture: everybody who clones the repository has to fetch it."""
 SECONDS_TO_START = 120.0
@@ -64,13 +66,13 @@ def main() -> int:
 
 def picture_report(browser: Any, report: Path) -> None:
     """Picture the verdicts of a report, and the figure of growth over depth."""
-    page = browser.new_page(viewport={"width": 980, "height": 1000})
+    page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
     page.goto(report.as_uri())
     page.wait_for_selector("#growth_by_layer svg.marks")
-    page.add_style_tag(content="nav { display: none } h2#verdicts { margin-top: 1rem }")
+    page.add_style_tag(content=".vega-embed details, nav { display: none } h2#verdicts { margin-top: 1rem }")
     table = page.locator("section:has(#verdicts) table").first.bounding_box()
     height = table["y"] + table["height"] + 8
-    clip = {"x": 0, "y": 0, "width": 980, "height": height}
+    clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
     page.screenshot(path=PICTURES / "report.png", clip=clip, full_page=True)
     figure = page.locator("figure:has(#growth_by_layer)")
     figure.screenshot(path=PICTURES / "depth.png")
@@ -82,9 +84,13 @@ def picture_mlflow(browser: Any, address: str, name: str) -> None:
     store = Store(StoreAddress(address))
     experiment = store.client.get_experiment_by_name(name)
     assert experiment, f"there is no sweep {name}"
-    page = browser.new_page(viewport={"width": 1500, "height": 860})
+    page = browser.new_page(viewport={"width": 1280, "height": 960})
     page.goto(store.address.chart_page(experiment.experiment_id))
     page.get_by_text("What the claims are about").wait_for(timeout=60_000)
+    for label in ("Hide banner", "Close", "Toggle sidebar"):  # what MLflow has around the page
+        button = page.locator(f"button[aria-label='{label}']").first
+        if button.count():
+            button.click()
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
     page.get_by_text("loss/val").first.wait_for(timeout=30_000)
     page.wait_for_timeout(3_000)  # until the lines are drawn
