@@ -11,13 +11,19 @@ import polars as pl
 import pytest
 from moto.server import ThreadedMotoServer
 
-from analysis.runs import tracking_uri
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start, wait_for
 from helpers.store import runs_of
 from helpers.trials import KILLED, flags, undisturbed, with_knobs
-from sweeps.execution.checkpoints import check_bucket, fetch, forget, keep, with_checkpoint
+from sweeps.execution.checkpoints import (
+    check_bucket,
+    delete_checkpoint,
+    fetch_checkpoint,
+    save_checkpoint,
+    with_checkpoint,
+)
+from tracking.store import store_address
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +58,18 @@ def test_what_one_machine_keeps_another_fetches(lab, tmp_path):
     here, there = (checkpoint_file(tmp_path / name, "k") for name in ("here", "there"))
     here.parent.mkdir(parents=True)
     here.write_bytes(b"step 1")
-    keep(here)
-    fetch(there)
+    save_checkpoint(here)
+    fetch_checkpoint(there)
     assert there.read_bytes() == b"step 1"
     there.write_bytes(b"step 2")
-    keep(there)
-    fetch(here)
+    save_checkpoint(there)
+    fetch_checkpoint(here)
     assert here.read_bytes() == b"step 2"
     assert with_checkpoint(tmp_path / "anywhere") == {"k"}
-    forget(there)
+    delete_checkpoint(there)
     assert not there.exists()
     assert with_checkpoint(tmp_path / "anywhere") == set()
-    forget(there)  # twice is no error
+    delete_checkpoint(there)  # twice is no error
 
 
 def test_a_checkpoint_that_the_bucket_has_not_is_none(lab, tmp_path):
@@ -71,7 +77,7 @@ def test_a_checkpoint_that_the_bucket_has_not_is_none(lab, tmp_path):
     left = checkpoint_file(tmp_path, "k")
     left.parent.mkdir()
     left.write_bytes(b"old")
-    fetch(left)
+    fetch_checkpoint(left)
     assert not left.exists()
 
 
@@ -80,10 +86,10 @@ def test_without_a_bucket_checkpoints_stay_where_they_are(tmp_path):
     file.parent.mkdir()
     file.write_bytes(b"step 1")
     check_bucket()
-    fetch(file)
-    keep(file)
+    fetch_checkpoint(file)
+    save_checkpoint(file)
     assert with_checkpoint(tmp_path) == {"k"}
-    forget(file)
+    delete_checkpoint(file)
     assert with_checkpoint(tmp_path) == set()
 
 
@@ -99,8 +105,8 @@ def test_a_bucket_that_fails_for_once_costs_a_trial_nothing(lab, tmp_path, monke
     file.parent.mkdir()
     file.write_bytes(b"step 1")
     monkeypatch.setenv("GPT_SWEEPS_BUCKET", "s3://nowhere-at-all/runs")
-    keep(file)
-    assert "k.pt is not kept in s3://nowhere-at-all/runs this time" in capsys.readouterr().err
+    save_checkpoint(file)
+    assert "k.pt could not be copied to s3://nowhere-at-all/runs" in capsys.readouterr().err
 
 
 def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(tmp_path, monkeypatch):
@@ -142,7 +148,7 @@ def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
     assert code == 0, output
     assert not checkpoints()
     assert [name for name in lab() if name.startswith("ray/")]  # Tune's own
-    runs = runs_of(tracking_uri(runs_dir)).values()
+    runs = runs_of(store_address(runs_dir).uri).values()
     assert sorted(run.data.params["init.seed"] for run in runs) == ["0", "1"]
     for run in runs:
         whole = undisturbed(with_knobs(config, init__seed=int(run.data.params["init.seed"])))

@@ -1,4 +1,4 @@
-"""What faults.py says of errors as they are really raised; the drill is in test_faults.py."""
+"""What is said of errors as they are really raised; the drill is in test_faults.py."""
 
 import errno
 import re
@@ -10,14 +10,17 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from analysis.runs import connect, tracking_uri
 from gptcore.config import InputError
 from helpers.servers import free_port
-from sweeps.execution.faults import Fault, check_database, fault_of_sweep, fault_of_trial
-from sweeps.session import sound_store
+from helpers.store import store_in
+from sweeps.execution.faults import Fault, fault_of_sweep, fault_of_trial
+from sweeps.session import naming_faults
+from tracking.health import check_database
+from tracking.store import Store, store_address
 
 MEMORY = (
-    r"; this process held [\d.]+ [MG]B at most, the machine has [\d.]+ [MG]B of [\d.]+ [MG]B free"
+    r"; this process held at most [\d.]+ [MG]B, and [\d.]+ [MG]B of the machine's [\d.]+ [MG]B "
+    "are free"
 )
 
 
@@ -30,14 +33,14 @@ def raised(break_it):
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda: torch.empty(10**15), r"4 PB in one piece were refused"),
+        (lambda: torch.empty(10**15), r"an allocation of 4 PB was refused"),
         (lambda: np.empty(10**15), r"Unable to allocate 7\.11 PiB for an array with .*"),
         (lambda: bytearray(10**15), "an allocation was refused"),
     ],
 )
 def test_a_trial_without_memory_says_how_much_it_wanted_and_there_is(tmp_path, break_it, said):
     error = raised(break_it)
-    assert fault_of_sweep(error, tracking_uri(tmp_path), tmp_path) is None
+    assert fault_of_sweep(error, store_address(tmp_path), tmp_path) is None
     assert re.fullmatch(f"out of memory: {said}{MEMORY}", fault_of_trial(error))
 
 
@@ -72,7 +75,7 @@ def test_a_full_disk_is_a_fault_of_the_sweep_however_it_is_met(tmp_path):
             raise InputError("the checkpoint cannot be written") from error
 
     def database():
-        client = connect(tracking_uri(tmp_path))
+        client = store_in(tmp_path).client
         (engine,) = [client._tracking_client.store.engine]
         with engine.connect() as store:
             # As small as it is.
@@ -84,9 +87,9 @@ def test_a_full_disk_is_a_fault_of_the_sweep_however_it_is_met(tmp_path):
                 )
 
     for break_it in (checkpoint, database):
-        said = fault_of_sweep(raised(break_it), tracking_uri(tmp_path), tmp_path)
+        said = fault_of_sweep(raised(break_it), store_address(tmp_path), tmp_path)
         assert re.fullmatch(
-            r"no room on the disk of .+ for what was to be written, [\d.]+ \w+ of [\d.]+ \w+ are "
+            r"the disk of .+ is full, [\d.]+ \w+ of [\d.]+ \w+ are "
             "free: make room, then the same command goes on",
             said,
         )
@@ -101,23 +104,22 @@ def test_a_server_that_is_gone_for_good_ends_the_sweep_and_keeps_its_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with (
         pytest.raises(Fault, match=f"the tracking server at 127.0.0.1:{port} fails .*refused") as e,
-        sound_store(tmp_path) as found,
+        naming_faults(Store(store_address(tmp_path)), tmp_path),
     ):
-        MlflowClient(found).search_experiments()
+        MlflowClient(uri).search_experiments()
     assert "secret" not in str(e.value)
 
 
 def test_what_a_store_refuses_is_no_fault_of_the_sweep(tmp_path):
-    uri = tracking_uri(tmp_path)
-    client = connect(uri)
-    error = raised(lambda: client.get_run("none of that name"))
+    store = store_in(tmp_path)
+    error = raised(lambda: store.client.get_run("none of that name"))
     assert isinstance(error, MlflowException)
-    assert fault_of_sweep(error, uri, tmp_path) is None
-    assert fault_of_sweep(ValueError(), uri, tmp_path) is None
+    assert fault_of_sweep(error, store.address, tmp_path) is None
+    assert fault_of_sweep(ValueError(), store.address, tmp_path) is None
 
 
 def test_a_database_that_another_process_writes_to_is_not_damaged(tmp_path):
-    connect(tracking_uri(tmp_path))
+    store_in(tmp_path)
     file = tmp_path / "mlflow.db"
     with sqlite3.connect(file) as other:
         other.execute("begin immediate")

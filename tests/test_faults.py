@@ -15,14 +15,14 @@ from contextlib import suppress
 
 import pytest
 
-from analysis.runs import connect, tracking_uri
 from gptcore.config import TrialConfig
 from helpers.driving import kill, outcome, start, wait_for, workers
 from helpers.servers import free_port, start_server
-from helpers.store import check_whole, keys_running, runs_of
+from helpers.store import check_whole, keys_running, runs_of, store_in
 from helpers.trials import KILLED, WORDS, flags
 from sweeps.launch import main
 from sweeps.presets import PRESETS
+from tracking.store import store_address
 
 WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 
@@ -47,7 +47,7 @@ def drilled(seed):
 
 def check(folder, count, tmp_path, uri=None, database=None):
     """Assert that so many seeds have run, and left what undisturbed trials leave."""
-    uri = uri or tracking_uri(folder / "runs")
+    uri = uri or store_address(folder / "runs").uri
     database = database or folder / "runs" / "mlflow.db"
     check_whole(uri, database, [drilled(seed) for seed in range(count)], tmp_path)
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_p
     fill(filler)
     code, output = outcome(driver)
     assert code == 1, output
-    assert f"error: no room on the disk of {small_disk}/runs for what was to be written" in output
+    assert f"error: the disk of {small_disk}/runs is full" in output
     assert "of 101 MB are free: make room, then the same command goes on" in output
     assert "Traceback" not in output, output
     filler.unlink()
@@ -163,14 +163,14 @@ def test_a_trial_that_is_out_of_memory_fails_alone_with_the_numbers(tmp_path):
     arguments = ["--no-report", *words, *seeds(2), "--model.d_model", "16", huge]
     code, output = outcome(start("init_sweep.py", tmp_path / "runs", *arguments))
     assert code == 1, output
-    runs = runs_of(tracking_uri(tmp_path / "runs")).values()
+    runs = runs_of(store_address(tmp_path / "runs").uri).values()
     ended = {(run.data.params["model.d_model"], run.info.status) for run in runs}
     assert ended == {("16", "FINISHED"), (huge, "FAILED")}
     for run_ in runs:
         if run_.info.status == "FAILED":
             assert re.fullmatch(
-                r"out of memory: 211 GB in one piece were refused; this process held [\d.]+ MB "
-                r"at most, the machine has [\d.]+ GB of [\d.]+ GB free",
+                r"out of memory: an allocation of 211 GB was refused; this process held at most "
+                r"[\d.]+ MB, and [\d.]+ GB of the machine's [\d.]+ GB are free",
                 run_.data.tags["reason"],
             )
             assert "retries" not in run_.data.tags
@@ -181,7 +181,7 @@ def test_a_worker_that_ray_kills_for_its_memory_leaves_rays_numbers(tmp_path):
     limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     code, output = run(tmp_path, *seeds(1), **limits)
     assert code == 1, output
-    (failed,) = runs_of(tracking_uri(tmp_path / "runs")).values()
+    (failed,) = runs_of(store_address(tmp_path / "runs").uri).values()
     assert failed.info.status == "FAILED"
     reason = r"out of memory, the worker was killed by Ray: Memory on the node .* used / .* limit"
     assert re.match(reason, failed.data.tags["reason"])
@@ -216,7 +216,7 @@ def test_damaged_checkpoints_are_named_and_the_other_trials_run(tmp_path):
 def test_a_damaged_database_is_named_and_left_alone(tmp_path, damage, capsys):
     runs_dir = tmp_path / "runs"
     runs_dir.mkdir()
-    connect(tracking_uri(runs_dir))
+    store_in(runs_dir)
     file = runs_dir / "mlflow.db"
     whole, middle = file.read_bytes(), file.stat().st_size // 2
     noise = random.Random(0).randbytes(20_000)

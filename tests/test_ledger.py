@@ -8,16 +8,15 @@ import time
 
 import pytest
 
-from analysis.runs import connect, experiment_ids, search_runs, tracking_uri, trial_runs
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start
-from helpers.store import moved
+from helpers.store import job_of, moved, store_in
 from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
-from sweeps.ledger import holder, holding, read_ledger, to_redo
+from sweeps.ledger import holder, read_ledger, sweep_lock, to_redo
 from sweeps.presets import PRESETS
-from tracking.recorder import MlflowRecorder, close_cut_off, open_experiment, set_aside
+from tracking.recorder import MlflowRecorder, close_cut_off, set_aside
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ def runs_dir(two_sweeps, tmp_path):
 
 
 def ledger_of(runs_dir, sweep):
-    client = connect(tracking_uri(runs_dir))
-    return read_ledger(trial_runs(client), sweep, client, runs_dir)
+    store = store_in(runs_dir)
+    return read_ledger(store.trial_runs(), sweep, store, runs_dir)
 
 
 def test_a_trial_that_another_sweep_has_run_is_done(runs_dir):
@@ -50,54 +49,46 @@ def test_a_dry_run_says_what_is_done_and_why(runs_dir, capsys):
     assert main("doc", PRESETS, [*command, "--redo", "all"]) == 0
     said = capsys.readouterr().out
     assert "4 trials, 0 done, 4 missing, 2 of them to be run again" in said
-    assert len(trial_runs(connect(tracking_uri(runs_dir)))) == 4  # it only says so
+    assert len(store_in(runs_dir).trial_runs()) == 4  # it only says so
 
 
 def test_a_run_that_nobody_works_on_was_cut_off(runs_dir, tiny):
-    uri = tracking_uri(runs_dir)
-    client = connect(uri)
-    experiment_id = open_experiment(client, "one", runs_dir)
-    MlflowRecorder(uri, experiment_id, "begun", "a trial", tiny.to_flat(), {"sweep": "one"})
+    store = store_in(runs_dir)
+    experiment_id = store.open_experiment("one", runs_dir)
+    MlflowRecorder(store, experiment_id, job_of(tiny, "begun", sweep="one"))
     checkpoint_file(runs_dir, "begun").parent.mkdir(exist_ok=True)
     checkpoint_file(runs_dir, "begun").touch()
-    with holding(runs_dir, "one"):
+    with sweep_lock(runs_dir, "one"):
         assert ledger_of(runs_dir, "one")["begun"].status == "running"
     entry = ledger_of(runs_dir, "one")["begun"]
     assert (entry.status, entry.why) == ("cut off", "goes on from its checkpoint")
-    close_cut_off(client, experiment_id)
-    run = trial_runs(client)["begun"]
+    close_cut_off(store, experiment_id)
+    run = store.trial_runs()["begun"]
     assert (run.info.status, run.data.tags["trial_status"]) == ("KILLED", "stopped")
     # Whoever runs it again, under whatever sweep, goes on with the same run.
-    other = open_experiment(client, "other", runs_dir)
-    again = MlflowRecorder(uri, other, "begun", "a trial", tiny.to_flat(), {"sweep": "other"})
+    other = store.open_experiment("other", runs_dir)
+    again = MlflowRecorder(store, other, job_of(tiny, "begun", sweep="other"))
     assert again.run_id == run.info.run_id
-    assert trial_runs(client)["begun"].data.tags["sweep"] == "one"
+    assert store.trial_runs()["begun"].data.tags["sweep"] == "one"
 
 
 def test_what_is_set_aside_is_kept_and_counts_no_more(runs_dir, tiny):
-    client = connect(tracking_uri(runs_dir))
-    key, run = next(iter(trial_runs(client).items()))
-    set_aside(client, run)
-    assert key not in trial_runs(client)
-    (kept,) = search_runs(client, experiment_ids(client), "replaced")
+    store = store_in(runs_dir)
+    key, run = next(iter(store.trial_runs().items()))
+    set_aside(store, run)
+    assert key not in store.trial_runs()
+    (kept,) = store.runs("replaced")
     assert (kept.info.run_id, kept.data.tags["trial_key"]) == (run.info.run_id, key)
-    assert client.get_metric_history(run.info.run_id, "loss/train")
-    fresh = MlflowRecorder(
-        tracking_uri(runs_dir),
-        run.info.experiment_id,
-        key,
-        "a trial",
-        tiny.to_flat(),
-        {"sweep": "one"},
-    )
+    assert store.client.get_metric_history(run.info.run_id, "loss/train")
+    fresh = MlflowRecorder(store, run.info.experiment_id, job_of(tiny, key, sweep="one"))
     assert fresh.run_id != run.info.run_id
 
 
 def test_redo_takes_keys_all_and_failed(runs_dir):
-    client = connect(tracking_uri(runs_dir))
-    key, run = next(iter(trial_runs(client).items()))
-    client.set_tag(run.info.run_id, "trial_status", "failed")
-    ledger = read_ledger([*trial_runs(client), "new"], "one", client, runs_dir)
+    store = store_in(runs_dir)
+    key, run = next(iter(store.trial_runs().items()))
+    store.client.set_tag(run.info.run_id, "trial_status", "failed")
+    ledger = read_ledger([*store.trial_runs(), "new"], "one", store, runs_dir)
     assert to_redo(ledger, []) == []
     assert to_redo(ledger, ["failed"]) == to_redo(ledger, [key, "failed", key]) == [key]
     assert len(to_redo(ledger, ["all"])) == 4
@@ -108,7 +99,7 @@ def test_redo_takes_keys_all_and_failed(runs_dir):
 
 
 def _hold(runs_dir, ready):
-    with holding(runs_dir, "one"):
+    with sweep_lock(runs_dir, "one"):
         ready.set()
         time.sleep(600)
 
@@ -120,17 +111,17 @@ def test_two_drivers_on_one_sweep_are_told_apart(tmp_path):
     other.start()
     assert ready.wait(120)
     says = f"sweep one is being run by process {other.pid} on "
-    with pytest.raises(InputError, match=says), holding(tmp_path, "one"):
+    with pytest.raises(InputError, match=says), sweep_lock(tmp_path, "one"):
         raise AssertionError("it is held")
     assert f"process {other.pid}" in holder(tmp_path, "one")
     assert holder(tmp_path, "two") is None
-    with holding(tmp_path, "two"):
+    with sweep_lock(tmp_path, "two"):
         pass
     # However it dies, it holds nothing.
     os.kill(other.pid, signal.SIGKILL)
     other.join()
     assert holder(tmp_path, "one") is None
-    with holding(tmp_path, "one"):
+    with sweep_lock(tmp_path, "one"):
         assert json.loads((tmp_path / "locks" / "one.json").read_text())["pid"] == os.getpid()
 
 
@@ -147,7 +138,7 @@ def test_a_wider_sweep_runs_the_difference_and_redo_what_it_names(tmp_path):
         return output
 
     def started():
-        runs = trial_runs(connect(tracking_uri(tmp_path / "runs")))
+        runs = store_in(tmp_path / "runs").trial_runs()
         return {key: run.info.run_id for key, run in runs.items()}
 
     run("--init.seed", "0", "1", "--no-report")

@@ -6,9 +6,9 @@ import zlib
 
 import pytest
 
-from analysis.runs import chart_page, connect
 from gptcore.config import TrialConfig
 from helpers.paths import SCREENSHOTS
+from helpers.store import open_store
 from helpers.trials import WORDS, undisturbed
 from tracking.charts import chart_points
 from tracking.view import view_of_sweep, view_state
@@ -42,9 +42,10 @@ def test_every_chart_shows_metrics_that_trials_have():
 
 @pytest.mark.browser
 def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
-    experiment = connect(server_sweep).get_experiment_by_name("served").experiment_id
+    store = open_store(server_sweep)
+    experiment = store.client.get_experiment_by_name("served").experiment_id
     page.set_viewport_size({"width": 1900, "height": 1100})
-    page.goto(chart_page(server_sweep, experiment))
+    page.goto(store.address.chart_page(experiment))
     page.get_by_text("What the claims are about").wait_for(timeout=60_000)
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
     for title in ("loss/val", "qkv_std/layer_00", "logprob/never_used"):

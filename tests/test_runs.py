@@ -15,10 +15,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from analysis.report import main
-from analysis.runs import READ, connect, read_sweeps, tracking_uri, trial_runs
+from analysis.runs import READ, read_sweeps
 from gptcore.config import InputError
 from helpers.paths import ROOT
-from helpers.store import moved
+from helpers.store import moved, open_store, store_in
+from tracking.sweep_run import SweepRun
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ from helpers.store import moved
 )
 def test_a_store_that_does_not_answer_is_named_without_its_password(uri):
     with pytest.raises(InputError) as error:
-        connect(uri)
+        open_store(uri)
     assert f"the tracking store {uri.replace('secret', '***')} does not answer" in str(error.value)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -56,7 +57,7 @@ def test_a_server_that_wants_a_password_gets_it_and_answers(tmp_path):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        connect(f"http://me:secret@127.0.0.1:{server.server_port}")
+        open_store(f"http://me:secret@127.0.0.1:{server.server_port}")
         server.shutdown()
     assert asked[0] == "Basic " + base64.b64encode(b"me:secret").decode()
 
@@ -64,20 +65,20 @@ def test_a_server_that_wants_a_password_gets_it_and_answers(tmp_path):
 def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 99)
     with pytest.raises(InputError, match=r"mlflow.db does not answer"):
-        connect(tracking_uri(tmp_path))
+        store_in(tmp_path)
 
 
 def test_an_empty_file_is_no_store_and_none_is_made_of_it(tmp_path):
     (tmp_path / "mlflow.db").touch()
     with pytest.raises(InputError, match=r"mlflow.db does not answer: the file is empty"):
-        connect(tracking_uri(tmp_path))
+        store_in(tmp_path)
     assert (tmp_path / "mlflow.db").stat().st_size == 0
 
 
 def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from analysis.runs import connect, tracking_uri; "
-        "connect(tracking_uri(Path(sys.argv[1])))"
+        "import sys; from pathlib import Path; from tracking.store import Store, store_address; "
+        "Store(store_address(Path(sys.argv[1]))).open()"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(4)
@@ -90,15 +91,13 @@ def test_a_folder_without_sweeps_is_named_and_left_empty(tmp_path, capsys):
     assert main(["--runs-dir", str(tmp_path)]) == 2
     assert f"there is no sweep yet: {tmp_path}/mlflow.db does not exist" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    connect(tracking_uri(tmp_path))
+    store_in(tmp_path)
     assert main(["--runs-dir", str(tmp_path)]) == 2
     assert "there is no sweep yet" in capsys.readouterr().err
 
 
 def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
-    from tracking.recorder import SweepRun, open_experiment
-
-    client = connect(tracking_uri(tmp_path))
+    store = store_in(tmp_path)
     plan = {
         "sweep": "empty",
         "notes": [],
@@ -107,7 +106,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
         "command": "",
         "trials": {"k": {"params": {"init.seed": 0}}},
     }
-    SweepRun(client, open_experiment(client, "empty", tmp_path), plan, launched=1)
+    SweepRun(store, store.open_experiment("empty", tmp_path), plan, launched=1)
     assert main(["--runs-dir", str(tmp_path)]) == 2
     assert "sweep empty has no finished trials yet" in capsys.readouterr().err
 
@@ -117,7 +116,7 @@ def tables_of(runs_dir, table, sweep):
     finished = {"trial_status": "finished", "sweep": sweep}
     return {
         key: Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet")
-        for key, run in trial_runs(connect(tracking_uri(runs_dir))).items()
+        for key, run in store_in(runs_dir).trial_runs().items()
         if finished.items() <= run.data.tags.items()
     }
 
@@ -127,7 +126,7 @@ def test_tables_of_another_schema_are_refused_by_name(finished_sweep, tmp_path):
     (key, file), *_ = tables_of(runs_dir, "weights", "small").items()
     pl.read_parquet(file).write_parquet(file, metadata={"schema_version": "0"})
     with pytest.raises(InputError, match=f"trial {key} has schema version 0"):
-        read_sweeps(tracking_uri(runs_dir), ["small"], None, tmp_path / "cache")
+        read_sweeps(store_in(runs_dir), ["small"], None, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short", "not Parquet"])
@@ -156,7 +155,7 @@ def test_runs_of_which_none_can_be_read_are_no_sweep(finished_sweep, tmp_path):
         file.unlink()
     says = "no trial can be read: of [0-9a-f]{12} the training cannot be read: "
     with pytest.raises(InputError, match=says):
-        read_sweeps(tracking_uri(runs_dir), ["small"], None, tmp_path / "cache")
+        read_sweeps(store_in(runs_dir), ["small"], None, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("table", "sweep"), [("histograms", "one"), ("tokens", "two")])
@@ -198,7 +197,7 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
 
 def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path, monkeypatch):
     fetch = MlflowClient.download_artifacts
-    runs = trial_runs(connect(server_sweep))
+    runs = open_store(server_sweep).trial_runs()
     lacks, cut = [run.info.run_id for run in list(runs.values())[:2]]
 
     def worse(client, run_id, path, folder):
@@ -224,12 +223,17 @@ def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path
 
 
 def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_path, monkeypatch):
+    fetch = MlflowClient.download_artifacts
+
     def dies(*_):
         raise MlflowException("the server has gone away")
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
-    monkeypatch.setattr("analysis.runs._fetch", dies)
+    def dies_of_tables(client, run_id, path, folder):
+        return dies() if path.endswith(".parquet") else fetch(client, run_id, path, folder)
+
+    monkeypatch.setattr(MlflowClient, "download_artifacts", dies_of_tables)
+    monkeypatch.setattr(MlflowClient, "list_artifacts", dies)
     with pytest.raises(
         InputError, match=f"cannot be read from {server_sweep}: the server has gone"
     ):
-        read_sweeps(server_sweep, [], None, tmp_path)
+        read_sweeps(open_store(server_sweep), [], None, tmp_path)

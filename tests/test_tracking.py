@@ -1,28 +1,35 @@
-"""The writer of MLflow against a real store."""
+"""What is recorded of trials and sweeps, in a real store."""
 
 import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
 import pytest
 from mlflow import MlflowClient
 
-from analysis.runs import connect, read_sweeps, trial_runs, trial_status
+from analysis.runs import read_sweeps
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from helpers.paths import ROOT
+from helpers.store import job_of, store_in
 from helpers.trials import undisturbed_tables
-from tracking.recorder import MlflowRecorder, SweepRun, close_runs, open_experiment
+from tracking.recorder import MlflowRecorder, close_runs
+from tracking.store import trial_status
+from tracking.sweep_run import SweepRun
 
 
 @pytest.fixture
 def store(tmp_path):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = connect(uri)
-    return {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    return store_in(tmp_path)
+
+
+@pytest.fixture
+def experiment_id(store, tmp_path):
+    return store.open_experiment("sweep", tmp_path)
 
 
 @pytest.fixture
@@ -30,8 +37,10 @@ def key(tiny):
     return tiny.key(check_trial(tiny).digest)
 
 
-def job(key, tiny):
-    return {"key": key, "name": "a trial", "params": tiny.to_flat(), "tags": {"sweep": "sweep"}}
+@pytest.fixture
+def recorder(store, experiment_id, tiny):
+    """Return a function that makes the recorder of a trial like `tiny`, under any key."""
+    return lambda key: MlflowRecorder(store, experiment_id, job_of(tiny, key))
 
 
 def plan_of(trials):
@@ -45,14 +54,10 @@ def plan_of(trials):
     }
 
 
-def recorder(store, key, tiny):
-    return MlflowRecorder(**store, **job(key, tiny))
-
-
-def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
-    run_trial(tiny, recorder(store, key, tiny))
-    client = MlflowClient(store["uri"])
-    run = client.get_run(trial_runs(client)[key].info.run_id)
+def test_a_trial_leaves_params_tags_metrics_and_tables(store, recorder, key, tiny):
+    run_trial(tiny, recorder(key))
+    client = store.client
+    run = client.get_run(store.trial_runs()[key].info.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {name: spelling(value) for name, value in tiny.to_flat().items()}
     expected = {"kind": "trial", "trial_key": key, "trial_status": "finished"}
@@ -70,13 +75,13 @@ def test_a_trial_leaves_params_tags_metrics_and_tables(store, key, tiny):
     assert {"weights.parquet", "token_groups.parquet", "training.parquet"} <= set(files)
 
 
-def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, key, tiny):
-    first = recorder(store, key, tiny)
+def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, recorder, key, tiny):
+    first = recorder(key)
     run_trial(tiny, first)
-    again = recorder(store, key, tiny)
+    again = recorder(key)
     run_trial(tiny, again)
     assert first.run_id == again.run_id
-    history = MlflowClient(store["uri"]).get_metric_history(first.run_id, "loss/train")
+    history = store.client.get_metric_history(first.run_id, "loss/train")
     assert len(history) == 6
 
 
@@ -85,7 +90,8 @@ import json, os, signal, sys
 import polars as pl
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
-from tracking.recorder import MlflowRecorder
+from tracking.recorder import Job, MlflowRecorder
+from tracking.store import Store, StoreAddress
 
 write, written = pl.DataFrame.write_parquet, []
 
@@ -97,13 +103,16 @@ def write_four_and_a_half(frame, file, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
 pl.DataFrame.write_parquet = write_four_and_a_half
-trial = json.loads(sys.argv[1])
-run_trial(TrialConfig.from_flat(trial["params"]), MlflowRecorder(**trial))
+uri, experiment_id, trial = json.loads(sys.argv[1])
+recorder = MlflowRecorder(Store(StoreAddress(uri)), experiment_id, Job(**trial))
+run_trial(TrialConfig.from_flat(trial["params"]), recorder)
 """
 
 
-def test_tables_are_whole_or_absent_and_right_after_a_kill_among_them(store, key, tiny, tmp_path):
-    trial = json.dumps({**store, **job(key, tiny)})
+def test_tables_are_whole_or_absent_and_right_after_a_kill_among_them(
+    store, experiment_id, recorder, key, tiny
+):
+    trial = json.dumps([store.address.uri, experiment_id, asdict(job_of(tiny))])
     killed = subprocess.run([sys.executable, "-c", KILLED_AS_IT_CLOSES, trial], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     expected = {f"{name}.parquet": table for name, table in undisturbed_tables(tiny).items()}
@@ -114,48 +123,46 @@ def test_tables_are_whole_or_absent_and_right_after_a_kill_among_them(store, key
             assert pl.read_parquet(file).equals(expected[file.name])
         return {file.name for file in folder.iterdir()}
 
-    client = MlflowClient(store["uri"])
-    cut_off = trial_runs(client)[key]
+    cut_off = store.trial_runs()[key]
     assert trial_status(cut_off) == "running"
     assert len(left(cut_off) & expected.keys()) == 4
-    run_trial(tiny, recorder(store, key, tiny))
-    assert left(trial_runs(client)[key]) == expected.keys()
+    run_trial(tiny, recorder(key))
+    assert left(store.trial_runs()[key]) == expected.keys()
 
 
-def test_a_broken_trial_is_failed_with_its_reason(store, key, tiny):
-    recorder(store, key, tiny).fail("OSError: the disk is full", "where it happened")
-    run = trial_runs(MlflowClient(store["uri"]))[key]
+def test_a_broken_trial_is_failed_with_its_reason(store, recorder, key):
+    recorder(key).fail("OSError: the disk is full", "where it happened")
+    run = store.trial_runs()[key]
     assert run.info.status == "FAILED"
     assert trial_status(run) == "failed"
     assert run.data.tags["reason"] == "OSError: the disk is full"
 
 
-def test_runs_of_trials_that_no_longer_run_are_closed(store, key, tiny):
-    recorder(store, key, tiny)
-    client = MlflowClient(store["uri"])
-    runs = trial_runs(client)
+def test_runs_of_trials_that_no_longer_run_are_closed(store, experiment_id, recorder, key, tiny):
+    recorder(key)
+    runs = store.trial_runs()
     assert trial_status(runs[key]) == "running"
-    recorder(store, "behind", tiny)
-    jobs = [job(name, tiny) for name in (key, "begun not", "broken", "behind")]
+    recorder("behind")
+    jobs = [job_of(tiny, name) for name in (key, "begun not", "broken", "behind")]
     died, pruned = {key: ["it died", "it died again"]}, {"behind": "pruned at step 50"}
-    close_runs(store, jobs, {"broken": "killed"}, died, pruned)
-    behind = trial_runs(client)["behind"]
+    close_runs(store, experiment_id, jobs, {"broken": "killed"}, died, pruned)
+    behind = store.trial_runs()["behind"]
     assert (behind.info.status, trial_status(behind)) == ("KILLED", "pruned")
     assert behind.data.tags["reason"] == "pruned at step 50"
-    closed = trial_runs(client)[key]
+    closed = store.trial_runs()[key]
     assert (closed.info.status, trial_status(closed)) == ("KILLED", "stopped")
     assert closed.data.tags["retries"] == "2"
     assert closed.data.tags["retried_because"] == "it died; it died again"
-    broken = trial_runs(client)["broken"]
+    broken = store.trial_runs()["broken"]
     assert (broken.info.status, broken.data.tags["reason"]) == ("FAILED", "killed")
-    assert "begun not" not in trial_runs(client)
+    assert "begun not" not in store.trial_runs()
 
 
 def test_closing_asks_the_store_once_however_many_trials_have_ended_well(
-    store, key, tiny, monkeypatch
+    store, experiment_id, recorder, key, tiny, monkeypatch
 ):
-    run_trial(tiny, recorder(store, key, tiny))
-    recorder(store, "stopped", tiny)
+    run_trial(tiny, recorder(key))
+    recorder("stopped")
     asked, search = [], MlflowClient.search_runs
 
     def counting(*args, **named):
@@ -163,23 +170,24 @@ def test_closing_asks_the_store_once_however_many_trials_have_ended_well(
         return search(*args, **named)
 
     monkeypatch.setattr(MlflowClient, "search_runs", counting)
-    close_runs(store, [job(name, tiny) for name in [*[key] * 20, "stopped"]], {}, {}, {})
+    jobs = [job_of(tiny, name) for name in [*[key] * 20, "stopped"]]
+    close_runs(store, experiment_id, jobs, {}, {}, {})
     assert len(asked) == 1
-    status = {name: run.info.status for name, run in trial_runs(connect(store["uri"])).items()}
+    status = {name: run.info.status for name, run in store.trial_runs().items()}
     assert status == {key: "FINISHED", "stopped": "KILLED"}
 
 
-def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_path):
-    client = MlflowClient(store["uri"])
-    run_trial(tiny, recorder(store, key, tiny))
+def test_a_sweep_has_one_run_and_its_latest_plan_counts(
+    store, experiment_id, recorder, key, tiny, tmp_path
+):
+    run_trial(tiny, recorder(key))
     trials = {key: {"params": tiny.to_flat()}, "other": {"params": tiny.to_flat()}}
     first, second = (
-        SweepRun(client, store["experiment_id"], plan_of(wanted), launched=1)
-        for wanted in ({}, trials)
+        SweepRun(store, experiment_id, plan_of(wanted), launched=1) for wanted in ({}, trials)
     )
     assert first.run_id == second.run_id
     second.end("FINISHED")
-    tables = read_sweeps(store["uri"], ["sweep"], None, tmp_path / "cache")
+    tables = read_sweeps(store, ["sweep"], None, tmp_path / "cache")
     assert dict(tables.trials.select("trial_key", "status").iter_rows()) == {
         key: "finished",
         "other": "missing",
@@ -187,8 +195,7 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(store, key, tiny, tmp_pa
     assert set(tables.tables["weights"]["trial_key"]) == {key}
 
 
-def test_a_deleted_sweep_is_not_silently_made_anew(store, tmp_path):
-    client = MlflowClient(store["uri"])
-    client.delete_experiment(store["experiment_id"])
+def test_a_deleted_sweep_is_not_silently_made_anew(store, experiment_id, tmp_path):
+    store.client.delete_experiment(experiment_id)
     with pytest.raises(InputError, match="sweep sweep was deleted in MLflow"):
-        open_experiment(client, "sweep", tmp_path)
+        store.open_experiment("sweep", tmp_path)

@@ -15,11 +15,11 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from analysis.runs import connect
 from gptcore.config import InputError
 from helpers.driving import wait_for
 from helpers.paths import ROOT
 from helpers.servers import free_port
+from helpers.store import open_store
 from tracking import server as tracking_server
 from tracking.server import USER, end_server_of, main
 
@@ -169,7 +169,7 @@ def test_pages_of_others_cannot_use_a_browser_that_knows_the_password(known):
 def test_without_the_password_a_sweep_is_told_what_to_set(served, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(InputError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
-        connect(served)
+        open_store(served)
 
 
 @pytest.mark.full
@@ -293,7 +293,7 @@ REFUSED = {
     "an empty password": (["--password-file", "/dev/null"], "has 0 characters, of at least 32"),
     "a folder with a space": (["--folder", "a b"], "cannot hold the database's socket"),
     "a folder too deep": (["--folder", "a" * 90], "cannot hold the database's socket"),
-    "no artifacts": (["--artifacts", ""], "it takes --cluster, or --address and --artifacts"),
+    "no artifacts": (["--artifacts", ""], "give either --cluster, or --address and --artifacts"),
 }
 
 

@@ -20,7 +20,6 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from analysis.runs import connect
 from gptcore import checkpoint
 from gptcore import train as training
 from gptcore.checkpoint import Checkpoint, checkpoint_file
@@ -28,12 +27,13 @@ from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import TABLES, MemoryRecorder
 from helpers import trials
+from helpers.store import job_of, store_in, worker_config
 from helpers.trials import TINY, key_of
 from sweeps.execution import trainable
-from tracking import recorder as tracking
-from tracking import tables as parquet
+from sweeps.execution.trainable import TrialReport
+from tracking import recorder, tables
 from tracking.charts import chart_points
-from tracking.recorder import MlflowRecorder, close_runs, open_experiment
+from tracking.recorder import MlflowRecorder, close_runs
 
 STEPS = 10
 SAVED_EVERY = 4  # steps: a checkpoint at 0, 4 and 8 holds the rows of the steps before it
@@ -45,11 +45,6 @@ WAIT = 120  # seconds: a worker that takes one or two ends by SIGALRM then
 def config_of(seed):
     knobs = {"train.steps": STEPS, "train.checkpoint_seconds": 0.0, "init.seed": seed}
     return TrialConfig.from_flat({**TINY, "probes.every": PROBED_EVERY, **knobs})
-
-
-def job_of(config):
-    tags = {"sweep": "sweep"}
-    return {"key": key_of(config), "name": "a trial", "params": config.to_flat(), "tags": tags}
 
 
 def before(owner, name, nth=1, where=lambda *_, **__: True):
@@ -169,11 +164,11 @@ POINTS = {
         ({**OPEN, "tables": 4, "half tables": 1},),
     ),
     "between two Parquet files": Point(
-        after(parquet, "write_atomically", 5),
+        after(tables, "write_atomically", 5),
         ({**OPEN, "last loss": STEPS, "tables": 5, "half tables": 0},),
     ),
     "between the Parquet files and the result": Point(
-        after(tracking, "write_tables"),
+        after(recorder, "write_tables"),
         ({**OPEN, "tables": len(TABLES), "has result": False},),
     ),
     "between the result and the run's end": Point(
@@ -246,7 +241,7 @@ def work_until(name, work):
     """Do as a worker does, and die at the point."""
     told = []
     trainable.tune.report = told.append
-    tracking.FLUSH_AT = FLUSH_AT
+    recorder.FLUSH_AT = FLUSH_AT
     checkpoint.SHARE_OF_TIME = float("inf")
     save = training.save
 
@@ -309,17 +304,17 @@ def undisturbed():
         config = config_of(seed)
         rows = trials.undisturbed(config).rows.values()
         points = [point for some in rows for row in some for point in chart_points(row)]
-        tables = trials.undisturbed_tables(config)
-        left[job_of(config)["key"]] = {f"{name}.parquet": tables[name] for name in tables}, points
+        written = trials.undisturbed_tables(config)
+        left[key_of(config)] = {f"{name}.parquet": written[name] for name in written}, points
     return left
 
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory):
     """A store to copy: making one takes longer than a trial."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{file}")
-    return file
+    folder = tmp_path_factory.mktemp("store")
+    store_in(folder)
+    return folder / "mlflow.db"
 
 
 TWICE = ("in a later checkpoint", "after the checkpoint's end")
@@ -330,34 +325,35 @@ def test_what_a_killed_worker_leaves_the_next_makes_whole(
     names, exit_code_of, undisturbed, empty_store, tmp_path, monkeypatch
 ):
     shutil.copy(empty_store, tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = MlflowClient(uri)
-    store = {"uri": uri, "experiment_id": open_experiment(client, "sweep", tmp_path)}
+    store = store_in(tmp_path)
+    client, experiment_id = store.client, store.open_experiment("sweep", tmp_path)
     jobs = [job_of(config_of(seed)) for seed in range(len(POINTS[names[0]].left))]
-    work = {"store": store, "runs_dir": str(tmp_path), "batch": jobs}
+    work = worker_config(store, experiment_id, tmp_path, jobs)
 
     for name in names:
         assert exit_code_of(name, work) == -signal.SIGKILL
         for job, expected in zip(jobs, POINTS[name].left, strict=True):
-            left = left_by(client, tmp_path, job["key"])
+            left = left_by(client, tmp_path, job.key)
             assert {what: left[what] for what in expected} == expected
 
     told = []
-    monkeypatch.setattr(trainable.tune, "report", told.append)
-    monkeypatch.setattr(tracking, "FLUSH_AT", FLUSH_AT)
+    monkeypatch.setattr(
+        trainable.tune, "report", lambda result: told.append(TrialReport.of(result))
+    )
+    monkeypatch.setattr(recorder, "FLUSH_AT", FLUSH_AT)
     trainable.run_batch(work)
-    ended = {one["trial_key"]: one["status"] for one in told if "status" in one}
-    assert ended == {job["key"]: "finished" for job in jobs}
+    ended = {report.trial_key: report.status for report in told if report.status}
+    assert ended == {job.key: "finished" for job in jobs}
     if POINTS[names[-1]].ended_by == "driver":
-        close_runs(store, jobs, {}, {job["key"]: ["it died"] for job in jobs}, {})
+        close_runs(store, experiment_id, jobs, {}, {job.key: ["it died"] for job in jobs}, {})
 
-    runs = client.search_runs([store["experiment_id"]])
-    assert sorted(run.data.tags["trial_key"] for run in runs) == sorted(job["key"] for job in jobs)
+    runs = client.search_runs([experiment_id])
+    assert sorted(run.data.tags["trial_key"] for run in runs) == sorted(job.key for job in jobs)
     for run in runs:
         assert (run.info.status, run.data.tags["trial_status"]) == ("FINISHED", "finished")
-        tables, points = undisturbed[run.data.tags["trial_key"]]
-        assert {file.name for file in artifacts_of(run).iterdir()} == tables.keys()
-        for file, rows in tables.items():
+        expected, points = undisturbed[run.data.tags["trial_key"]]
+        assert {file.name for file in artifacts_of(run).iterdir()} == expected.keys()
+        for file, rows in expected.items():
             assert rows.equals(pl.read_parquet(artifacts_of(run) / file)), file
         assert sorted(points_of(tmp_path, run)) == sorted(points)
         losses = client.get_metric_history(run.info.run_id, "loss/train")

@@ -47,6 +47,15 @@ def job_of(
     return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep})
 
 
+def worker_config(
+    store: Store, experiment_id: str, runs_dir: Path, jobs: Sequence[Job]
+) -> dict[str, Any]:
+    """Return what Tune gives a worker that is to run these trials as one batch."""
+    from sweeps.execution.trainable import Recording
+
+    return {"recording": Recording(store.address, experiment_id, runs_dir), "batch": list(jobs)}
+
+
 def runs_of(uri: str) -> dict[str, Any]:
     """The trials' runs in a store, each whole, by trial key: there is one of each."""
     store = open_store(uri)
