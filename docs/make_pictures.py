@@ -69,7 +69,9 @@ def picture_report(browser: Any, report: Path) -> None:
     page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
     page.goto(report.as_uri())
     page.wait_for_selector("#growth_by_layer svg.marks")
-    page.add_style_tag(content=".vega-embed details, nav { display: none } h2#verdicts { margin-top: 1rem }")
+    page.add_style_tag(
+        content=".vega-embed details, nav { display: none } h2#verdicts { margin-top: 1rem }"
+    )
     table = page.locator("section:has(#verdicts) table").first.bounding_box()
     height = table["y"] + table["height"] + 8
     clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
