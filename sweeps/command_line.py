@@ -1,4 +1,4 @@
-"""The command line that every sweep shares: where its runs go, and a flag for each knob."""
+"""The command line that sweeps and searches share: common options, and a flag for each knob."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ from tracking.arguments import Parser
 
 
 def sweep_parser(doc: str) -> Parser:
-    """A parser of what every sweep takes beside its knobs."""
+    """Return a parser of the options that sweeps and searches share."""
     parser = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--name", help="of the sweep, by default the preset's; runs are kept under it"
-    )
+    parser.add_argument("--name", help="name of the sweep (by default the preset's name)")
     parser.add_runs_dir()
-    parser.add_argument("--no-report", action="store_true", help="end without building the report")
+    parser.add_argument("--no-report", action="store_true", help="build no report at the end")
     parser.add_argument(
         "--no-estimate", action="store_true",
-        help="measure nothing before trials run, and use what the runs folder has of an earlier "
-        "measurement on the same hardware",
+        help="measure nothing before trials run; use an earlier measurement on the same hardware "
+        "if the runs folder has one",
     )  # fmt: skip
     return parser
 
 
-def add_knobs(parser: argparse.ArgumentParser, says: str) -> None:
-    """A flag for each knob, after those that the parser has."""
-    knobs = parser.add_argument_group("knobs", says)
+def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add a flag for each knob."""
+    knobs = parser.add_argument_group("knobs", description)
     defaults = TrialConfig().to_flat()
     registries: dict[str, Mapping[str, Any]] = {
         "init.scheme": INIT_SCHEMES,
@@ -58,7 +56,11 @@ def add_knobs(parser: argparse.ArgumentParser, says: str) -> None:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """The options, and what was typed for each knob that was given. Raises InputError."""
+    """Parse a command line. Raise InputError for bad arguments.
+
+    Returns:
+        The options, and the texts given for each knob.
+    """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{key}" for key in KNOBS], n=1)

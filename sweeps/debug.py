@@ -1,6 +1,6 @@
-"""One trial in this process: no Ray, no server, `breakpoint()` works, a line a step.
+"""Run one trial in this process, without Ray or a store: `breakpoint()` works, one line per step.
 
-The rows are those of a sweep, as Parquet files in a folder.
+Its rows are those that a sweep records, as Parquet files in a folder.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from tracking.tables import write_tables
 
 
 def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console) -> TrialResult:
-    """Run one trial here; its tables, config and result go to RUNS_DIR/debug/KEY."""
+    """Run one trial, and write its tables, config and result to RUNS_DIR/debug/KEY."""
     folder = runs_dir / "debug" / key
     console.print(f"trial {key} in this process, rows to {folder}")
     recorder = ConsoleRecorder(config, console)
     file = checkpoint_file(runs_dir, key)
     if file.exists():
-        console.print(f"going on from {file}; its steps are told again:", soft_wrap=True)
+        console.print(f"continuing from {file}; its steps are printed again:", soft_wrap=True)
     result = run_trial(config, recorder, file)
     write_tables(recorder.rows, folder)
     trial = {"key": key, "params": config.to_flat(), "result": asdict(result)}
@@ -81,7 +81,7 @@ class ConsoleRecorder(MemoryRecorder):
                 self.console.print(line + groups, soft_wrap=True)
 
     def _print_untrained(self, logprobs: dict[str, float | None]) -> None:
-        """The init as drawn beside what it was drawn from, and the untrained token groups."""
+        """Print the measured and the expected std of weights, and log-probs before training."""
         drawn_from: defaultdict[str, set[float]] = defaultdict(set)
         for row in self.rows["init"]:
             assert isinstance(row, InitRow)

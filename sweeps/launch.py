@@ -1,7 +1,7 @@
-"""From a command line to finished trials: plan -> dry run | debug | Ray Tune -> report.
+"""From a command line to finished trials: plan, then a dry run, a debug run, or trials and report.
 
-A sweep is a set of trial keys. Running it makes the missing ones exist and leaves finished ones
-alone, so the same command continues a sweep that was cut off, and a wider one runs the difference.
+A sweep is a set of trial keys. Running it runs the trials that do not exist yet. So the same command
+continues a sweep that was cut off, and a command with more values runs only the new trials.
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ def debug(plan: Plan, runs_dir: Path, console: Console) -> int:
 def command_line(
     doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, Space]:
-    """The options, and the values given for knobs. Raises InputError."""
+    """Parse the command line. Raise InputError for bad arguments.
+
+    Returns:
+        The options, and the values given for knobs.
+    """
     parser = sweep_parser(doc)
     parser.add_argument(
         "--preset",
@@ -90,27 +94,26 @@ def command_line(
     mode.add_argument(
         "--dry-run",
         action="store_true",
-        help="list what is done and what is missing, and measure what that takes",
+        help="list which trials are done and missing, and estimate time, memory and disk",
     )
-    mode.add_argument("--debug", action="store_true", help="run the first trial here, without Ray")
+    mode.add_argument(
+        "--debug", action="store_true", help="run the first trial in this process, without Ray"
+    )
     parser.add_argument(
         "--array", default="auto", metavar="auto|off|K",
-        help="trials that train together in one process, sharing all but init and corpus: as many "
-        "as make it faster, none, or so many [auto]",
+        help="how many trials train together in one process, if they differ only in init and "
+        "corpus: as many as make it faster, none, or K [auto]",
     )  # fmt: skip
     parser.add_argument(
         "--redo", nargs="+", default=[], metavar="KEY|failed|all",
-        help="run these trials anew, though they have a run, which is kept and marked",
+        help="run these trials again; their old runs are kept, and marked as replaced",
     )  # fmt: skip
     parser.add_argument(
         "--until-decided", type=int, metavar="N",
-        help="add seeds until every claim that N seeds can support is decided, N a configuration "
-        "at most: judged at up to five looks, the first at the fewest seeds, but no fewer than "
-        "given, that can support all of these",
+        help="add seeds until every claim that N seeds can support is decided, at most N seeds per "
+        "configuration, with up to five interim analyses",
     )  # fmt: skip
-    add_knobs(
-        parser, "one value, or several to sweep over [default, where the preset has no other]"
-    )
+    add_knobs(parser, "one value, or several to sweep over [default; a preset may have others]")
     args, given = parse(parser, argv)
     if args.preset not in presets:
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
@@ -188,8 +191,11 @@ def dry_run(
 def expected(
     missing: Mapping[str, TrialConfig], args: argparse.Namespace, console: Console
 ) -> list[str]:
-    """Say what the missing trials will take, for a reader: measured on Ray or, with --no-estimate,
-    as measured before, for which no Ray is started."""
+    """Return lines on what the missing trials will take.
+
+    That is measured on Ray or, with --no-estimate, read from earlier measurements, for which no Ray
+    is started.
+    """
     if not missing:
         return []
     from sweeps.estimate.estimate import estimate
@@ -197,7 +203,7 @@ def expected(
     from sweeps.execution.resources import cluster_address
 
     devices, measuring = {config.train.device for config in missing.values()}, not args.no_estimate
-    if measuring or cluster_address():  # whose machines are known to it alone
+    if measuring or cluster_address():  # only a running Ray knows the machines of a cluster
         start_ray(devices, console)
     else:
         check_devices(devices)

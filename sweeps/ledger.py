@@ -1,8 +1,7 @@
-"""What exists of a sweep's trials, and who may make the rest.
+"""Which of a sweep's trials exist already, and the lock of the one driver that runs the others.
 
-The record is MLflow's: a trial exists where a run has its key, whichever sweep asked for it first.
-One driver at a time works on a sweep; the lock is the operating system's, so a driver that dies,
-however it dies, holds nothing.
+A trial exists if some MLflow run has its key, whichever sweep asked for it first. One driver at a
+time works on a sweep. The lock is the operating system's, which releases it when a driver dies.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from tracking.store import DONE, Store, trial_status
 
 @dataclass(frozen=True)
 class Entry:
-    """How one trial stands."""
+    """What exists of one trial."""
 
-    status: str  # as tracking.store.trial_status, or `cut off`: running says its run, but nobody is
-    why: str  # what a user should know of it; may be empty
+    status: str  # as trial_status; or `cut off`: its run is RUNNING, and no driver works on it
+    why: str  # what the user has to know about it; may be empty
     run: Run | None
 
     @property
@@ -60,16 +59,17 @@ def _entry(run: Run | None, sweep: str, held: bool, has_checkpoint: bool) -> Ent
         if run.data.tags.get("reason"):
             why.append(run.data.tags["reason"])
     if status not in DONE and has_checkpoint:
-        why.append("goes on from its checkpoint")
+        why.append("continues from its checkpoint")
     elif status in ("stopped", "cut off"):
-        why.append("has no checkpoint: begins anew")
+        why.append("has no checkpoint: starts from step 0")
     return Entry(status, "; ".join(why), run)
 
 
 def to_redo(ledger: Mapping[str, Entry], wanted: Sequence[str]) -> list[str]:
-    """The keys that --redo names: `all` that have a run, all that `failed`, or keys themselves.
+    """Return the keys that --redo names: `all` that have a run, all that `failed`, or keys.
 
-    Raises InputError for a key that is not the sweep's, or has no run yet.
+    Raises:
+        InputError: a key is not of this sweep, or has no run yet.
     """
     with_run = [key for key, entry in ledger.items() if entry.run is not None]
     keys: dict[str, None] = {}
@@ -96,9 +96,10 @@ def _lock_file(runs_dir: Path, sweep: str) -> Path:
 
 @contextmanager
 def sweep_lock(runs_dir: Path, sweep: str) -> Iterator[None]:
-    """While inside, this driver is the only one that works on the sweep.
+    """Inside, this driver is the only one that works on the sweep.
 
-    Raises InputError that says who does where another one is.
+    Raises:
+        InputError: another driver works on it; the message says which.
     """
     file = _lock_file(runs_dir, sweep)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def sweep_lock(runs_dir: Path, sweep: str) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                # None where it was only somebody who asked who holds it.
+                # None where another process only asked who holds the lock.
                 if by := holder(runs_dir, sweep):
                     raise InputError(
                         f"sweep {sweep} is being run by {by}: wait for it, stop it, or take "
@@ -127,7 +128,7 @@ def sweep_lock(runs_dir: Path, sweep: str) -> Iterator[None]:
 
 
 def holder(runs_dir: Path, sweep: str) -> str | None:
-    """The driver that works on the sweep just now; None where none does."""
+    """Return the driver that works on the sweep now; None where none does."""
     try:
         lock = _lock_file(runs_dir, sweep).open(encoding="utf-8")
     except FileNotFoundError:
@@ -141,6 +142,6 @@ def holder(runs_dir: Path, sweep: str) -> str | None:
             return None
         try:
             by = json.load(lock)
-        except json.JSONDecodeError:  # it has just begun
+        except json.JSONDecodeError:  # the driver has just started
             return "another process"
     return f"process {by['pid']} on {by['host']} since {by['since']}, {by['command']}"

@@ -1,4 +1,4 @@
-"""What a sweep is: the trials it wants, each checked and under its key, before anything runs."""
+"""The plan of a sweep: its trials, each checked and under its key, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import KNOBS, InputError, TrialConfig, compared, spelling, varied
+from gptcore.config import KNOBS, InputError, TrialConfig, compared_knobs, spelling, varying_knobs
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
 from sweeps.presets import Space, trials_of
@@ -25,16 +25,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is: its name and, by trial key, the trials that it wants."""
+    """The name of a sweep, and its trials by their keys."""
 
     name: str
     preset: str
     trials: Mapping[str, TrialConfig]
     corpora: Mapping[str, Corpus]  # by trial key
-    notes: tuple[str, ...] = ()  # what the user should know of how the plan came about
-    searched: tuple[str, ...] = ()  # knobs that more trials, not known yet, may differ in
+    notes: tuple[str, ...] = ()  # what the user has to know about the plan
+    searched: tuple[str, ...] = ()  # knobs in which trials may differ that are not known yet
 
     def as_dict(self) -> dict[str, Any]:
+        """Return what plan.json holds."""
         return {
             "sweep": self.name,
             "preset": self.preset,
@@ -48,21 +49,21 @@ class Plan:
         }
 
     def of_seeds(self, seeds: Sequence[int]) -> Plan:
-        """The part of the plan that has these seeds."""
+        """Return the plan with only the trials of these seeds."""
         trials = {key: one for key, one in self.trials.items() if one.init.seed in seeds}
         return replace(self, trials=trials)
 
     def varied(self) -> list[str]:
-        """The knobs in which the trials differ, or may."""
-        differ = varied([config.to_flat() for config in self.trials.values()])
+        """Return the knobs in which the trials differ, or may differ."""
+        differ = varying_knobs([config.to_flat() for config in self.trials.values()])
         return [knob for knob in KNOBS if knob in self.searched or knob in differ]
 
     def compared(self) -> list[str]:
-        """The knobs that name the configurations of the trials."""
-        return compared(self.varied())
+        """Return the knobs that name the configurations of the trials."""
+        return compared_knobs(self.varied())
 
     def tags(self) -> dict[str, str]:
-        """What the driver knows and every run of the sweep should keep."""
+        """Return the tags that every run of the sweep gets."""
         return {
             "notes": " ".join(self.notes),
             "git_commit": git_commit(),
@@ -71,32 +72,33 @@ class Plan:
 
 
 def with_overrides(preset: str, spaces: Sequence[Space], overrides: Space) -> list[Space]:
-    """The preset's spaces with what the command line gives in place of their values.
+    """Replace values of a preset's spaces by those of the command line.
 
-    Raises InputError for a knob by which the preset's own spaces differ.
+    Raises:
+        InputError: the spaces of the preset differ in such a knob.
     """
     for knob in overrides:
         if any(space.get(knob) != spaces[0].get(knob) for space in spaces):
             raise InputError(
-                f"--preset {preset} sets {knob} by itself, for each of its parts: "
-                "vary it under another preset"
+                f"--preset {preset} sets {knob} for each of its parts: vary it with another preset"
             )
     return [{**space, **overrides} for space in spaces]
 
 
 def seeds_of(spaces: Sequence[Space]) -> list[int]:
-    """The seeds of the spaces. Raises InputError where they differ from one to the next."""
+    """Return the seeds of the spaces. Raise InputError where the spaces have different seeds."""
     default = [TrialConfig().init.seed]
     seeds = [list(dict.fromkeys(space.get("init.seed", default))) for space in spaces]
     if any(one != seeds[0] for one in seeds):
-        raise InputError("--until-decided takes a sweep whose parts have the same seeds")
+        raise InputError("--until-decided takes a preset whose parts have the same seeds")
     return [int(seed) for seed in seeds[0]]
 
 
 def with_more_seeds(spaces: Sequence[Space], most: int) -> list[Space]:
-    """The spaces with so many seeds: theirs, then the whole numbers after the largest.
+    """Add seeds to the spaces: the whole numbers after the largest seed, up to `most` seeds.
 
-    Raises InputError where they have more already.
+    Raises:
+        InputError: the spaces have more seeds already.
     """
     seeds = seeds_of(spaces)
     if most < max(2, len(seeds)):
@@ -109,15 +111,20 @@ def with_more_seeds(spaces: Sequence[Space], most: int) -> list[Space]:
 
 
 def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
-    """Check every trial of the spaces and give it its key. Raises InputError for a bad one."""
+    """Make a plan of all trials of the spaces. Raise InputError for a trial that cannot run."""
     spaces, notes = with_corpus(spaces)
     configs = itertools.chain.from_iterable(map(trials_of, spaces))
     return Plan(name, preset, *checked(configs), notes)
 
 
 def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ...]]:
-    """The spaces with a stand-in where none names a corpus and the default one cannot be had; ->
-    also what to say of it. Raises CorpusUnavailable where a part of the default one is asked for.
+    """Replace the default corpus by another one where this machine cannot get it.
+
+    Returns:
+        The spaces, and notes for the user.
+
+    Raises:
+        CorpusUnavailable: a part of the default corpus was asked for by name.
     """
     if any("corpus.name" in space for space in spaces):
         return spaces, ()
@@ -126,8 +133,8 @@ def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ..
     except CorpusUnavailable as error:
         subsets = [subset for space in spaces for subset in space.get("corpus.subset", ())]
         if any(str(subset).startswith("part-") for subset in subsets):
-            raise  # parts are the book's: it was asked for
-        note = f"pydocs (Python's manual) stands in for the default corpus: {error}"
+            raise  # only the book has parts
+        note = f"pydocs (Python's manual) is used instead of the default corpus: {error}"
         return [{**space, "corpus.name": ["pydocs"]} for space in spaces], (note,)
     return spaces, ()
 
@@ -135,7 +142,14 @@ def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ..
 def checked(
     configs: Iterable[TrialConfig],
 ) -> tuple[dict[str, TrialConfig], dict[str, Corpus]]:
-    """The trials by their keys, and by key the corpus of each. Raises InputError for a bad one."""
+    """Check trials.
+
+    Returns:
+        The trials by their keys, and by key the corpus of each.
+
+    Raises:
+        InputError: a trial cannot run.
+    """
     load = functools.cache(load_corpus)
     trials, corpora = {}, {}
     for config in configs:
@@ -144,10 +158,10 @@ def checked(
         config = replace(config, corpus=replace(config.corpus, subset=subset))
         if config.probed_layers() == list(range(config.model.n_layer)):
             config = replace(config, probes=replace(config.probes, layers="all"))
-        # The order of batches does not matter to what is loaded.
+        # What is loaded does not depend on the order of batches.
         corpus = load(replace(config.corpus, data_seed=0), config.model.context)
         if config.corpus.name not in CORPORA:
-            # A worker need not stand in the folder where the user typed the path.
+            # A worker may run in another folder than the user's.
             config = replace(config, corpus=replace(config.corpus, name=corpus.origin))
         key = config.key(corpus.digest)
         trials[key], corpora[key] = config, corpus
@@ -200,7 +214,7 @@ def power(plan: Plan, alpha: float | None = None) -> list[str]:
 
 @functools.cache
 def versions() -> str:
-    """Of what numbers may depend on."""
+    """Return the versions on which numbers may depend."""
     packages = ("torch", "ray", "mlflow", "polars", "numpy")
     told = [f"python {platform.python_version()}"]
     return ", ".join(told + [f"{name} {version(name)}" for name in packages])
@@ -208,7 +222,7 @@ def versions() -> str:
 
 @functools.cache
 def git_commit() -> str:
-    """The checkout's commit, with `+` where files differ from it; empty outside a checkout."""
+    """Return the checkout's commit, with `+` if files were changed; empty outside a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""Presets: which trials a sweep is made of before the command line has its say."""
+"""Presets: the trials of a sweep, where the command line does not name others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from gptcore.config import Scalar, TrialConfig
 from gptcore.init_schemes import INIT_SCHEMES
 
-# Values of a knob; a sweep is the product over all knobs. The first knob varies slowest.
 Space = Mapping[str, Sequence[Scalar]]
+"""The values of some knobs. Its trials are all combinations; the first knob varies slowest."""
 
 
 @dataclass(frozen=True)
 class Preset:
+    """A sweep that has a name: the trials of all its spaces."""
+
     doc: str
-    spaces: tuple[Space, ...]  # the trials are those of all of them together
+    spaces: tuple[Space, ...]
 
 
 # "Train Model 5 with weight initialisations": the shape of GPT-2's smallest model, context 256.
@@ -31,7 +33,7 @@ MODEL5: Space = {
 
 
 def trials_of(space: Space) -> list[TrialConfig]:
-    """Every combination of the space's values, in order; a value given twice counts once."""
+    """Return every combination of the space's values, in order; a repeated value counts once."""
     values = [dict.fromkeys(space[key]) for key in space]
     return [
         TrialConfig.from_flat(dict(zip(space, combination, strict=True)))

@@ -23,7 +23,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.units import clock
-from sweeps.execution.checkpoints import check_bucket, forget
+from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
 from sweeps.execution.interrupts import two_presses
 from sweeps.ledger import Entry, read_ledger, sweep_lock, to_redo
@@ -136,7 +136,7 @@ class Session:
         for key in again:
             run = self.ledger[key].run
             assert run is not None
-            forget(checkpoint_file(self.runs_dir, key))
+            delete_checkpoint(checkpoint_file(self.runs_dir, key))
             set_aside(self.store, run)
         if not missing:
             return False
@@ -287,14 +287,14 @@ class Session:
         self.console.print(f"report: {file}", soft_wrap=True)
 
     def _made_of(self, plan: Plan, ledger: Mapping[str, Entry]) -> str:
-        """Changes with all that the report rests on: the runs that count, claims, looks, code."""
+        """Return a digest of all that the report rests on: runs, claims, interim analyses, code."""
         runs = {
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
         rests_on: list[Any] = [runs, digest(), plan.tags(), self._looks]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
-            rests_on.append(time.time())  # which code this is is not known
+            rests_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -320,7 +320,7 @@ def naming_faults(store: Store, runs_dir: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder. Raises InputError where nothing can be written to it."""
+    """Make a folder. Raise InputError where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

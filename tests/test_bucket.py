@@ -143,7 +143,7 @@ def test_a_sweep_goes_on_from_the_bucket_where_all_else_is_gone(lab, tmp_path):
     shutil.rmtree(runs_dir / "checkpoints")
     code, output = outcome(start("init_sweep.py", runs_dir, "--dry-run", *arguments))
     assert code == 0, output
-    assert output.count("goes on from its checkpoint") == 2
+    assert output.count("continues from its checkpoint") == 2
     code, output = outcome(start("init_sweep.py", runs_dir, *arguments))
     assert code == 0, output
     assert not checkpoints()

@@ -347,7 +347,7 @@ def test_arrays_measured_when_there_were_more_trials_leave_every_core_something_
 def test_without_a_measurement_trials_run_singly_or_as_asked(
     array, sizes, run_as, two_cores, tmp_path
 ):
-    line = f"not measured (--no-estimate): {run_as} a core, time and memory not known"
+    line = f"not measured (--no-estimate): {run_as} per core, time and memory are not known"
     assert expected(seeds(5), array, tmp_path) == ([line], {}, sizes, {"CPU": 1.0})
 
 
@@ -358,7 +358,7 @@ def test_without_a_measurement_a_trial_that_may_use_a_gpu_has_one_to_itself(
     set_machines(monkeypatch, machine)
     said, _, sizes, needs = expected(seeds(2, **{"train.device": "auto"}), "auto", tmp_path)
     assert (sizes, needs) == ([1, 1], {"CPU": 1.0, "GPU": 1.0})
-    assert "one trial a GPU" in said[0]
+    assert "one trial per GPU" in said[0]
     assert resources.hardware(needs) == "a CPU; 8 CPU, 2 GPU, 1 accelerator_type:H100"
     assert resources.hardware({"CPU": 1.0}) == "a CPU; 8 CPU"
 
@@ -370,8 +370,8 @@ def test_of_shapes_some_of_which_were_measured_the_others_are_named(two_cores, t
     assert (sizes, tags) == ([3, 1], {})
     assert "as measured on 2026-11-28" in said[0]
     assert said[2] == (
-        "  1 trials not counted, as not measured (--no-estimate): one trial a core, time and "
-        "memory not known"
+        "  1 trials not counted, as not measured (--no-estimate): one trial per core, time and "
+        "memory are not known"
     )
 
 
@@ -401,7 +401,7 @@ def test_a_sweep_goes_by_what_an_earlier_one_measured_and_measures_nothing(
     assert re.search(r"\ntook .+, estimated .+\n", output)
     assert "estimated_seconds" in tags()
     output = run("--no-estimate", "--train.steps", "6")
-    assert "\nnot measured (--no-estimate): one trial a core, time and memory not kn" in output
+    assert "\nnot measured (--no-estimate): one trial per core, time and memory are" in output
     assert re.search(r"\ntook [^,]+\n", output)
     assert not tags()
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))

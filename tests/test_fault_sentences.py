@@ -90,7 +90,7 @@ def test_a_full_disk_is_a_fault_of_the_sweep_however_it_is_met(tmp_path):
         said = fault_of_sweep(raised(break_it), store_address(tmp_path), tmp_path)
         assert re.fullmatch(
             r"the disk of .+ is full, [\d.]+ \w+ of [\d.]+ \w+ are "
-            "free: make room, then the same command goes on",
+            "free: make room, then run the same command again to continue",
             said,
         )
 

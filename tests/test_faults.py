@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_with_room_again_the_same_command_goes_on(tmp_p
     code, output = outcome(driver)
     assert code == 1, output
     assert f"error: the disk of {small_disk}/runs is full" in output
-    assert "of 101 MB are free: make room, then the same command goes on" in output
+    assert "of 101 MB are free: make room, then run the same command again to continue" in output
     assert "Traceback" not in output, output
     filler.unlink()
     code, output = run(small_disk, *seeds(2))
@@ -262,7 +262,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_written(tmp_path):
     code, output = outcome(driver, 300)
     assert time.monotonic() - second < 10
     assert code == 130, output
-    assert "stopped at once: the same command goes on" in output
+    assert "stopped at once: run the same command again to continue" in output
     assert "Traceback" not in output
     wait_for(lambda: not workers(), seconds=120)
     code, output = run(tmp_path, *seeds(2))

@@ -26,7 +26,7 @@ def runs_dir(tmp_path):
 
 BAD = [
     (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
-    (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take model5"),
+    (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take one of model5"),
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
     (["--preset", "optimizer", "--optim.name", "adamw"], "--preset optimizer sets optim.name"),
     (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd takes no optim.beta1"),
@@ -98,11 +98,12 @@ def test_where_nobody_asked_for_the_book_the_stand_in_is_announced(runs_dir, mon
     monkeypatch.setattr(corpus, "DOWNLOAD_TRIES", 1)
     assert run("--runs-dir", str(runs_dir), "--debug", "--train.steps", "1") == 0
     assert (
-        "NOTE: pydocs (Python's manual) stands in for the default corpus" in capsys.readouterr().out
+        "NOTE: pydocs (Python's manual) is used instead of the default corpus"
+        in capsys.readouterr().out
     )
     plan = make_plan("quick", "quick", PRESETS["quick"].spaces)
     assert {config.corpus.name for config in plan.trials.values()} == {"pydocs"}
-    assert "stands in" in json.dumps(plan.as_dict()["notes"])
+    assert "is used instead" in json.dumps(plan.as_dict()["notes"])
 
 
 @pytest.mark.full
@@ -128,7 +129,7 @@ def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
     assert "sweep quick: 12 trials, 0 done, 12 missing" in output
     assert output.count("│ missing │") == 12
     assert "2 seeds in every configuration, 14 claims:" in output
-    single = "not measured (--no-estimate): one trial a core, time and memory not known\n"
+    single = "not measured (--no-estimate): one trial per core, time and memory are not known\n"
     assert single in output
     assert run(*wanted, "--dry-run", "--no-estimate", "--array", "5") == 0
     assert single.replace("one trial", "one array of up to 4 trials") in capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_a_run_that_nobody_works_on_was_cut_off(runs_dir, tiny):
     with sweep_lock(runs_dir, "one"):
         assert ledger_of(runs_dir, "one")["begun"].status == "running"
     entry = ledger_of(runs_dir, "one")["begun"]
-    assert (entry.status, entry.why) == ("cut off", "goes on from its checkpoint")
+    assert (entry.status, entry.why) == ("cut off", "continues from its checkpoint")
     close_cut_off(store, experiment_id)
     run = store.trial_runs()["begun"]
     assert (run.info.status, run.data.tags["trial_status"]) == ("KILLED", "stopped")

@@ -153,7 +153,7 @@ def test_arrays_that_cannot_be_tried_leave_single_trials_and_a_line(eight_slots)
     short = replace(ALONE, steps=[0.01] * 6)
     groups = [[str(i) for i in range(64)]]
     assert array_size(configured(), None, "auto", groups, short, console) == 1
-    said = "arrays could not be tried: the worker died: out of memory"
+    said = "arrays could not be measured: the worker died: out of memory"
     assert console.export_text().strip() == said
 
 
@@ -176,8 +176,8 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
     assert (found.array, found.per_gpu, found.cost.memory) == (2, 1, ALONE.memory)
     batches = known_batches(found, configured(train__device="cpu"), groups, "13")
     assert [len(batch.keys) for batch in batches] == [1, 2, 2, 2, 2, 2, 2]
-    said = ["arrays of 13 cannot be: out of memory; 6 are tried",
-            "arrays of 5 cannot be: out of memory; 2 are tried"]  # fmt: skip
+    said = ["arrays of 13 fail: out of memory; arrays of 6 are tried",
+            "arrays of 5 fail: out of memory; arrays of 2 are tried"]  # fmt: skip
     assert console.export_text().splitlines() == said
 
 

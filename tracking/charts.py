@@ -1,4 +1,4 @@
-"""What of a trial's rows becomes a point of MLflow's charts."""
+"""The points of MLflow's charts that a trial's rows become."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptcore.records import Row, TextLossRow, TokenGroupRow, TrainingRow, Weight
 
 
 def chart_points(row: Row) -> Iterator[tuple[str, int, float]]:
-    """(metric, step, value) of a row for MLflow's charts; what stands before "/" is a section."""
+    """Yield (metric, step, value) of a row; MLflow shows what precedes "/" as a section."""
     match row:
         case TrainingRow():
             yield "loss/train", row.step, row.loss

@@ -14,7 +14,7 @@ import requests
 
 from gptcore.config import InputError
 
-GO_ON = "the same command goes on"
+GO_ON = "run the same command again to continue"
 
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite's error codes for a file that is damaged."""

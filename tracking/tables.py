@@ -1,4 +1,4 @@
-"""Rows to Parquet files: one file a table, each whole or absent."""
+"""Rows as Parquet files: one file a table, complete or absent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMN_TYPES = {
 
 
 def schema_of(row_type: type[Row]) -> dict[str, pl.DataType]:
-    """The columns of a table, from the fields of its row type."""
+    """Return the columns of a table and their types, from the fields of its row type."""
     hints = get_type_hints(row_type)
     return {
         entry.name: COLUMN_TYPES[_without_none(hints[entry.name])] for entry in fields(row_type)
@@ -39,7 +39,7 @@ def _without_none(hint: type) -> type:
 
 
 def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
-    """Write each table of a trial into `folder`; -> the files.
+    """Write each table of a trial into a folder. Return the files.
 
     A file carries its schema version as Parquet metadata.
     """

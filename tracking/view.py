@@ -16,12 +16,17 @@ VIEW_TAG = shared_view_tag(VIEW)
 
 
 def view_of_sweep(group_by: Sequence[str], n_layer: int) -> str:
-    """The tag's value: a view of the trials, grouped by some params, of up to `n_layer` blocks."""
+    """Return the tag's value for a sweep.
+
+    Args:
+        group_by: the params that group the trials.
+        n_layer: blocks of the largest model; the charts show the first and the last one.
+    """
     return shared_view(VIEW, view_state(group_by, n_layer))
 
 
 def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:
-    """What MLflow's page of runs is to show."""
+    """Return what MLflow's page of runs is to show: filter, order, columns, groups, charts."""
     first = "What the claims are about"
     charts = {
         first: [
@@ -69,7 +74,7 @@ def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:
 
 
 def _lines(title: str, *metrics: str) -> dict[str, Any]:
-    """A chart of metrics over steps."""
+    """Return a chart of metrics over steps."""
     return {
         "type": "LINE", "displayName": title, "metricKey": metrics[0],
         "selectedMetricKeys": list(metrics), "runsCountToCompare": 10, "deleted": False,

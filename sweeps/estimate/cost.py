@@ -16,45 +16,44 @@ from gptcore.config import TrialConfig
 
 CADENCES = ("every", "text_every", "histogram_every", "spectrum_every")
 SHORTEST = 4
-"""The shortest cadence of a trial that is measured: between two looks there are plain steps."""
+"""The shortest cadence of a measured trial: some steps between two probes have no probe."""
 OVERHEAD = 0.3
-"""Seconds that Tune and MLflow take of a trial beside its own: benchmarks/scale_simulation.py."""
+"""Seconds that Tune and MLflow add to a trial: benchmarks/scale_simulation.py."""
 POINT_BYTES = 270
-"""What a point of a chart takes in MLflow's SQLite file, with its index."""
+"""Bytes that a point of a chart takes in MLflow's SQLite file, with its index."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one batch takes: seconds, also if all steps were as fast as the fastest tenth or as the
-    slowest, bytes of memory and of a GPU's memory, and of disk for each of its trials."""
+    """What one batch of trials takes."""
 
     seconds: float
-    low: float
-    high: float
-    memory: int
-    gpu_memory: int
-    disk: int
+    low: float  # seconds, if every step were as fast as the fastest tenth of steps
+    high: float  # seconds, if every step were as slow as the slowest tenth
+    memory: int  # bytes
+    gpu_memory: int  # bytes
+    disk: int  # bytes, of each trial
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one shortened trial took, or an array of them."""
+    """What one shortened trial, or an array of such trials, took."""
 
-    began: float  # seconds after it was asked for, since the epoch at first; the process was warm
-    steps: list[float]  # seconds; the first step's are those of all that comes before as well
-    writing: float  # seconds
+    began: float  # start delay in seconds; as a worker reports it, seconds since the epoch
+    steps: list[float]  # seconds of each step; the first includes the preparation
+    writing: float  # seconds of writing the tables
     rows: Mapping[str, list[int | None]]  # by table, the step of each row
     points: list[int]  # the step of each point for MLflow's charts
     bytes: Mapping[str, int]  # by table
     memory: int
     gpu_memory: int
     gpu_size: int
-    empty: int = 0  # bytes of memory that the process held before
-    array: int = 1  # how many trials; rows, points and bytes are one's
+    empty: int = 0  # bytes that the process held before it began
+    array: int = 1  # trials; rows, points and bytes are those of one trial
 
 
 def shape_of(config: TrialConfig) -> TrialConfig:
-    """The trial that stands for all of its shape: what does not matter to time is the default's."""
+    """Return the trial that represents a shape: knobs that do not change its time are defaults."""
     plain = TrialConfig()
     return replace(
         config,
@@ -65,7 +64,7 @@ def shape_of(config: TrialConfig) -> TrialConfig:
 
 
 def shortened(config: TrialConfig) -> TrialConfig:
-    """The trial with every kind of step of its own, and few of each."""
+    """Return a shorter trial that has every kind of step of the long one, and few of each."""
     cadences = sorted({getattr(config.probes, name) for name in CADENCES})
     shorter = {long: min(long, SHORTEST * 2**i) for i, long in enumerate(cadences)}
     probes = replace(
@@ -76,23 +75,29 @@ def shortened(config: TrialConfig) -> TrialConfig:
 
 
 def kind_of(config: TrialConfig, step: int) -> tuple[str, ...]:
-    """What of a step decides its time: whether it is the first or the last one, else which looks
-    are due."""
+    """Return the kind of a step, which decides its time: `first`, `last`, or the cadences of the
+    probes that are due."""
     if step in (0, config.train.steps):
         return ("last" if step else "first",)
     return tuple(name for name in CADENCES if step % getattr(config.probes, name) == 0)
 
 
 def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
-    """A whole batch's cost from what shortened ones took, each kind of step counted as often as the
-    trial has it."""
+    """Compute the cost of a batch from shortened batches.
+
+    Each kind of step is counted as often as the full trial has it.
+
+    Args:
+        config: of the full trial.
+        measured: what shortened ones took.
+    """
     short = shortened(config)
     taken: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
     for one in measured:
         for step, seconds in enumerate(one.steps):
             taken[kind_of(short, step)].append(seconds)
     wanted = Counter(kind_of(config, step) for step in range(config.train.steps + 1))
-    # What there was no time for is taken for as long as the first step, where all looks are due.
+    # A kind of step that was not reached counts as long as the first step, where all probes are due.
     mean = {kind: fmean(taken.get(kind) or taken[("first",)]) for kind in wanted}
     seconds = sum(count * mean[kind] for kind, count in wanted.items())
     plain = taken.get((), [1.0])
@@ -100,18 +105,18 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
     fixed = measured[0].array * OVERHEAD + fmean(one.writing for one in measured)
     held = Counter(kind_of(short, step) for step in range(len(measured[0].steps)))
 
-    def stands_for(step: int | None) -> float:
+    def repeats(step: int | None) -> float:
         if step is None:
             return 1.0
         kind = kind_of(short, step)
         return wanted[kind] / held[kind]
 
     disk = sum(
-        measured[0].bytes[table] * fmean(map(stands_for, steps))
+        measured[0].bytes[table] * fmean(map(repeats, steps))
         for table, steps in measured[0].rows.items()
         if steps
     )
-    disk += POINT_BYTES * sum(map(stands_for, measured[0].points))
+    disk += POINT_BYTES * sum(map(repeats, measured[0].points))
     return Cost(
         seconds=fixed + seconds,
         low=fixed + seconds * tenths[0] / fmean(plain),
@@ -123,7 +128,7 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
-    """When the last of some trials ends that are begun in order, each as soon as a slot is free."""
+    """Return when the last batch ends if each starts, in order, as soon as a slot is free."""
     ends = [0.0] * slots
     for one in seconds:
         heapq.heapreplace(ends, ends[0] + one)

@@ -1,7 +1,7 @@
-"""The plan before the money: what a sweep will take, from a few steps of each of its shapes.
+"""What a sweep will take, from a few steps of each of its shapes.
 
-As many trials of a shape as will run at a time are begun together on Ray, as the sweep's own will
-be; each stops after a few steps, and what they took is scaled to whole trials.
+As many trials of a shape as will run at a time start together on Ray, as the sweep's own trials
+will. Each stops after a few steps, and the costs of these are scaled to full trials.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ class Estimate:
     trials: int
     steps: int
     concurrent: int  # trials at a time
-    array: int  # of them in one process, at most
-    per_gpu: int  # processes on one GPU, at most; 0 without any
+    array: int  # trials of one process, at most
+    per_gpu: int  # processes on one GPU, at most; 0 without a GPU
     seconds: float
     low: float
     high: float
     memory: int  # bytes, of the largest process
     gpu_memory: int
     disk: int  # bytes, of all trials
-    unknown: tuple[str, ...]  # of each shape that could not be measured, why
-    dates: tuple[str, ...] = ()  # of the kept measurements that it rests on
-    unmeasured: int = 0  # trials of which there is no measurement and, as asked, none was made
-    unmeasured_as: str = ""  # how these are to run
+    unknown: tuple[str, ...]  # for each shape that could not be measured, why
+    dates: tuple[str, ...] = ()  # of the earlier measurements that were used
+    unmeasured: int = 0  # trials without a measurement (--no-estimate)
+    unmeasured_as: str = ""  # how these run
 
     def lines(self) -> list[str]:
-        """The estimate for a reader."""
-        why = f"not measured (--no-estimate): {self.unmeasured_as}, time and memory not known"
+        """Return the estimate as lines of text."""
+        why = f"not measured (--no-estimate): {self.unmeasured_as}, time and memory are not known"
         if self.unmeasured == self.trials:
             return [why]
         gpu = f" and {size(self.gpu_memory)} of a GPU's" if self.gpu_memory else ""
@@ -72,7 +72,7 @@ class Estimate:
         ]
 
     def as_tags(self) -> dict[str, str]:
-        """The estimate for the sweep's run; none where some trials were not measured, as asked."""
+        """Return the estimate as tags of the sweep's run; none if trials were not measured."""
         words = ("unknown", "dates", "unmeasured", "unmeasured_as")
         numbers = {name: value for name, value in asdict(self).items() if name not in words}
         if self.unmeasured:
@@ -88,11 +88,19 @@ def estimate(
     array: str = "off",
     measuring: bool = True,
 ) -> tuple[Estimate, list[Batch]]:
-    """Say what these trials take, and how they are to run: as single trials or, as `array` says
-    (--array), together.
+    """Estimate what trials take, and decide how they run.
 
-    Measured on the Ray that runs, and kept in `runs_dir`. Without `measuring` what is kept there is
-    used instead, no Ray is needed, and a shape of which nothing is kept is not counted.
+    Args:
+        trials: by key.
+        texts: corpora that workers are given.
+        console: shows what is going on.
+        runs_dir: measurements are kept there.
+        array: which trials train together, as --array takes it.
+        measuring: measure on the Ray that runs; else use what an earlier sweep measured, for which
+            no Ray is needed. A shape that was never measured is then not counted.
+
+    Returns:
+        The estimate, and which trials train together, with their needs.
     """
     shapes: defaultdict[TrialConfig, list[list[str]]] = defaultdict(list)
     for group in together(trials):
@@ -108,8 +116,8 @@ def estimate(
             needs = needs_of(shape)
             if measuring and not any(fit(one, needs) for one in live_machines()):
                 console.print(
-                    "waiting for a machine of the cluster: `ray status` on its head says what it "
-                    "does, and what keeps it from it"
+                    "waiting for a machine of the cluster: `ray status` on its head says why none "
+                    "has started yet"
                 )
             status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
             of = Measurable(shape, hardware(needs), array, versions())

@@ -1,4 +1,4 @@
-"""Measure what trials take: a few of their steps, in as many Ray workers as will run at a time."""
+"""Measure a few steps of trials, in as many Ray workers as will run at a time."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tracking.tables import write_tables
 
 SECONDS_A_SHAPE = 20.0
 CUDA_CONTEXT_BYTES = 600 * 2**20
-"""Bytes of a GPU that CUDA takes of it for a process, beside what PyTorch reserves."""
+"""Bytes of a GPU's memory that CUDA takes for each process, besides what PyTorch reserves."""
 
 
 class MeasuringTimeUp(Exception):
-    """A trial has been measured for long enough."""
+    """Ends a trial that has been measured for long enough."""
 
 
 class Stopwatch(MemoryRecorder):
-    """Keeps the rows, and when each step had ended."""
+    """Keeps the rows, and the time at which each step ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,8 +56,11 @@ class Stopwatch(MemoryRecorder):
 
 
 def timed(config: TrialConfig, array: int, texts: Texts) -> Stopwatch:
-    """Run such a trial, or an array of them, until it ends or has been measured for long enough;
-    -> the watch of the first one."""
+    """Run an array of such trials until it ends or has been measured for long enough.
+
+    Returns:
+        The stopwatch of the first trial.
+    """
     stopwatches = [Stopwatch() for _ in range(array)]
     with contextlib.suppress(MeasuringTimeUp):
         run_trials(
@@ -72,10 +75,15 @@ def timed(config: TrialConfig, array: int, texts: Texts) -> Stopwatch:
 
 
 def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
-    """Run a trial as long as it is worth while; in a process of its own.
+    """Measure a shortened trial in a Ray worker.
 
-    The first trial of a process is slower by half a second, once: a short one is run again, and
-    what it took then is what the next ones will.
+    The first trial of a process is half a second slower than the next ones: a short trial is run
+    twice, and the second run counts.
+
+    Args:
+        params: knobs of the trial.
+        texts: corpora that need not be on this machine.
+        array: trials that train together.
     """
     empty = peak_memory()
     entered, config = time.time(), TrialConfig.from_flat(params)
@@ -113,7 +121,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
 
 
 def peak_gpu_memory() -> tuple[int, int]:
-    """Bytes of its GPU that this process held at most, and that the GPU has; 0 where unused."""
+    """Return the peak of this process's GPU memory and the GPU's size, in bytes; 0, 0 if unused."""
     if not torch.cuda.is_initialized():
         return 0, 0
     return CUDA_CONTEXT_BYTES + torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
@@ -122,12 +130,21 @@ def peak_gpu_memory() -> tuple[int, int]:
 def side_by_side(
     config: TrialConfig, texts: ray.ObjectRef[Texts], count: int, array: int = 1
 ) -> list[Measured]:
-    """What so many trials of a shape, or arrays of them, take beside each other on one machine, and
-    on one GPU where they use any. Raises Ray's error for what they break on."""
+    """Measure `count` concurrent batches on one machine, and on one GPU if they use a GPU.
+
+    Args:
+        config: of the full trial.
+        texts: corpora, in Ray's object store.
+        count: batches at a time.
+        array: trials of a batch.
+
+    Raises:
+        ray.exceptions.RayError: a batch failed.
+    """
     needs = needs_of(config, per_gpu=count)
     together = {name: math.ceil(count * need) for name, need in needs.items()}
     group = ray.util.placement_group([together])
-    # A worker ends with its trial: the peak of its memory is that trial's.
+    # A worker ends with its trial: the peak of its memory is then the peak of that trial.
     task: Any = ray.remote(
         num_cpus=needs["CPU"],
         num_gpus=needs.get("GPU", 0),
@@ -138,7 +155,7 @@ def side_by_side(
     params = shortened(config).to_flat()
     try:
         while not group.wait(1):
-            pass  # a cluster may have to start a machine
+            pass  # a cluster may have to start a machine first
         asked = time.time()
         measured = ray.get([task.remote(params, texts, array) for _ in range(count)])
         return [replace(one, began=one.began - asked) for one in measured]

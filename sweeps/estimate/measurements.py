@@ -1,4 +1,4 @@
-"""What was measured of each shape of trial, kept in RUNS_DIR/measurements for --no-estimate."""
+"""Measurements of shapes, kept in RUNS_DIR/measurements for sweeps with --no-estimate."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sweeps.estimate.cost import Cost
 
 @dataclass(frozen=True)
 class Measurement:
-    """How trials of a shape are to run, and what that takes."""
+    """How trials of a shape run fastest, and what that takes."""
 
     array: int  # trials that train together, at most
-    per_gpu: int  # arrays on one GPU; 1 without any
+    per_gpu: int  # arrays on one GPU; 1 without a GPU
     begins: float  # seconds until the first step of the first trials
-    cost: Cost  # of an array of so many
+    cost: Cost  # of one array
     date: str
 
 
 @dataclass(frozen=True)
 class Measurable:
-    """What a measurement is of, and holds for alone."""
+    """What was measured. A measurement holds for exactly the same again, and nothing else."""
 
     shape: TrialConfig
     hardware: str  # as sweeps.execution.ray_cluster.hardware names it
@@ -35,9 +35,10 @@ class Measurable:
 
 
 def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
-    """Keep a measurement in place of the last one of the same.
+    """Write a measurement to its file, in place of an earlier one.
 
-    Raises OSError where that cannot be done.
+    Raises:
+        OSError: the file cannot be written.
     """
     measurement = asdict(found)
     whole = {**_as_dict(of), "measurement": measurement, "digest": _digest(measurement)}
@@ -46,7 +47,7 @@ def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
 
 
 def kept(of: Measurable, runs_dir: Path) -> Measurement | None:
-    """Read the last measurement of the same; None where there is none as it was written."""
+    """Read the last measurement; None where there is none, or where its file was changed."""
     try:
         whole = json.loads(file_of(of, runs_dir).read_text())
         found = whole["measurement"]
@@ -58,8 +59,10 @@ def kept(of: Measurable, runs_dir: Path) -> Measurement | None:
 
 
 def file_of(of: Measurable, runs_dir: Path) -> Path:
-    """Name the file that a measurement is kept in: each has its own, so drivers that measure at
-    the same time lose nothing of one another's."""
+    """Return the file of a measurement.
+
+    Each has a file of its own, so that drivers that measure at the same time lose nothing.
+    """
     return runs_dir / "measurements" / f"{_digest(_as_dict(of))}.json"
 
 

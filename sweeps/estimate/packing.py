@@ -29,32 +29,32 @@ from sweeps.execution.resources import (
 )
 
 MIN_SPEEDUP = 1.1
-"""How much faster a machine has to become with twice the trials on it to be given those."""
+"""Twice as many trials at a time have to make a machine this many times as fast."""
 MAX_ARRAY_SIZE = 64
-"""Trials of an array that auto goes up to."""
+"""The most trials of an array with --array auto."""
 LONG_STEP = 0.1
-"""Seconds: an array saves calls, some ten thousandths of a second a step, not arithmetic."""
+"""Seconds: an array saves only the overhead of calls, a fraction of a millisecond each."""
 GPU_FILL_FRACTION = 0.9
-"""Of a GPU's memory: how much of it trials may fill."""
+"""The share of a GPU's memory that trials may fill."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Trials that train together, by their keys, and what they need of a machine, as needs_of."""
+    """Trials that train together, and what they need of a machine."""
 
     keys: tuple[str, ...]
-    needs: Mapping[str, float]
+    needs: Mapping[str, float]  # as needs_of gives it
 
 
 def check_array(text: str) -> str:
-    """The option as it was given. Raises InputError for what it does not take."""
+    """Return the option --array as it was given. Raise InputError for a bad value."""
     if text in ("auto", "off") or (text.isdecimal() and int(text) > 0):
         return text
     raise InputError(f"--array takes auto, off or how many trials, at least 1, not {text!r}")
 
 
 def together(trials: Mapping[str, TrialConfig]) -> list[list[str]]:
-    """The keys of trials that can train together, for all trials."""
+    """Group the keys of all trials by which can train together."""
     groups: dict[tuple[Scalar, ...], list[str]] = {}
     for key, config in trials.items():
         flat = config.to_flat()
@@ -64,28 +64,33 @@ def together(trials: Mapping[str, TrialConfig]) -> list[list[str]]:
 
 
 def check_together(array: str, trials: Mapping[str, TrialConfig]) -> None:
-    """Raises InputError where arrays are asked for, and no two trials can be in one."""
+    """Raise InputError where arrays are asked for and no two trials can be in one."""
     if array in ("auto", "off", "1") or len(trials) < 2:
         return
     if all(len(group) == 1 for group in together(trials)):
         raise InputError(
-            f"--array {array}: no two of these trials can train together, for they differ in "
+            f"--array {array}: no two of these trials can train together, because they differ in "
             f"{', '.join(conflicting_knobs(list(trials.values())))}: an array shares all but init "
             "and corpus, and the tokenizer too"
         )
 
 
 def split(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """The keys in arrays of nearly one length, at most `size`."""
+    """Split keys into arrays of nearly equal length, at most `size`."""
     number = math.ceil(len(keys) / size)
     ends = [len(keys) * i // number for i in range(number + 1)]
     return [tuple(keys[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def best_size(params: Mapping[str, Scalar], texts: Texts, most: int) -> int:
-    """How many trials of a shape, at most, are to train together on this machine.
+    """Find how many trials of a shape train together fastest on this machine.
 
-    Twice as many each time, while that makes a step of each shorter by more than MIN_SPEEDUP.
+    The size is doubled while that makes the step of each trial shorter by more than MIN_SPEEDUP.
+
+    Args:
+        params: knobs of the shape.
+        texts: corpora that need not be on this machine.
+        most: the largest size.
     """
     config, size = TrialConfig.from_flat(params), 1
     while 2 * size <= most:
@@ -107,11 +112,16 @@ def array_size(
     alone: Measured,
     console: Console,
 ) -> int:
-    """How many trials of a shape train together, of groups that can.
+    """Return how many trials of a shape train together.
 
-    As many as are `asked` for, if memory holds so many times what one that was measured `alone`
-    takes beside what its process does; with auto as many as make it faster, and no more than leave
-    every slot something to do.
+    Args:
+        shape: of the trials.
+        texts: corpora, in Ray's object store.
+        asked: --array: off is 1; a number is that many, or fewer if memory does not hold them; auto
+            is as many as make trials faster, but leaves every slot something to do.
+        groups: keys of trials that can train together.
+        alone: what one trial took.
+        console: is told if memory does not hold as many as were asked for.
     """
     longest = max(map(len, groups))
     if asked == "off" or longest == 1:
@@ -139,7 +149,7 @@ def array_size(
     try:
         best: int = ray.get(task.remote(shape.to_flat(), texts, most))
     except ray.exceptions.RayError as error:
-        console.print(f"arrays could not be tried: {last_line(error)}", soft_wrap=True)
+        console.print(f"arrays could not be measured: {last_line(error)}", soft_wrap=True)
         return 1
     return best
 
@@ -150,11 +160,19 @@ def share_of_gpu(
     beside: Callable[[int], list[Measured]],
     measured: list[Measured],
 ) -> tuple[int, list[Measured]]:
-    """How many batches of a shape a GPU is to have at a time, and what they then take.
+    """Find how many batches of a shape a GPU runs at a time.
 
-    One at first, as `measured`, then twice as many each time, `beside` each other, while that makes
-    the GPU faster by more than MIN_SPEEDUP, the machine has cores and memory, and the GPU memory,
-    for them, and there are so many `batches` for each GPU.
+    The number is doubled while that makes the GPU faster by more than MIN_SPEEDUP, and while cores,
+    memory, GPU memory and the number of batches suffice.
+
+    Args:
+        config: of the full trial.
+        batches: how many batches there are.
+        beside: measures that many concurrent batches.
+        measured: what one batch took.
+
+    Returns:
+        The number, and what the batches then took.
     """
     gpus = [machine for machine in schedulable_machines() if machine.get("GPU")]
     cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
@@ -186,9 +204,17 @@ def arranged(
     array: str,
     console: Console,
 ) -> Measurement:
-    """Measure how trials of a shape, in groups that can train together, are to run.
+    """Measure how trials of a shape run fastest.
 
-    Raises Ray's error for what they break on alone.
+    Args:
+        shape: of the trials.
+        groups: keys of trials that can train together.
+        texts: corpora, in Ray's object store.
+        array: as --array takes it.
+        console: is told what cannot be.
+
+    Raises:
+        ray.exceptions.RayError: a trial fails even alone.
     """
     needs = needs_of(shape)
     fits = 1 if "GPU" in needs else max(fit(machine, needs) for machine in schedulable_machines())
@@ -206,7 +232,7 @@ def arranged(
         except ray.exceptions.RayError as error:
             most = members // 2
             console.print(
-                f"arrays of {members} cannot be: {last_line(error)}; {most} are tried",
+                f"arrays of {members} fail: {last_line(error)}; arrays of {most} are tried",
                 soft_wrap=True,
             )
             continue
@@ -226,7 +252,7 @@ def arranged(
 def known_batches(
     found: Measurement, shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
 ) -> list[Batch]:
-    """Arrange trials of a shape as it was measured to be best, perhaps when there were more."""
+    """Arrange trials of a shape as an earlier measurement found best, if there are enough trials."""
     alone, most = needs_of(shape), found.array
     if array == "auto":
         most = min(most, math.ceil(sum(map(len, groups)) / slots(alone)))
@@ -240,19 +266,21 @@ def known_batches(
 def unmeasured_batches(
     shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
 ) -> list[Batch]:
-    """Arrange trials of a shape of which nothing is known: in arrays if some number is asked for,
-    each on a core, or a GPU where it may use one."""
+    """Arrange trials of a shape that was never measured.
+
+    Each batch has a core, or a GPU if it may use one; it is an array only if --array is a number.
+    """
     most = int(array) if array.isdecimal() else 1
     needs = needs_of(shape)
     return [Batch(some, needs) for group in groups for some in split(group, most)]
 
 
 def arrangement(batches: Sequence[Batch]) -> str:
-    """Say how such trials run: `one trial a core`."""
+    """Say how batches run: `one trial per core`."""
     largest = max((len(batch.keys) for batch in batches), default=1)
     units = sorted({"GPU" if "GPU" in batch.needs else "core" for batch in batches})
     what = f"one array of up to {largest} trials" if largest > 1 else "one trial"
-    return f"{what} a {' or '.join(units)}"
+    return f"{what} per {' or '.join(units)}"
 
 
 def last_line(error: Exception) -> str:

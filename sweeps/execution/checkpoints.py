@@ -1,6 +1,7 @@
-"""A bucket for machines that share no folder: checkpoints are kept there as they are written.
+"""Checkpoints in a bucket, for machines that share no folder.
 
-Each machine then has a runs folder of its own; what the bucket has of a checkpoint counts.
+Each machine then has its own runs folder. Where a checkpoint in the folder and the one in the bucket
+differ, the one in the bucket counts. Without a bucket these functions use the runs folder alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tracking.store import BUCKET, bucket
 
 
 def check_bucket() -> None:
-    """Raises InputError for a bucket that cannot be written."""
+    """Raise InputError for a bucket that cannot be written."""
     if not (address := bucket()):
         return
     try:
@@ -34,7 +35,7 @@ def check_bucket() -> None:
 
 
 def with_checkpoint(runs_dir: Path) -> set[str]:
-    """The keys of the trials that have a checkpoint to go on from."""
+    """Return the keys of the trials that have a checkpoint."""
     if not (address := bucket()):
         return {file.stem for file in checkpoint_file(runs_dir, "").parent.glob("*.pt")}
     files, folder = FileSystem.from_uri(f"{address}/checkpoints")
@@ -42,8 +43,11 @@ def with_checkpoint(runs_dir: Path) -> set[str]:
     return {Path(info.path).stem for info in found}
 
 
-def fetch(file: Path) -> None:
-    """Make a checkpoint here what the bucket has: that of the machine which had the trial last."""
+def fetch_checkpoint(file: Path) -> None:
+    """Make the file here equal to the one in the bucket, or delete it where the bucket has none.
+
+    The bucket has the checkpoint of the machine that ran the trial last.
+    """
     if not bucket():
         return
     files, remote = _remote(file)
@@ -54,10 +58,10 @@ def fetch(file: Path) -> None:
         write_atomically(file, lambda new: new.write_bytes(stream.read()))
 
 
-def keep(file: Path) -> None:
-    """Have a checkpoint that was written here in the bucket; in S3 it appears whole or not at all.
+def save_checkpoint(file: Path) -> None:
+    """Copy a checkpoint to the bucket; in S3 a file appears complete or not at all.
 
-    Where that fails the one before stands: a trial need not end for it.
+    If that fails, say so and keep the checkpoint that the bucket has: the trial goes on.
     """
     if not bucket():
         return
@@ -66,11 +70,11 @@ def keep(file: Path) -> None:
         with file.open("rb") as source, files.open_output_stream(remote) as stream:
             shutil.copyfileobj(source, stream)
     except OSError as error:
-        print(f"{file} is not kept in {bucket()} this time: {error}", file=sys.stderr)
+        print(f"{file} could not be copied to {bucket()}: {error}", file=sys.stderr)
 
 
-def forget(file: Path) -> None:
-    """Delete a checkpoint, here and in the bucket, if it is there, and what is half written."""
+def delete_checkpoint(file: Path) -> None:
+    """Delete a checkpoint, here and in the bucket, and files that were only half written."""
     file.unlink(missing_ok=True)
     remove_leftovers(file)
     if bucket():
@@ -80,6 +84,6 @@ def forget(file: Path) -> None:
 
 
 def _remote(file: Path) -> tuple[FileSystem, str]:
-    """Where the bucket has a checkpoint."""
+    """Return the file system and the path of a checkpoint in the bucket."""
     files, name = FileSystem.from_uri(f"{bucket()}/checkpoints/{file.name}")
     return files, name

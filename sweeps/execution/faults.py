@@ -1,7 +1,7 @@
-"""What breaks, in a sentence with the numbers that explain it: a sweep's own faults, and a trial's.
+"""One sentence for each kind of error, with the numbers that explain it.
 
-A fault of the sweep is one that its next trial would meet as well, a full disk or a store that does
-not answer: it ends the sweep. A fault of a trial ends that trial alone.
+A fault of the sweep would break every other trial too, such as a full disk or a store that does not
+answer: it ends the sweep. A fault of a trial ends only that trial.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracking.store import StoreAddress
 
 
 class Fault(Exception):
-    """What ended a sweep though its input is good; says how to go on."""
+    """An error that ends a sweep although its input is good. Its text says how to continue."""
 
 
 def fault_of_sweep(error: BaseException, address: StoreAddress, runs_dir: Path) -> str | None:
@@ -37,18 +37,18 @@ def fault_of_sweep(error: BaseException, address: StoreAddress, runs_dir: Path) 
 
 
 def has_lost_device(error: BaseException) -> bool:
-    """Whether this process can use its GPU no more, whatever it is given to run there."""
+    """Return whether this process can no longer use its GPU, for any trial."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
 
 
 def fault_of_trial(error: BaseException) -> str:
-    """The sentence for what a trial broke on."""
+    """Return the sentence for an error that ended a trial."""
     text = str(error).strip()
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory on the device: {text.splitlines()[0]}{_device_memory()}"
-    # PyTorch's allocator for the CPU has no error of its own.
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"out of memory: {_host_allocation(text)}; {_host_memory()}"
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
@@ -61,36 +61,36 @@ def _full_disk(address: StoreAddress, runs_dir: Path) -> str:
     place = min(places, key=lambda folder: shutil.disk_usage(folder).free)
     usage = shutil.disk_usage(place)
     return (
-        f"no room on the disk of {place} for what was to be written, {size(usage.free)} of "
-        f"{size(usage.total)} are free: make room, then {GO_ON}"
+        f"the disk of {place} is full, {size(usage.free)} of {size(usage.total)} are free: make "
+        f"room, then {GO_ON}"
     )
 
 
 def _host_allocation(text: str) -> str:
     asked = re.search(r"tried to allocate (\d+) bytes", text)
     if asked:
-        return f"{size(int(asked[1]))} in one piece were refused"
+        return f"an allocation of {size(int(asked[1]))} was refused"
     return text.splitlines()[0] if text else "an allocation was refused"
 
 
 def _host_memory() -> str:
-    """What this process and its machine, or container, have."""
+    """Say how much memory this process held and this machine, or container, has."""
     # Not at the top: Ray takes seconds to import, and --debug needs none.
     from sweeps.execution.private_api import memory_here
 
     free, total = memory_here()
     return (
-        f"this process held {size(peak_memory())} at most, the machine has {size(free)} of "
-        f"{size(total)} free"
+        f"this process held at most {size(peak_memory())}, and {size(free)} of the machine's "
+        f"{size(total)} are free"
     )
 
 
 def _device_memory() -> str:
-    """What this process and its GPU have; empty where there is none."""
+    """Say how much memory this process held on its GPU and the GPU has; empty without a GPU."""
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info()
     return (
-        f"; PyTorch held {size(torch.cuda.max_memory_allocated())} at most, the device has "
-        f"{size(free)} of {size(total)} free"
+        f"; PyTorch held at most {size(torch.cuda.max_memory_allocated())}, and {size(free)} of the "
+        f"device's {size(total)} are free"
     )

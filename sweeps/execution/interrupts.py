@@ -1,4 +1,4 @@
-"""Ctrl-C: once stops cleanly, twice at once."""
+"""Ctrl-C: pressed once it stops a sweep cleanly, pressed twice at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import NoReturn
 from tracking.health import GO_ON
 
 SHOW_CURSOR = b"\x1b[?25h"
-"""For the terminal whose cursor a progress line has hidden."""
+"""The terminal's code that shows the cursor again, which a progress line has hidden."""
 
 
 @contextmanager
 def two_presses() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt and the second leaves the process at once.
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, and the second ends the process at once.
 
-    Nothing is lost by that: all that is on disk is whole, and the next driver closes the runs that
+    Nothing is lost by that: every file on disk is complete, and the next driver ends the runs that
     are left open.
     """
     global _pressed
@@ -40,8 +40,8 @@ def two_presses() -> Iterator[None]:
 
 
 def _leave() -> NoReturn:
-    """End this process and all that it has started, without another step."""
-    # Ray's agents outlive their raylet where that dies while they begin.
+    """Kill all processes that this one has started, and end this one."""
+    # Ray's agents outlive their raylet if it dies while they start.
     for pid in _descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ def _leave() -> NoReturn:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have, where /proc tells."""
+    """List the processes that a process has started, and those that these have, from /proc."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
@@ -74,7 +74,7 @@ _first: Callable[[], object] = _interrupt
 
 @contextmanager
 def on_interrupt(first: Callable[[], object]) -> Iterator[None]:
-    """Inside, the first Ctrl-C calls `first` in place of raising KeyboardInterrupt."""
+    """Inside, the first Ctrl-C calls `first` instead of raising KeyboardInterrupt."""
     global _first
     if _pressed:  # and an import of Ray's has swallowed what was raised
         raise KeyboardInterrupt

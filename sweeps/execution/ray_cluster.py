@@ -1,5 +1,4 @@
-"""Ray, on the cluster where there is one, else on this machine: joined or started, and what its
-machines have."""
+"""Ray: join the cluster where there is one, else start Ray on this machine."""
 
 from __future__ import annotations
 
@@ -44,9 +43,10 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
-"""For workers: glibc's malloc is to keep the memory of a step for the next one. By itself it gives
-it back and maps it anew, most of all from the second arena that the thread which Tune runs a trial
-in would get: up to 9,000 page faults and 8% of a step."""
+"""Environment of workers, so that glibc's malloc keeps the memory of a step for the next one.
+
+By default it returns the memory and maps it again, most of all in the second arena, which the thread
+gets in which Tune runs a trial: up to 9,000 page faults and 8% of a step."""
 
 SECONDS_TO_JOIN = 180.0
 
@@ -58,15 +58,19 @@ silence_workers()
 def start_ray(devices: Collection[str], console: Console) -> None:
     """Join the cluster that RAY_ADDRESS names or `ray start` made here, else start Ray here.
 
-    Raises InputError for a cluster that cannot be joined, or where a trial's `devices` want a GPU
-    and there is none.
+    Args:
+        devices: `train.device` of the trials that are to run.
+        console: is told where trials run.
+
+    Raises:
+        InputError: the cluster cannot be joined, or a trial asks for a GPU and there is none.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address := cluster_address():
         check_cluster(address)
         code = {
             "py_modules": [str(ROOT / package) for package in ("gptcore", "tracking", "sweeps")],
-            # The other machines' shells do not know of it.
+            # The shells of other machines do not have these.
             "env_vars": MALLOC | ({BUCKET: shared} if (shared := bucket()) else {}),
         }
         try:
@@ -103,16 +107,16 @@ def start_ray(devices: Collection[str], console: Console) -> None:
 
 
 def check_devices(devices: Collection[str]) -> None:
-    """Raises InputError where a trial's `devices` want a GPU and there is none."""
+    """Raise InputError where a trial asks for a GPU and there is none."""
     if "cuda" in devices and not any(machine.get("GPU") for machine in schedulable_machines()):
         raise InputError("train.device is cuda, but Ray has no GPU")
 
 
 def await_machines(address: str, console: Console) -> None:
-    """Wait for the first machine to run trials on, where none of a cluster's has joined yet; those
-    that it starts for work are there once there is some.
+    """Wait until the cluster has a machine for trials, or may start one.
 
-    Raises InputError where none comes.
+    Raises:
+        InputError: no machine comes in time.
     """
     deadline = time.monotonic() + SECONDS_TO_JOIN
     if not schedulable_machines():
@@ -131,9 +135,10 @@ def stop_ray() -> None:
 
 
 def check_cluster(address: str) -> None:
-    """Raises InputError where the cluster cannot be joined, for what keeps us out.
+    """Check that a cluster can be joined, which Ray itself would try for minutes.
 
-    Ray itself would go on trying for minutes, end the process, or tell it in twenty lines.
+    Raises:
+        InputError: says what is in the way: the address, the token or the versions.
     """
     takes = "RAY_ADDRESS takes HOST:PORT, or local for a Ray of its own on this machine"
     host, colon, port = address.rpartition(":")
@@ -175,7 +180,7 @@ def check_cluster(address: str) -> None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """What Ray's C++ says goes past Python's sys.stderr."""
+    """Inside, drop what is written to stderr, also by Ray's C++, which does not use sys.stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -188,12 +193,15 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def check_shared(folder: Path, store: StoreAddress) -> None:
-    """Raises InputError where the machines of a cluster share neither a bucket and a tracking
-    server nor a folder, in which all of them see what this one puts there."""
+    """Check that all machines of the cluster see the runs folder, or share a bucket and a server.
+
+    Raises:
+        InputError: they do not.
+    """
     if bucket():
         if cluster_address() and store.database:
             raise InputError(
-                "machines that share a bucket alone record their trials on a tracking server: "
+                "machines that share only a bucket record their trials on a tracking server: "
                 "MLFLOW_TRACKING_URI takes its address"
             )
         return
@@ -229,6 +237,5 @@ def _exists(file: str) -> bool:
 
 
 def texts_for(corpora: Collection[str]) -> dict[str, tuple[str, str]]:
-    """The texts that workers elsewhere are to be given, as gptcore.corpus.GIVEN has them; none on
-    this machine, where they are read from where they lie."""
+    """Return the texts that are sent to workers; none without a cluster, where workers read them."""
     return {name: read_text(name) for name in sorted(corpora)} if cluster_address() else {}

@@ -19,7 +19,7 @@ Resources = Mapping[str, float]
 """By Ray's name of a resource (CPU, GPU, memory in bytes) how much of it there is or is needed."""
 
 OBJECT_STORE = 100 * 2**20
-"""Bytes of memory for it on this machine: nothing large goes through it."""
+"""Bytes of memory for Ray's object store on this machine: no large object goes through it."""
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` leaves the cluster's file on its head."""
@@ -29,9 +29,7 @@ HEADROOM = 1.1
 
 
 def cluster_address() -> str | None:
-    """HOST:PORT of the cluster to join; None where there is none."""
-    # As ray.init() itself finds it. address="auto" would join another sweep's own Ray as well, and
-    # end with it.
+    """Return HOST:PORT of the cluster to join, as ray.init() finds it; None where there is none."""
     named = os.environ.get("RAY_ADDRESS")
     if named == "auto":
         named = None
@@ -40,8 +38,7 @@ def cluster_address() -> str | None:
 
 
 def live_machines() -> list[dict[str, float]]:
-    """The resources of each machine that is there; where no Ray runs, of this one as Ray would
-    count them."""
+    """Return the resources of each machine that runs now; without Ray, those of this machine."""
     if not ray.is_initialized():
         return [_this_machine()]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -54,8 +51,11 @@ def _this_machine() -> dict[str, float]:
 
 
 def autoscaler_machines() -> list[dict[str, float]]:
-    """The resources of each machine that the cluster's own file has it start for work, all that
-    there may be at a time; none where machines do not come and go."""
+    """Return the resources of each machine that the cluster's autoscaler may start.
+
+    That is as many as its file allows at a time. The list is empty for a cluster whose machines do
+    not come and go.
+    """
     if not cluster_address() or not BOOTSTRAP.exists():
         return []
     file = yaml.safe_load(BOOTSTRAP.read_text())
@@ -71,16 +71,21 @@ def autoscaler_machines() -> list[dict[str, float]]:
 
 
 def schedulable_machines() -> list[dict[str, float]]:
-    """The resources of each machine that trials may run on: of those that may be started, where the
-    cluster starts them for work, else of those that are there."""
+    """Return the resources of each machine that trials may run on.
+
+    That is the machines that the autoscaler may start, or else those that run now and have a CPU.
+    """
     return autoscaler_machines() or [machine for machine in live_machines() if machine.get("CPU")]
 
 
 def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str, float]:
-    """What of a machine's resources a trial takes: one core, its memory in bytes, and a share of a
-    GPU where there are some and it may use one.
+    """Return what a trial takes of a machine: a core, memory, and a share of a GPU if it may use one.
 
-    No more memory than the largest machine has: where that is not enough, the trial will say so.
+    Args:
+        config: of the trial.
+        memory: bytes that it was measured to need; 0 reserves none. No more is reserved than the
+            largest machine has: if that is too little, the trial itself fails and says so.
+        per_gpu: how many trials share a GPU.
     """
     needs = {"CPU": 1.0}
     if config.train.device != "cpu" and any(
@@ -95,20 +100,20 @@ def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str
 
 
 def fit(machine: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many trials with these needs a machine takes at a time."""
+    """Return how many trials with these needs a machine runs at a time."""
     return min(int(machine.get(name, 0.0) / need) for name, need in needs.items())
 
 
 def slots(needs: Mapping[str, float]) -> int:
-    """How many trials with these needs all machines take at a time, at least one."""
+    """Return how many trials with these needs all machines run at a time, at least one."""
     return max(1, sum(fit(machine, needs) for machine in schedulable_machines()))
 
 
 def hardware(needs: Mapping[str, float]) -> str:
-    """Name what trials with these needs run on.
+    """Name the hardware that trials with these needs run on.
 
-    Of each kind of machine its cores and, where they use one, its GPUs; on this machine, that is
-    without a cluster, also the model of its CPU.
+    That is the cores and, for trials that use one, the GPUs of each kind of machine; without a
+    cluster also the model of this machine's CPU.
     """
     kinds = {
         ", ".join(

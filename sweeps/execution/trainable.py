@@ -20,7 +20,11 @@ from gptcore.config import InputError, TrialConfig, seed_of
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.experiment import Trial, check_trial, run_trials
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
-from sweeps.execution.checkpoints import fetch, forget, keep
+from sweeps.execution.checkpoints import (
+    delete_checkpoint,
+    fetch_checkpoint,
+    save_checkpoint,
+)
 from sweeps.execution.faults import fault_of_sweep, fault_of_trial, has_lost_device
 from tracking.charts import chart_points
 from tracking.health import wait_for_server
@@ -139,7 +143,7 @@ def _is_done(job: Job, store: Store, runs_dir: Path) -> bool:
 def _delete_checkpoint(file: Path) -> None:
     """Delete the checkpoint of a trial that has its result; one that stays does no harm."""
     with contextlib.suppress(OSError):
-        forget(file)
+        delete_checkpoint(file)
 
 
 @contextlib.contextmanager
@@ -181,14 +185,14 @@ def run_together(
             store, recording.experiment_id, job.with_tags(array=str(len(batch)))
         )
         file = checkpoint_file(recording.runs_dir, job.key)
-        fetch(file)
+        fetch_checkpoint(file)
         try:
             config = TrialConfig.from_flat(job.params)
             key = config.key(check_trial(config, texts).digest)
             if key != job.key:
                 raise InputError(
                     f"trial {job.key} is {key} on this worker: "
-                    "its corpus or its gptcore is not the driver's"
+                    "the worker has another text or another version of gptcore than the driver"
                 )
         except Exception as error:
             if fault_of_sweep(error, recording.address, recording.runs_dir):
@@ -197,7 +201,7 @@ def run_together(
             continue
         pause = REPORT_SECONDS * len(batch)
         reporting = ReportingRecorder(recorder, job.key, metric, file, pause, release)
-        trials.append(Trial(config, reporting, file, keep))
+        trials.append(Trial(config, reporting, file, save_checkpoint))
         recorders.append((job.key, recorder))
     if not trials:
         return True
