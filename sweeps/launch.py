@@ -1,7 +1,7 @@
 """From a command line to finished trials: plan, then a dry run, a debug run, or trials and report.
 
-A sweep is a set of trial keys. Running it runs the trials that do not exist yet. So the same command
-continues a sweep that was cut off, and a command with more values runs only the new trials.
+A sweep is a set of trial keys. Running it runs the trials that do not exist yet. So the same
+command continues a sweep that was cut off, and a command with more values runs only the new ones.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def edited(*place, value=None):
 
 def test_the_file_as_it_comes_names_its_placeholders():
     said = list(wrong_with(yaml.safe_load(FILE.read_text())))
-    assert "provider.bucket still has <your-bucket>: put your own there" in said
-    assert "provider.ssh_from still has <your-address>: put your own there" in said
+    assert "provider.bucket still has <your-bucket>: replace it by your own value" in said
+    assert "provider.ssh_from still has <your-address>: replace it by your own value" in said
 
 
 def test_what_a_user_edits_stands_in_four_numbered_lines_at_the_top():
@@ -105,14 +105,14 @@ def test_the_edited_file_keeps_the_rules_and_rays_own_schema():
         (edited("file_mounts", "~/.ray/auth_token"), "file_mounts takes ~/.ray/auth_token"),
         (
             edited("worker_start_ray_commands", value=["ray start --address=$RAY_HEAD_IP:6379"]),
-            "worker_start_ray_commands takes `ray start` after sourcing",
+            "worker_start_ray_commands takes `ray start` only after",
         ),
         (
             edited(
                 "head_start_ray_commands",
                 value=[f"{SOURCED}RAY_AUTH_MODE=disabled ray start --head"],
             ),
-            "head_start_ray_commands takes `ray start` after sourcing",
+            "head_start_ray_commands takes `ray start` only after",
         ),
         (
             edited(
@@ -341,7 +341,7 @@ def test_a_new_image_does_not_end_the_head_that_runs(amazon):
         (edited("provider", "region", value="eu-west-1"), "the bucket a-lab-s-bucket is in us-we"),
         (
             edited(*WORKER, "node_config", "InstanceType", value="m5.large"),
-            "worker takes a PC with an NVIDIA GPU, such as g5.xlarge, not m5.large",
+            "worker takes an x86-64 machine with an NVIDIA GPU, such as g5.xlarge, not m5.large",
         ),
         (edited(*WORKER, "node_config", "InstanceType", value="g5g.xlarge"), "NVIDIA GPU"),
         (edited(*WORKER, "node_config", "InstanceType", value="g5.tiny"), "g5.tiny"),
@@ -409,12 +409,12 @@ def ray(*arguments, **environment):
     [
         (
             yaml.safe_load(FILE.read_text()),
-            "provider.bucket still has <your-bucket>: put your own there",
+            "provider.bucket still has <your-bucket>: replace it by your own value",
         ),
         (
             edited("provider", "ssh_from", value="0.0.0.0/0"),
             "provider.ssh_from 0.0.0.0/0 lets 4,294,967,296 addresses try to log in: take /16 or "
-            "less of the world",
+            "a prefix of /16 or longer",
         ),
     ],
 )

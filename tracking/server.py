@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("~/tracking").expanduser()
 """The folder of a cluster's server, on the head."""
 FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
-"""The file in which a cluster's head exports what a sweep needs; sweeps/clusters/environment reads it."""
+"""The file in which a head exports what a sweep needs; sweeps/clusters/environment reads it."""
 PORT, RAY_PORT = 5000, 6379
 SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
 DUMP = "tracking.dump"
@@ -151,7 +151,7 @@ def serve(
         )
     password_of(password)
     database_folder = folder.resolve() / "database"
-    # For a longer path the package would put the socket where everyone on the machine reaches it.
+    # For a longer path the package would put the socket into a folder that everyone can read.
     if len(str(database_folder)) > 80 or not re.fullmatch(r"[\w./-]+", str(database_folder)):
         raise InputError(
             f"--folder {folder} cannot hold the database's socket: its path takes up to 80 "
@@ -358,7 +358,7 @@ def listens(address: str, patience: float) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return its exit code: 2 for bad input, 1 for a server that ended by itself."""
+    """Run the command. Return its exit code: 2 for bad input, 1 for a server that failed."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

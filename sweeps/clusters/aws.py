@@ -1,8 +1,8 @@
-"""Ray's provider for AWS behind the rules of this project, which `ray up` comes to first.
+"""A provider of machines on AWS for `ray up`: checks the cluster's file, then uses Ray's own.
 
-What a cluster file gets wrong is said in one sentence before a machine is started. What would be
-wrong with Ray's own is made here: its security group lets the whole world try to log in, and its
-workers have no rights to any bucket.
+An error in the file is reported in one sentence before a machine starts. A security group and rights
+are made here, because Ray's own security group lets the whole world try to log in, and its workers
+have no rights to any bucket.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ AWSNodeProvider: Any = aws_node_provider()
 ENDING = sys.argv[1:2] == ["down"]
 """Whether this is `ray down`: machines that cost money are ended whatever else is wrong."""
 LATEST = "resolve:ssm:"
-"""How AWS spells an image by where it says which is the latest."""
+"""How AWS spells the latest image of a kind: by the parameter that names it."""
 
 
 class Provider(AWSNodeProvider):
-    """What `ray up` asks for the machines; they themselves are given Ray's own provider."""
+    """The provider that `ray up` uses; the cluster's machines get Ray's own provider."""
 
     @staticmethod
     def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The file with the cores, memory and GPUs of each machine: the first that Ray asks for.
-        Ends `ray up` where a rule is broken."""
+        """Add the cores, memory and GPUs of each machine to the file: Ray calls this first.
+
+        Ends `ray up` with exit code 2 where a rule is broken.
+        """
         with _one_sentence():
             for sentence in () if ENDING else wrong_with(cluster_config):
                 raise InputError(sentence)
@@ -51,15 +53,17 @@ class Provider(AWSNodeProvider):
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The file with all that AWS has to be asked for, made or mended. Ends `ray up` where AWS
-        refuses."""
+        """Make what the cluster needs on AWS, and add it to the file.
+
+        Ends `ray up` with exit code 2 where AWS refuses.
+        """
         with _one_sentence():
             return bootstrap(cluster_config)
 
 
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Of every Exception Ray would only warn, or show the traceback."""
+    """Inside, errors end the command with one sentence; Ray would warn or show a traceback."""
     try:
         yield
     except (ValueError, BotoCoreError, ClientError) as error:
@@ -68,9 +72,10 @@ def _one_sentence() -> Iterator[None]:
 
 
 def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A file that keeps the rules, for Ray's own provider, with what it does not make itself.
+    """Return a file for Ray's own provider, with the security group, rights and image made here.
 
-    Raises InputError or an error of boto3's where AWS refuses.
+    Raises:
+        InputError: AWS refuses; also boto3's own errors.
     """
     config = copy.deepcopy(dict(cluster_config))
     cluster, provider = config["cluster_name"], config["provider"]
@@ -101,16 +106,18 @@ def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_gpu(region: str, name: str, instance: str) -> None:
-    """Raises InputError unless a machine has GPUs that torch runs on."""
+    """Raise InputError unless a machine has GPUs that torch can use."""
     ec2 = boto3.client("ec2", region)
     (found,) = ec2.describe_instance_types(InstanceTypes=[instance])["InstanceTypes"]
     makers = {gpu["Manufacturer"] for gpu in found.get("GpuInfo", {}).get("Gpus", ())}
     if makers != {"NVIDIA"} or "x86_64" not in found["ProcessorInfo"]["SupportedArchitectures"]:
-        raise InputError(f"{name} takes a PC with an NVIDIA GPU, such as g5.xlarge, not {instance}")
+        raise InputError(
+            f"{name} takes an x86-64 machine with an NVIDIA GPU, such as g5.xlarge, not {instance}"
+        )
 
 
 def check_bucket(region: str, bucket: str) -> None:
-    """Raises InputError unless the bucket is there for us, in that region."""
+    """Raise InputError unless this account can use the bucket, in that region."""
     try:
         found = boto3.client("s3", region).head_bucket(Bucket=bucket).get("BucketRegion", region)
     except ClientError as error:
@@ -123,9 +130,9 @@ def check_bucket(region: str, bucket: str) -> None:
 
 
 def image(region: str, cluster: str, parameter: str) -> str:
-    """The id of the image that the cluster's head runs, or else of the latest.
+    """Return the id of the image that the cluster's head runs, or else of the latest image.
 
-    Ray ends a head whose image is another one, and what is recorded there with it.
+    Ray ends a head whose image differs from the file's, and with it what is recorded there.
     """
     filters = {
         f"tag:{TAG_RAY_CLUSTER_NAME}": cluster,
@@ -141,8 +148,10 @@ def image(region: str, cluster: str, parameter: str) -> str:
 
 
 def security_group(region: str, cluster: str, ssh_from: str) -> str:
-    """The id of the cluster's security group in the default VPC, made or mended: its machines reach
-    each other, ssh comes in from one network, and nothing else does."""
+    """Make or correct the cluster's security group in the default VPC. Return its id.
+
+    The machines reach each other, one network may connect by ssh, and nothing else is open.
+    """
     ec2 = boto3.resource("ec2", region)
     vpcs = list(ec2.vpcs.filter(Filters=[{"Name": "is-default", "Values": ["true"]}]))
     if not vpcs:
@@ -164,9 +173,13 @@ def security_group(region: str, cluster: str, ssh_from: str) -> str:
 
 
 def rights_to(region: str, cluster: str, bucket: str) -> tuple[str, str]:
-    """The ARNs of an instance profile and its role, made or mended, with rights to one bucket."""
+    """Make or correct an instance profile and its role, with rights to one bucket.
+
+    Returns:
+        The ARNs of the profile and of the role.
+    """
     iam = boto3.client("iam", region)
-    # Roles know no regions: each may have a cluster of this name, with a bucket of its own.
+    # Roles belong to no region, and each region may have a cluster of this name with its own bucket.
     name = f"{cluster}-{region}-workers"
     exists = contextlib.suppress(iam.exceptions.EntityAlreadyExistsException)
     machines = {"Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
@@ -188,8 +201,10 @@ def rights_to(region: str, cluster: str, bucket: str) -> tuple[str, str]:
 
 
 def let_start(region: str, head_profile: str, role: str) -> None:
-    """Let the head, whose role is Ray's, start machines that have another role: AWS takes that for
-    a right of its own."""
+    """Let the head, whose role is Ray's, start machines with another role.
+
+    AWS asks for a right of its own for that.
+    """
     iam = boto3.client("iam", region)
     name = head_profile.rpartition("/")[2]
     (head,) = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]
@@ -206,7 +221,7 @@ def _policy(*allowed: Mapping[str, Any]) -> str:
 
 
 def make_token() -> None:
-    """Make the token that Ray's processes know each other by, unless this machine has one."""
+    """Make the token that Ray's processes show each other, unless this machine has one."""
     file = Path(TOKEN).expanduser()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -215,9 +230,9 @@ def make_token() -> None:
 
 
 def forget_cached(cluster: str) -> None:
-    """Delete what Ray keeps of other files for this cluster.
+    """Delete Ray's cached results of earlier files for this cluster.
 
-    It takes a file that it has seen for done: an edit that is taken back would change nothing.
+    Ray does not process a file that it has seen before: undoing an edit would have no effect.
     """
     for file in Path(tempfile.gettempdir()).glob("ray-config-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):

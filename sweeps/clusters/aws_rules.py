@@ -1,4 +1,4 @@
-"""What a cluster file for AWS may say: rules that are checked before AWS is asked for anything."""
+"""The rules for a cluster file on AWS, which are checked before AWS is asked for anything."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ S3_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
-    """What a cluster file for AWS, as YAML gives it, does not say rightly: a sentence each."""
+    """Yield one sentence for each rule that a cluster file breaks.
+
+    Args:
+        cluster: the file, as YAML gives it.
+    """
     for place, text in _texts(cluster):
         if placeholder := re.search("<[a-z-]+>", text):
-            yield f"{place} still has {placeholder[0]}: put your own there"
+            yield f"{place} still has {placeholder[0]}: replace it by your own value"
         if SECRET.search(f"{place}: {text}"):
-            yield f"{place} looks like a secret: the file takes none, those of AWS stay in ~/.aws"
+            yield f"{place} looks like a secret: this file takes no secrets, AWS keys stay in ~/.aws"
     provider = cluster["provider"]
     region, bucket, ssh_from = (provider.get(key) for key in ("region", "bucket", "ssh_from"))
     if region not in _regions():
@@ -39,7 +43,7 @@ def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
         if network.prefixlen < WIDEST:
             yield (
                 f"provider.ssh_from {network} lets {network.num_addresses:,} addresses try to log "
-                f"in: take /{WIDEST} or less of the world"
+                f"in: take a network with a prefix of /{WIDEST} or longer"
             )
     except ValueError:
         yield f"provider.ssh_from takes a CIDR such as 203.0.113.7/32, not {ssh_from!r}"
@@ -49,22 +53,22 @@ def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
             isinstance(limit, int) and limit >= 1 for limit in (most, cluster["max_workers"])
         ):
             yield (
-                f"{name} takes min_workers 0, or machines cost money between sweeps, and "
-                f"max_workers of 1 or more, as the cluster does, not {least} and {most}"
+                f"{name} takes min_workers 0, so that no machine costs money between sweeps, and "
+                f"max_workers of 1 or more, not {least} and {most}"
             )
     if TOKEN not in cluster.get("file_mounts", {}):
-        yield f"file_mounts takes {TOKEN}: {TOKEN}, which Ray and MLflow let people in by"
+        yield f"file_mounts takes {TOKEN}: {TOKEN}, by which Ray and MLflow know their users"
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         for command in cluster.get(commands, ()):
             if "ray start" in command and (
                 ENVIRONMENT not in command or "RAY_AUTH_MODE" in command
             ):
                 yield (
-                    f"{commands} takes `ray start` after sourcing {ENVIRONMENT} alone, without "
-                    "which Ray is open to everyone"
+                    f"{commands} takes `ray start` only after `. {ENVIRONMENT}`, without which Ray "
+                    "is open to everyone"
                 )
             if re.search(r"--dashboard-host[= ](?!127\.0\.0\.1\b)", command):
-                yield f"{commands} takes --dashboard-host=127.0.0.1: `ray dashboard` leads there"
+                yield f"{commands} takes --dashboard-host=127.0.0.1, where `ray dashboard` expects it"
 
 
 @functools.cache
@@ -73,7 +77,7 @@ def _regions() -> list[str]:
 
 
 def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text and number in what YAML gives, with the place where it stands."""
+    """Yield every text and number of a YAML value, with its path."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _texts(inner, f"{place}.{key}" if place else str(key))
@@ -85,7 +89,7 @@ def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def workers(cluster: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The kinds of machines that trials run on, by name."""
+    """Yield the kinds of machines that trials run on, by name."""
     for name, kind in cluster["available_node_types"].items():
         if name != cluster["head_node_type"]:
             yield name, kind

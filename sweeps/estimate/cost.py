@@ -97,7 +97,7 @@ def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
         for step, seconds in enumerate(one.steps):
             taken[kind_of(short, step)].append(seconds)
     wanted = Counter(kind_of(config, step) for step in range(config.train.steps + 1))
-    # A kind of step that was not reached counts as long as the first step, where all probes are due.
+    # A kind of step that was not reached counts as the first step does, where all probes are due.
     mean = {kind: fmean(taken.get(kind) or taken[("first",)]) for kind in wanted}
     seconds = sum(count * mean[kind] for kind, count in wanted.items())
     plain = taken.get((), [1.0])

@@ -252,7 +252,7 @@ def arranged(
 def known_batches(
     found: Measurement, shape: TrialConfig, groups: Sequence[Sequence[str]], array: str
 ) -> list[Batch]:
-    """Arrange trials of a shape as an earlier measurement found best, if there are enough trials."""
+    """Arrange trials of a shape as a measurement found best, perhaps one of more trials."""
     alone, most = needs_of(shape), found.array
     if array == "auto":
         most = min(most, math.ceil(sum(map(len, groups)) / slots(alone)))

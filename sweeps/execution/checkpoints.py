@@ -1,7 +1,7 @@
 """Checkpoints in a bucket, for machines that share no folder.
 
-Each machine then has its own runs folder. Where a checkpoint in the folder and the one in the bucket
-differ, the one in the bucket counts. Without a bucket these functions use the runs folder alone.
+Each machine then has its own runs folder. Where a checkpoint in the folder and the one in the
+bucket differ, the one in the bucket counts. Without a bucket, these functions use the runs folder.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _host_memory() -> str:
 
 
 def _device_memory() -> str:
-    """Say how much memory this process held on its GPU and the GPU has; empty without a GPU."""
+    """Say how much of its GPU's memory this process held; empty without a GPU."""
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info()

@@ -45,8 +45,8 @@ MALLOC = {
 }
 """Environment of workers, so that glibc's malloc keeps the memory of a step for the next one.
 
-By default it returns the memory and maps it again, most of all in the second arena, which the thread
-gets in which Tune runs a trial: up to 9,000 page faults and 8% of a step."""
+By default it returns the memory and maps it again, most of all in the second arena, which the
+thread gets in which Tune runs a trial: up to 9,000 page faults and 8% of a step."""
 
 SECONDS_TO_JOIN = 180.0
 
@@ -237,5 +237,5 @@ def _exists(file: str) -> bool:
 
 
 def texts_for(corpora: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return the texts that are sent to workers; none without a cluster, where workers read them."""
+    """Return the texts to send to workers; none without a cluster, where workers read them."""
     return {name: read_text(name) for name in sorted(corpora)} if cluster_address() else {}

@@ -79,7 +79,7 @@ def schedulable_machines() -> list[dict[str, float]]:
 
 
 def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str, float]:
-    """Return what a trial takes of a machine: a core, memory, and a share of a GPU if it may use one.
+    """Return what a trial takes of a machine: a core, memory, perhaps a share of a GPU.
 
     Args:
         config: of the trial.
