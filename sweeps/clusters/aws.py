@@ -1,7 +1,7 @@
 """A provider of machines on AWS for `ray up`: checks the cluster's file, then uses Ray's own.
 
-An error in the file is reported in one sentence before a machine starts. A security group and rights
-are made here, because Ray's own security group lets the whole world try to log in, and its workers
+An error in the file is reported in one sentence before a machine starts. A security group and
+rights are made here, because Ray's own security group lets the whole world try to log in, and its workers
 have no rights to any bucket.
 """
 
@@ -179,7 +179,7 @@ def rights_to(region: str, cluster: str, bucket: str) -> tuple[str, str]:
         The ARNs of the profile and of the role.
     """
     iam = boto3.client("iam", region)
-    # Roles belong to no region, and each region may have a cluster of this name with its own bucket.
+    # Roles belong to no region, and every region may have a cluster of this name.
     name = f"{cluster}-{region}-workers"
     exists = contextlib.suppress(iam.exceptions.EntityAlreadyExistsException)
     machines = {"Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}

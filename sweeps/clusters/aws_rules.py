@@ -31,7 +31,7 @@ def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
         if placeholder := re.search("<[a-z-]+>", text):
             yield f"{place} still has {placeholder[0]}: replace it by your own value"
         if SECRET.search(f"{place}: {text}"):
-            yield f"{place} looks like a secret: this file takes no secrets, AWS keys stay in ~/.aws"
+            yield f"{place} looks like a secret: the file takes none, AWS keys stay in ~/.aws"
     provider = cluster["provider"]
     region, bucket, ssh_from = (provider.get(key) for key in ("region", "bucket", "ssh_from"))
     if region not in _regions():
@@ -68,7 +68,7 @@ def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
                     "is open to everyone"
                 )
             if re.search(r"--dashboard-host[= ](?!127\.0\.0\.1\b)", command):
-                yield f"{commands} takes --dashboard-host=127.0.0.1, where `ray dashboard` expects it"
+                yield f"{commands} takes --dashboard-host=127.0.0.1, as `ray dashboard` expects"
 
 
 @functools.cache

@@ -89,8 +89,6 @@ def _device_memory() -> str:
     """Say how much of its GPU's memory this process held; empty without a GPU."""
     if not torch.cuda.is_available():
         return ""
-    free, total = torch.cuda.mem_get_info()
-    return (
-        f"; PyTorch held at most {size(torch.cuda.max_memory_allocated())}, and {size(free)} of the "
-        f"device's {size(total)} are free"
-    )
+    free, total = map(size, torch.cuda.mem_get_info())
+    held = size(torch.cuda.max_memory_allocated())
+    return f"; PyTorch held at most {held}, and {free} of the device's {total} are free"
