@@ -3,11 +3,13 @@
     python docs/make_pictures.py --runs-dir runs --name quick
 
 Run it by hand after a change to the report or to MLflow's view. It needs Chromium
-(apt-get install chromium), the extra `dev` of this project for Playwright, and a sweep whose report
-has been built. It writes report.png, depth.png and mlflow.png into docs/pictures. The list of
-contents of the report is left out, so that the verdicts fit into one picture.
+(apt-get install chromium), the extra `dev` of this project for Playwright, and a sweep with a
+report (python analysis/report.py writes it anew). It writes report.png, depth.png and mlflow.png
+into docs/pictures. The report's list of contents is left out, so that the verdicts fit into one
+picture.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
