@@ -78,6 +78,7 @@ def picture_report(browser: Any, report: Path) -> None:
     height = table["y"] + table["height"] + 8
     clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
     page.screenshot(path=PICTURES / "report.png", clip=clip, full_page=True)
+    page.set_viewport_size({"width": 740, "height": 1000})  # as wide as the figure
     figure = page.locator("figure:has(#growth_by_layer)")
     figure.screenshot(path=PICTURES / "depth.png")
     page.close()
