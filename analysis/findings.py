@@ -24,7 +24,7 @@ from analysis.runs import RunTables, read_some
 from analysis.specifications import SPECIFIED, specifications
 from analysis.stats import holm, mean_interval, median_interval, share_interval
 from analysis.verdicts import ALPHA, NOT_MEASURED, compare, judge
-from gptcore.config import compared, spelling, varied
+from gptcore.config import compared_knobs, spelling, varying_knobs
 from gptcore.records import PRIMARY
 from gptcore.tokenizer import spell
 
@@ -45,7 +45,7 @@ def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
     It is init.scheme, and every other knob of COMPARED that the sweep varies, so that no two
     optimisers, say, are ever averaged: `model5, optim.name sgd`.
     """
-    scheme, *others = compared(varied(trials.to_dicts()))
+    scheme, *others = compared_knobs(varying_knobs(trials.to_dicts()))
     told = [f"{knob} " + pl.col(knob).map_elements(spelling, pl.String) for knob in others]
     return trials.with_columns(scheme=pl.concat_str(scheme, *told, separator=", "))
 
@@ -303,7 +303,7 @@ def runs(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> list[dict[str,
         .agg(last_loss=pl.col("loss").sort_by("step").last())
     )
     tau = by_run["depth_gradient"].select("trial_key", "tau", "widest_layer")
-    knobs = varied(sweep.trials.to_dicts())
+    knobs = varying_knobs(sweep.trials.to_dicts())
     return (
         sweep.trials.select("trial_key", *knobs, "status", "reason")
         .join(losses, on="trial_key", how="left", maintain_order="left")

@@ -40,7 +40,7 @@ from analysis.findings import (
 )
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
-from gptcore.config import KNOBS, InputError, spelling, varied
+from gptcore.config import KNOBS, InputError, spelling, varying_knobs
 from tracking.arguments import Parser
 from tracking.store import Store, store_address
 
@@ -150,7 +150,7 @@ def render(
 ) -> str:
     """The page: one HTML file with everything in it."""
     charts = drawn(frames)
-    differ = varied(sweep.trials.to_dicts())
+    differ = varying_knobs(sweep.trials.to_dicts())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,8 +1,8 @@
-"""Models of one shape that train side by side, each as if it were alone.
+"""Arrays: models of one shape that train together, each as if it were the only one.
 
-On a GPU that a model is too small to fill, by one call an operation (VMAP), a step of K of them
-takes little longer than of one.
-A trial by itself is an array of one. Shapes as in gptcore.model, and: K models.
+A small model does not fill a GPU. There, a training step of K models takes little longer than a
+step of one model, because vmap makes one call of each operation for all of them. A trial that runs
+alone is an array of one model. Shapes are those of gptcore.model, with K models in front.
 """
 
 from __future__ import annotations
@@ -17,33 +17,43 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gptcore.config import OptimConfig
-from gptcore.model import GPT, CausalSelfAttention, HeadOutput, loss_of
+from gptcore.model import GPT, CausalSelfAttention, HeadOutput, head_loss
 from gptcore.optimizers import make_optimizer
+from gptcore.private_api import is_shaped_like_parameter, share_memory_with
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "bf16-head": (torch.bfloat16, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
-"""Name of a precision -> dtype of the products of the head, and of what lies before it. What adds a
-bias rounds its sum to bfloat16 as well, but not under vmap."""
+"""The dtypes of each `train.precision`: of the products in the head, and of those in the trunk. A
+product to which a bias is added rounds the sum to bfloat16 too, except under vmap."""
 
-VMAP = {"cpu": False, "cuda": True}
-"""Whether the trunks of an array are gone through together on a device. On a CPU that is no faster
-than one by one, which gives each trial the very bits that it has alone."""
+USES_VMAP = {"cpu": False, "cuda": True}
+"""Whether the trunks of an array run together, under vmap, on a type of device. On a CPU that would
+not be faster than one after another, and each trial keeps the exact bits it has alone."""
 
 State = Mapping[str, Any]
-"""A model and its optimiser's state as plain tensors, whatever array they come from."""
+"""The state of one model and of its optimiser, as plain tensors, from an array of any size."""
 
 
 class ModelArray:
-    """Models with their optimiser. Every parameter and its gradient is held stacked, [K, ...]; the
-    models' own are views of that, so that each can be looked at, and used, as any model."""
+    """Models and their optimiser.
+
+    Every parameter and its gradient is stored stacked over the models, [K, ...]. The parameters of
+    each model are views of it, so each model can be read and used like any other.
+    """
 
     def __init__(
         self, models: Sequence[GPT], config: OptimConfig, precision: str = "float32"
     ) -> None:
-        """The models begin as they are, and become the array's."""
+        """Stack the parameters of the models, which from now on belong to the array.
+
+        Args:
+            models: of one shape, on one device; they keep their values.
+            config: of the optimiser.
+            precision: a name in DTYPES.
+        """
         self.models, self.config = list(models), config
         self.head_dtype, self.trunk_dtype = DTYPES[precision]
         self.parameters: dict[str, Tensor] = {
@@ -53,21 +63,23 @@ class ModelArray:
             for name, _ in models[0].named_parameters()
         }
         for name, stacked in self.parameters.items():
-            # Kept from step to step: new memory would have to be found and zeroed at each.
+            # Kept from step to step, because to find and zero new memory at each step is slow.
             stacked.grad = torch.zeros_like(stacked)
             for model, values, grad in zip(models, stacked.detach(), stacked.grad, strict=True):
-                own = model.get_parameter(name)
-                own.data, own.grad = values, grad
+                share_memory_with(model.get_parameter(name), values, grad)
         self.optimizer = make_optimizer(self.parameters, config)
-        vmapped = len(models) > 1 and VMAP[models[0].wte.weight.device.type]
-        self.side_by_side = _SideBySide(models[0]) if vmapped else None
+        vmapped = len(models) > 1 and USES_VMAP[models[0].wte.weight.device.type]
+        self.vmapped_trunk = _VmappedTrunk(models[0]) if vmapped else None
 
     def gradients(self, ids_KBT: Tensor, targets_KBT: Tensor) -> tuple[Tensor, list[HeadOutput]]:
-        """Make the gradient of every model's own loss; -> the hidden states, [K, B, T, D], without
-        gradient, and what each model's head gives.
+        """Compute the gradient of every model's loss into the gradients of the parameters.
 
-        Both ends of a model are as large as the vocabulary. Their gradients are written where they
-        belong, and autograd is left what lies between.
+        The embeddings and the head are as large as the vocabulary. Their gradients are computed
+        here without autograd, straight into place; autograd does the trunk between them.
+
+        Returns:
+            The final hidden states, [K, B, T, D], without gradient, and the output of each model's
+            head.
         """
         self.optimizer.zero_grad(set_to_none=False)
         K, _, T = ids_KBT.shape
@@ -83,7 +95,7 @@ class ModelArray:
         ):
             hidden_KBTD = self._trunk(x_KBTD.requires_grad_())
         heads = [
-            loss_of(hidden_BTD, model.head.weight, targets_BT, self.head_dtype)
+            head_loss(hidden_BTD, model.head.weight, targets_BT, self.head_dtype)
             for model, hidden_BTD, targets_BT in zip(
                 self.models, hidden_KBTD.detach(), targets_KBT, strict=True
             )
@@ -95,23 +107,29 @@ class ModelArray:
         return hidden_KBTD.detach(), heads
 
     def _trunk(self, x_KBTD: Tensor) -> Tensor:
-        trunk = self.side_by_side
+        trunk = self.vmapped_trunk
         if trunk is None:
             return torch.stack(
                 [model.trunk(x_BTD) for model, x_BTD in zip(self.models, x_KBTD, strict=True)]
             )
         parameters = {f"model.{name}": stacked for name, stacked in self.parameters.items()}
 
-        def of_one(parameters: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
+        def one_trunk(parameters: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
             hidden_BTD: Tensor = functional_call(trunk, parameters, x_BTD)
             return hidden_BTD
 
-        hidden_KBTD: Tensor = vmap(of_one)(parameters, x_KBTD)
+        hidden_KBTD: Tensor = vmap(one_trunk)(parameters, x_KBTD)
         return hidden_KBTD
 
     def update(self, lr: float, clip: float, norm_K: Tensor) -> None:
-        """Change the parameters by their gradients, which are scaled to a norm of `clip` where a
-        model's is larger; 0 does not clip."""
+        """Update the parameters by their gradients.
+
+        Args:
+            lr: learning rate.
+            clip: the largest norm of a model's gradient, which is scaled down to it; 0 for no
+                limit.
+            norm_K: what norms() returns.
+        """
         if clip:
             scale_K = (clip / (norm_K + 1e-6)).clamp(max=1.0).float()
             for stacked in self.parameters.values():
@@ -122,16 +140,14 @@ class ModelArray:
         self.optimizer.step()
 
     def norms(self) -> Tensor:
-        """L2 norm of each model's whole gradient, [K], float64.
-
-        Row by row first: a float32 sum over a whole embedding loses a thousandth.
-        """
+        """Return the L2 norm of each model's gradient, over all its parameters, [K], float64."""
+        # Row by row first: a float32 sum over all of an embedding is wrong by a thousandth.
         grads = [stacked.grad for stacked in self.parameters.values() if stacked.grad is not None]
         K = len(self.models)
         return torch.cat([grad.norm(dim=-1).view(K, -1) for grad in grads], 1).double().norm(dim=1)
 
     def state(self, k: int) -> State:
-        """All that model k needs to go on, in this array or another one; its tensors are copies."""
+        """Return all that model k needs to continue in this or another array, as copies."""
         optimizer = self.optimizer.state_dict()
         return {
             "model": {
@@ -141,67 +157,65 @@ class ModelArray:
                 **optimizer,
                 "state": {
                     index: {
-                        name: value[k].clone() if _is_of_models(value) else value
-                        for name, value in its.items()
+                        name: entry[k].clone() if is_shaped_like_parameter(entry) else entry
+                        for name, entry in entries.items()
                     }
-                    for index, its in optimizer["state"].items()
+                    for index, entries in optimizer["state"].items()
                 },
             },
         }
 
     def load(self, states: Sequence[State]) -> None:
-        """Bring every model to its state; all have had as many updates."""
+        """Set every model, and the optimiser, to these states, one per model.
+
+        All models must have made the same number of updates.
+        """
         with torch.no_grad():
             for model, state in zip(self.models, states, strict=True):
                 for name, values in model.named_parameters():
                     values.copy_(state["model"][name])
-        of_each = [state["optimizer"]["state"] for state in states]
+        optimizer_states = [state["optimizer"]["state"] for state in states]
         stacked = {
             index: {
-                name: torch.stack([state[index][name] for state in of_each])
-                if _is_of_models(value)
-                else value
-                for name, value in its.items()
+                name: torch.stack([state[index][name] for state in optimizer_states])
+                if is_shaped_like_parameter(entry)
+                else entry
+                for name, entry in entries.items()
             }
-            for index, its in of_each[0].items()
+            for index, entries in optimizer_states[0].items()
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stacked})
 
 
-def _is_of_models(value: object) -> bool:
-    """Whether each model has its own of an optimiser's state; a count of updates is a scalar."""
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
-class _SideBySide(nn.Module):
-    """The trunk of a model like this one, as functional_call and vmap take it: without values."""
+class _VmappedTrunk(nn.Module):
+    """The trunk of a model, without parameter values, for functional_call under vmap."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).to("meta")
         for module in self.model.modules():
             if isinstance(module, CausalSelfAttention):
-                module.attend = _attend_side_by_side
+                module.attend = _attend_under_vmap
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.model.trunk(x_BTD)
 
 
-def _attend_side_by_side(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    attended: Tensor = _Attention.apply(q, k, v, is_causal)
+def _attend_under_vmap(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    attended: Tensor = _VmappedAttention.apply(q, k, v, is_causal)
     return attended
 
 
-class _Attention(torch.autograd.Function):
-    """Attention for vmap: to it a further model is as good as a further sequence.
+class _VmappedAttention(torch.autograd.Function):
+    """Attention under vmap, which treats the models as further sequences of one batch.
 
-    PyTorch's own rule goes through the models one by one on a CPU, and on a GPU keeps nothing for
-    the backward pass, since under vmap no tensor says that it wants a gradient.
+    PyTorch's own rule for vmap computes the models one after another on a CPU. On a GPU it keeps
+    nothing for the backward pass, because under vmap no tensor says that it needs a gradient.
     """
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        raise NotImplementedError("for use under vmap alone")
+        raise NotImplementedError("this attention works under vmap alone")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -211,7 +225,7 @@ class _Attention(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: bool
     ) -> tuple[Tensor, int]:
-        """The models' own dimension is joined to that of their sequences, and parted again."""
+        """Merge the dimension of the models with that of the sequences, and split it again."""
         q, k, v = (
             x.movedim(dim, 0).flatten(0, 1) for x, dim in zip((q, k, v), in_dims[:3], strict=True)
         )

@@ -1,7 +1,7 @@
-"""A trial's state in one file, so that it can end where it was cut off and differ in no bit.
+"""Save the state of a trial in one file, so that an interrupted trial continues with the same bits.
 
-The file holds the parameters, the optimiser's state and every row that the loop has made. There are
-no generators to keep: batches and draws are functions of the config and the step.
+The file holds the parameters, the state of the optimiser, and every row of the training loop. It
+holds no random generators: batches and draws are functions of the config and the step.
 """
 
 from __future__ import annotations
@@ -21,55 +21,64 @@ from gptcore.files import remove_leftovers, write_atomically
 from gptcore.records import SCHEMA_VERSION, TABLES, Row
 
 SHARE_OF_TIME = 0.01
-"""A trial spends at most this share of its time on saving."""
+"""A trial spends at most this fraction of its time on saving."""
 
 
 def checkpoint_file(runs_dir: Path, key: str) -> Path:
-    """Where the trial with this key leaves its state, in debug mode and in a sweep alike."""
+    """Return the checkpoint file of the trial with this key, in a sweep and in debug mode."""
     return runs_dir / "checkpoints" / f"{key}.pt"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training loop is, beside the model and the optimiser."""
+    """How far a training loop has come. The state of model and optimiser is stored separately."""
 
-    step: int  # the next to be looked at
-    rows: list[list[Row]]  # of every step before it
-    seconds: float  # that those steps took
+    step: int  # the next step to compute
+    rows: list[list[Row]]  # the rows of every earlier step
+    seconds: float  # the time of the earlier steps
 
 
 class Checkpoint:
-    """The file of one trial, which stands for as long as the trial is unfinished."""
+    """The checkpoint file of one trial, which exists until the trial has finished."""
 
     def __init__(
         self,
         file: Path,
         identity: dict[str, Scalar],
         pause: float,
-        keep: Callable[[Path], object] | None = None,
+        after_save: Callable[[Path], object] | None = None,
     ) -> None:
-        """`identity`, as TrialConfig.identity gives it, is what decides the trial's numbers.
+        """Open the checkpoint of a trial; no file is read or written yet.
 
-        `pause` is the least number of seconds between two savings. `keep` is called with the file
-        each time it was written.
+        Args:
+            file: where the checkpoint is.
+            identity: all that decides the numbers of the trial, from TrialConfig.identity.
+            pause: the shortest time between two saves, in seconds.
+            after_save: called with the file each time it was written.
         """
-        self.keep = keep
-        self.file, self.least_pause = file, pause
+        self.after_save = after_save
+        self.file, self.min_pause = file, pause
         self.identity = {**identity, "schema_version": SCHEMA_VERSION}
-        self.next = time.perf_counter() + pause
+        self.next_save = time.perf_counter() + pause
 
     def due(self) -> bool:
-        return time.perf_counter() >= self.next
+        """Return whether it is time to save."""
+        return time.perf_counter() >= self.next_save
 
-    def save(self, progress: Progress, state: State, begun: float | None = None) -> None:
-        """Write everything to a file that then takes the old one's place.
+    def save(self, progress: Progress, state: State, start: float | None = None) -> None:
+        """Write the checkpoint, which replaces the older one.
 
-        `begun`: when the saving began, by time.perf_counter, if others of an array were saved
-        before. Raises InputError where it cannot be written; the old one is then left as it was.
+        Args:
+            start: when the saving began, by time.perf_counter(); give it when other trials of an
+                array were saved just before, so that their time counts too.
+
+        Raises:
+            InputError: the file cannot be written; the older one is left as it was.
         """
-        start = begun or time.perf_counter()
-        # To memory first: from writing to a disk, PyTorch raises what it also raises for faults.
-        written = io.BytesIO()
+        start = start or time.perf_counter()
+        # To memory first: when PyTorch writes to a disk that fails, it raises a RuntimeError, as it
+        # does for a bug.
+        buffer = io.BytesIO()
         torch.save(
             {
                 "identity": self.identity,
@@ -78,56 +87,61 @@ class Checkpoint:
                 "seconds": progress.seconds,
                 **state,
             },
-            written,
+            buffer,
         )
         try:
-            write_atomically(self.file, lambda file: file.write_bytes(written.getbuffer()))
+            write_atomically(self.file, lambda file: file.write_bytes(buffer.getbuffer()))
         except OSError as error:
             raise InputError(f"the checkpoint {self.file} cannot be written: {error}") from error
-        if self.keep:
-            self.keep(self.file)
+        if self.after_save:
+            self.after_save(self.file)
         end = time.perf_counter()
-        self.next = end + max(self.least_pause, (end - start) / SHARE_OF_TIME)
+        self.next_save = end + max(self.min_pause, (end - start) / SHARE_OF_TIME)
 
     def load(self, device: torch.device) -> tuple[Progress, State | None]:
-        """How far the file is, and the state it holds; the beginning where there is none.
+        """Read the checkpoint, onto this device.
 
-        Raises InputError for a file that cannot be read or is of another trial.
+        Returns:
+            The progress of the trial and its state; step 0 and None where there is no file.
+
+        Raises:
+            InputError: the file is damaged or belongs to another trial.
         """
         if not self.file.exists():
             return Progress(0, [], 0.0), None
         try:
-            # PyTorch writes checksums, but does not look at them.
+            # PyTorch writes checksums, but does not compare them when it loads.
             with zipfile.ZipFile(self.file) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
-            # weights_only: of what the file holds, nothing but tensors and rows is ever made.
+            # weights_only: no object is created but tensors, rows and plain Python values.
             with torch.serialization.safe_globals([*TABLES.values()]):
-                held = torch.load(self.file, map_location=device, weights_only=True)
-            if differing := self._differences(held["identity"]):
+                stored = torch.load(self.file, map_location=device, weights_only=True)
+            if differing := self._differences(stored["identity"]):
                 raise InputError(
-                    f"the checkpoint {self.file} is of another trial ({differing}): "
+                    f"the checkpoint {self.file} belongs to another trial ({differing}): "
                     "delete it to begin from step 0"
                 )
-            optimizer = {**held["optimizer"], "state": dict(held["optimizer"]["state"])}
-            state = {"model": dict(held["model"]), "optimizer": optimizer}
-            return Progress(held["step"], held["rows"], held["seconds"]), state
+            optimizer = {**stored["optimizer"], "state": dict(stored["optimizer"]["state"])}
+            state = {"model": dict(stored["model"]), "optimizer": optimizer}
+            return Progress(stored["step"], stored["rows"], stored["seconds"]), state
         except InputError:
             raise
-        except Exception as error:  # a damaged file is as free in this as in what it holds
+        except Exception as error:  # a damaged file can raise anything
             raise InputError(
                 f"the checkpoint {self.file} is damaged ({type(error).__name__}): "
                 "delete it to begin from step 0"
             ) from error
 
-    def _differences(self, identity: dict[str, Scalar]) -> str:
-        """`init.seed is 0 there and 1 here`, for everything that differs."""
+    def _differences(self, stored: dict[str, Scalar]) -> str:
+        """List what differs: `init.seed is 0 in the file and 1 in this trial`."""
         return ", ".join(
-            f"{name} is {identity.get(name)} there and {self.identity.get(name)} here"
-            for name in {**self.identity, **identity}
-            if identity.get(name) != self.identity.get(name)
+            f"{name} is {stored.get(name)} in the file and {self.identity.get(name)} in this trial"
+            for name in {**self.identity, **stored}
+            if stored.get(name) != self.identity.get(name)
         )
 
     def delete(self) -> None:
+        """Delete the file, and temporary files that a killed process left."""
         self.file.unlink(missing_ok=True)
         remove_leftovers(self.file)

@@ -1,9 +1,10 @@
-"""The configuration of one trial: what it takes, how it is spelled, and the key that names it.
+"""The configuration of one trial: its knobs, their names and ranges, and the trial's key.
 
-A knob has one spelling everywhere: `init.scheme` is the path in these dataclasses, the flag on the
+A knob has one name everywhere: `init.scheme` is the path in these dataclasses, the flag on the
 command line, the entry in Tune's config, the MLflow param and the column in the analysis.
 
-Importing this module imports neither torch nor anything else that is heavy.
+This module is fast to import: it needs neither torch nor numpy. It is one file because the knobs,
+the checks of their values and the key change together.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ EXPERIMENT_VERSION = 2
 
 
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
-"""By the name of each tokenizer, how many tokens it has, <|endoftext|> included."""
+"""The number of tokens of each tokenizer, with <|endoftext|>."""
 
-COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 class InputError(ValueError):
-    """Bad input from a person: one clear sentence saying what was wrong and what is accepted.
+    """Wrong input of a user. The message is one sentence: what is wrong, and what is accepted.
 
     Commands print it on stderr and exit with code 2.
     """
 
 
 def seed_of(*words: str | int) -> int:
-    """A 64-bit seed for one use of randomness, from the words that name the use and a seed.
+    """Return a 64-bit seed for one use of randomness.
 
-    No draw depends on global state or on how many draws came before it elsewhere.
+    No draw depends on a global state, or on the number of draws elsewhere.
+
+    Args:
+        words: they name the use, and contain the seed that the user gave.
     """
     digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "little")
@@ -59,11 +63,18 @@ def knob(
     in_key: bool = True,
     later: bool = False,
 ) -> Any:
-    """A field of a config: its default, a phrase for --help and the range it accepts.
+    """Declare a knob, which is a field of a config dataclass.
 
-    `low` and `high` are inclusive, `above` and `below` exclusive. `in_key=False` keeps the field
-    out of the trial key: it changes where a trial runs, not what it finds. `later`: there were
-    trials before there was the field; at its default it is left out, so that they keep their keys.
+    Args:
+        default: the value of a trial that does not set the knob.
+        doc: a phrase for --help.
+        low, high: smallest and largest value.
+        above, below: limits that the value itself must not reach.
+        choices: the values of a knob that takes one of a few words.
+        in_key: whether the knob is part of the trial key. False for a knob that changes how a trial
+            runs, but not its numbers.
+        later: whether the knob is newer than the first trials. At its default it is then left out
+            of the key, so that older trials keep their keys.
     """
     limits = {">=": low, "<=": high, ">": above, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
@@ -74,30 +85,35 @@ def knob(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the GPT (no dropout anywhere)."""
+    """Shape of the GPT, which has no dropout."""
 
     n_layer: int = knob(6, "number of blocks", low=1)
-    n_head: int = knob(4, "attention heads a block", low=1)
+    n_head: int = knob(4, "attention heads per block", low=1)
     d_model: int = knob(64, "width of the residual stream", low=1)
-    context: int = knob(64, "tokens a sequence", low=2)
+    context: int = knob(64, "tokens per sequence", low=2)
     vocab_size: int = knob(
-        50257, "rows of the token embedding; if not given, the tokenizer's number of tokens", low=1
+        50257,
+        "rows of the token embedding; by default the number of tokens of the tokenizer",
+        low=1,
     )
-    tied: bool = knob(True, "whether the output head is the token embedding")
+    tied: bool = knob(True, "whether the output head and the token embedding share their weight")
     norm: str = knob(
         "pre",
-        "LayerNorm before a branch, after its sum, or after with DeepNet's scaled residual",
+        "LayerNorm before each branch (pre), after its sum (post), or after its sum with DeepNet's "
+        "scaled residual (deepnet)",
         choices=("pre", "post", "deepnet"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """How the parameters start."""
+    """Initial values of the parameters."""
 
-    scheme: str = knob("model5", "rule for the starting weights")
+    scheme: str = knob("model5", "rule for the initial weights")
     std: float = knob(0.02, "standard deviation, for schemes that take one", above=0.0)
-    cut: float = knob(2.0, "where truncated_normal is cut, in parent standard deviations", low=0.01)
+    cut: float = knob(
+        2.0, "where truncated_normal is cut, in standard deviations before the cut", low=0.01
+    )
     nu: float = knob(5.0, "degrees of freedom of student_t", above=2.0)
     gain: float = knob(1.0, "factor on the std, for schemes that take one", above=0.0)
     seed: int = knob(0, "seed of the initial weights", low=0)
@@ -105,78 +121,87 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What the trial reads, and in which order."""
+    """The text of the trial, and the order of its batches."""
 
-    # The text's digest stands in the key instead: the same bytes under another name or path are
-    # the same trial.
-    name: str = knob("gulliver", "path of a UTF-8 text file, or a corpus", in_key=False)
+    # The key has the digest of the text instead: a trial on the same bytes under another name or
+    # path is the same trial.
+    name: str = knob("gulliver", "name of a corpus, or path of a UTF-8 text file", in_key=False)
     tokenizer: str = knob(
         "gpt2",
-        "what a token is: a piece of GPT-2's encoding, or a byte",
+        "tokens: pieces of GPT-2's byte-pair encoding (gpt2), or single bytes (bytes)",
         choices=tuple(VOCAB_SIZES),
         later=True,
     )
-    subset: str = knob("all", "`all`, a section such as `part-1`, or fractions such as `0-0.25`")
-    data_seed: int = knob(0, "seed of the order of batches, and of draws among tied tokens", low=0)
-    windows: int = knob(4, "sequences in the probe text, and in the text that is held out", low=1)
+    subset: str = knob(
+        "all", "part of the text: `all`, a section such as `part-1`, or fractions such as `0-0.25`"
+    )
+    data_seed: int = knob(0, "seed of the batches, and of draws among tokens of equal count", low=0)
+    windows: int = knob(4, "sequences in each of the two fixed texts, probe and held_out", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How the parameters move."""
+    """The optimiser and its learning rate."""
 
     name: str = knob("adamw", "optimiser")
-    lr: float = knob(1e-3, "learning rate, at its highest", above=0.0)
-    schedule: str = knob("constant", "learning rate after the warm-up")
-    warmup: int = knob(0, "steps over which the learning rate rises to lr", low=0)
+    lr: float = knob(1e-3, "highest learning rate", above=0.0)
+    schedule: str = knob("constant", "shape of the learning rate after the warm-up")
+    warmup: int = knob(0, "steps in which the learning rate rises to lr", low=0)
     clip: float = knob(0.0, "largest norm of the gradient, 0 for no limit", low=0.0)
     beta1: float = knob(0.9, "Adam's decay of the first moment", low=0.0, below=1.0)
     beta2: float = knob(0.999, "Adam's decay of the second moment", low=0.0, below=1.0)
-    eps: float = knob(1e-8, "added to the root of Adam's second moment", above=0.0)
-    momentum: float = knob(0.9, "decay of sgd's velocity", low=0.0, below=1.0)
-    # 0, so that a row the corpus never uses moves by its gradient alone.
-    weight_decay: float = knob(0.0, "weight decay: decoupled in adamw and coupled_adam", low=0.0)
+    eps: float = knob(1e-8, "added to the square root of Adam's second moment", above=0.0)
+    momentum: float = knob(0.9, "decay of the velocity of sgd", low=0.0, below=1.0)
+    # 0 by default, so that only its gradient moves the row of a token that never occurs.
+    weight_decay: float = knob(0.0, "weight decay, decoupled in adamw and coupled_adam", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, on how much at a time, and where."""
+    """Length of the training, size of the batches, precision and device."""
 
     steps: int = knob(200, "optimiser updates", low=1)
-    batch_size: int = knob(8, "sequences a step", low=1)
+    batch_size: int = knob(8, "sequences per step", low=1)
     precision: str = knob(
         "float32",
-        "of products: bfloat16 in the head alone, or in all of the model",
+        "precision of products: bf16-head is bfloat16 in the head only, bf16 in the complete model",
         choices=("float32", "bf16-head", "bf16"),
         later=True,
     )
     checkpoint_seconds: float = knob(
         10.0,
-        "least seconds between checkpoints, which take 1 in 100 at most",
+        "shortest time between checkpoints, which take at most 1 % of the time of the trial",
         low=0.0,
         in_key=False,
     )
     device: str = knob(
-        "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"), in_key=False
+        "auto",
+        "device; auto uses a GPU if there is one",
+        choices=("auto", "cpu", "cuda"),
+        in_key=False,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbesConfig:
-    """How often the trial is looked at; at step 0 and the last step in any case."""
+    """How often probes measure the model. All probes measure step 0 and the last step."""
 
     every: int = knob(
-        10, "steps between records of weights, updates, activations, the batch's groups", low=1
+        10,
+        "steps between rows on weights, updates, activations and token groups of the batch",
+        low=1,
     )
-    text_every: int = knob(50, "steps between readings of the fixed texts", low=1)
+    text_every: int = knob(50, "steps between rows on the fixed texts", low=1)
     histogram_every: int = knob(50, "steps between histograms", low=1)
-    spectrum_every: int = knob(50, "steps between singular values", low=1)
-    layers: str = knob("all", "which blocks are looked at: all, or ascending, such as 0,2,5")
+    spectrum_every: int = knob(50, "steps between rows on singular values", low=1)
+    layers: str = knob(
+        "all", "the blocks to measure: all, or their numbers in ascending order, such as 0,2,5"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """Everything that makes a trial. `TrialConfig()` is the default trial."""
+    """All knobs of a trial. `TrialConfig()` is the default trial."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -204,14 +229,14 @@ class TrialConfig:
         self.probed_layers()
 
     def probed_layers(self) -> list[int]:
-        """The blocks that probes look at. Raises InputError for one that is not there."""
+        """Return the blocks to measure. Raises InputError for a block that does not exist."""
         text, n_layer = self.probes.layers, self.model.n_layer
         if text == "all":
             return list(range(n_layer))
         layers = [int(word) for word in text.split(",") if re.fullmatch(r"0|[1-9]\d*", word)]
         if len(layers) != text.count(",") + 1 or layers != sorted(set(layers)):
             raise InputError(
-                f"probes.layers takes all, or ascending layers such as 0,2,5, not {text!r}"
+                f"probes.layers takes all, or layers in ascending order such as 0,2,5, not {text!r}"
             )
         if layers[-1] >= n_layer:
             raise InputError(
@@ -222,10 +247,13 @@ class TrialConfig:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> TrialConfig:
-        """Build a config from dotted keys; keys left out take their defaults.
+        """Build a config from dotted keys; missing keys take their defaults.
 
-        The default of model.vocab_size is the tokenizer's number of tokens. Raises InputError,
-        naming the key, for an unknown key, a value of the wrong type or one out of range.
+        The default of model.vocab_size is the number of tokens of the tokenizer.
+
+        Raises:
+            InputError: a key is unknown, or its value has the wrong type or is out of range. The
+                message names the key.
         """
         sections: dict[str, dict[str, Scalar]] = {}
         for key, value in flat.items():
@@ -237,7 +265,7 @@ class TrialConfig:
         return cls(**{section: types[section](**values) for section, values in sections.items()})
 
     def to_flat(self) -> dict[str, Scalar]:
-        """The config as dotted keys, every knob of it, in the order of the dataclasses."""
+        """Return every knob by its dotted key, in the order of the dataclasses."""
         return {
             f"{section.name}.{entry.name}": getattr(getattr(self, section.name), entry.name)
             for section in fields(self)
@@ -245,9 +273,10 @@ class TrialConfig:
         }
 
     def identity(self, corpus_digest: str) -> dict[str, Scalar]:
-        """All that decides what the trial finds.
+        """Return all that decides the numbers of the trial.
 
-        `corpus_digest` is the digest of the whole text that `corpus.subset` cuts from.
+        Args:
+            corpus_digest: digest of the complete text, from which `corpus.subset` takes a part.
         """
         knobs = {
             key: value
@@ -262,7 +291,7 @@ class TrialConfig:
         }
 
     def key(self, corpus_digest: str) -> str:
-        """The trial's identity as its name everywhere: 12 hex digits of a SHA-256."""
+        """Return the key that names the trial: 12 hex digits of the SHA-256 of its identity."""
         canonical = json.dumps(self.identity(corpus_digest), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -276,22 +305,28 @@ KNOBS: dict[str, Field[Any]] = {
 
 TOKENIZER = str(KNOBS["corpus.tokenizer"].default)
 
-COMPARED = tuple(
+COMPARED_KNOBS = tuple(
     knob
     for knob, entry in KNOBS.items()
     if (entry.metadata["in_key"] or knob == "corpus.name")
     and knob not in ("init.seed", "corpus.data_seed", "corpus.subset")
     and not knob.startswith("probes.")
 )
-"""The knobs that tell configurations apart: runs that differ in one of them are never averaged. Not
-seeds, which are the sample; nor subsets, which have a place of their own; nor what changes no run.
+"""The knobs that define a configuration: trials that differ in one of them are never averaged.
+
+Left out are the seeds, which make the sample; the subset, which the analysis treats separately; and
+knobs that do not change the training.
 """
 
 
-def varied(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
-    """The knobs in which trials differ, each trial given by its dotted keys.
+def varying_knobs(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
+    """List the knobs in which trials differ.
 
-    Not model.vocab_size where it is every trial's tokenizer's own: the tokenizer says it already.
+    model.vocab_size is left out where it always is the number of tokens of the tokenizer, because
+    corpus.tokenizer then says the same.
+
+    Args:
+        trials: the knobs of each trial by their dotted keys.
     """
     differ = [knob for knob in KNOBS if len({trial[knob] for trial in trials}) > 1]
     follows = all(
@@ -301,21 +336,27 @@ def varied(trials: Sequence[Mapping[str, Scalar]]) -> list[str]:
     return [knob for knob in differ if not (knob == "model.vocab_size" and follows)]
 
 
-def compared(knobs: Iterable[str]) -> list[str]:
-    """Of the knobs in which trials differ those that name configurations: the scheme in any case,
-    and others of COMPARED."""
-    others = [knob for knob in knobs if knob in COMPARED and knob != "init.scheme"]
+def compared_knobs(varying: Iterable[str]) -> list[str]:
+    """List the knobs that name the configurations of trials.
+
+    Args:
+        varying: the knobs in which the trials differ.
+
+    Returns:
+        init.scheme always, then those of `varying` that are in COMPARED_KNOBS.
+    """
+    others = [knob for knob in varying if knob in COMPARED_KNOBS and knob != "init.scheme"]
     return ["init.scheme", *others]
 
 
 def knob_type(key: str) -> type:
-    """int, float, str or bool: the type of the values that the knob `key` takes."""
+    """Return the type of the values of a knob: int, float, str or bool."""
     # Annotations are strings here (from __future__ import annotations).
     return {"int": int, "float": float, "str": str, "bool": bool}[str(KNOBS[key].type)]
 
 
 def check_value(key: str, value: Any) -> Scalar:
-    """`value` as the type that the knob takes. Raises InputError: the key, and what it takes."""
+    """Return `value` in the type of the knob. Raises InputError with the key and what it takes."""
     if key not in KNOBS:
         raise InputError(f"unknown key {key!r}: the keys are {', '.join(KNOBS)}")
     kind, limits = knob_type(key), KNOBS[key].metadata["limits"]
@@ -329,50 +370,60 @@ def check_value(key: str, value: Any) -> Scalar:
     takes += " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
     right_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     finite = right_type and value != "" and (kind is not float or math.isfinite(value))
-    in_range = finite and all(COMPARE[sign](value, limits[sign]) for sign in limits)
+    in_range = finite and all(COMPARISONS[sign](value, limits[sign]) for sign in limits)
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
     return value
 
 
 def parse_value(key: str, text: str) -> Scalar:
-    """The value of a knob from its spelling on a command line. Raises as check_value does."""
+    """Read the value of a knob from a command line. Raises what check_value raises."""
     value: Any = text
     if key in KNOBS:
         kind = knob_type(key)
-        # Where the text is no number, check_value says what the key takes.
+        # If the text is not a number, check_value says what the key takes.
         with contextlib.suppress(ValueError):
             value = {"true": True, "false": False}.get(text, text) if kind is bool else kind(text)
     return check_value(key, value)
 
 
 def spelling(value: Scalar) -> str:
-    """A knob's value as parse_value reads it: `true`, not Python's `True`."""
+    """Write the value of a knob as parse_value reads it: `true`, not Python's `True`."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parameters_of(entry: Callable[..., Any]) -> list[str]:
-    """The knobs that an entry of a registry takes, its parameters behind the first: ["std"]."""
+    """List the knobs that an entry of a registry takes: its parameters after the first, ["std"]."""
     return list(inspect.signature(entry).parameters)[1:]
 
 
 def check_choice(
     section: str, config: Any, chooser: str, registry: Mapping[str, Callable[..., Any]]
 ) -> None:
-    """Raise InputError for a name that the registry lacks, or a knob that its entry does not take.
+    """Check the choice of an entry of a registry, and that it takes the knobs that are given.
 
-    `chooser` is the knob of the section that names the entry. Only knobs that some entry takes are
-    looked at, and those at their default count as not given.
+    Knobs that no entry takes are not checked. A knob at its default counts as not given.
+
+    Args:
+        section: name of the section, such as init.
+        config: the section.
+        chooser: the knob of the section that names the entry, such as scheme.
+        registry: the entries by name; their parameters after the first are knobs of the section.
+
+    Raises:
+        InputError: the registry lacks the entry, or the entry does not take a knob.
     """
     chosen = getattr(config, chooser)
     if chosen not in registry:
-        raise InputError(f"{section}.{chooser} {chosen!r} is unknown: take {', '.join(registry)}")
+        raise InputError(
+            f"{section}.{chooser} {chosen!r} is unknown: take one of {', '.join(registry)}"
+        )
     takes = {name: parameters_of(entry) for name, entry in registry.items()}
     for entry in fields(config):
         takers = [name for name in registry if entry.name in takes[name]]
         given = getattr(config, entry.name) != entry.default
         if takers and chosen not in takers and given:
             raise InputError(
-                f"{section}.{chooser} {chosen} takes no {section}.{entry.name}: "
-                f"those that do are {', '.join(takers)}"
+                f"{section}.{chooser} {chosen} does not take {section}.{entry.name}: "
+                f"leave it out, or take one of {', '.join(takers)}"
             )

@@ -1,8 +1,9 @@
-"""Texts to train on: find or fetch one, tokenise it once, cut a subset, draw batches.
+"""Corpora: find or download a text, tokenise it once, take a subset, and draw batches.
 
-A corpus is tokenised once per machine into `<cache>/<digest>.npy` (uint16; by bytes into
-`<digest>-bytes.npy`), which every trial memory-maps. `$GPTCORE_CACHE` moves the cache from
-~/.cache/gpt-sweeps; `$GPTCORE_CORPORA` names a folder of texts to look in first.
+A text is tokenised once per machine into `<cache>/<digest>.npy` (uint16), or
+`<digest>-bytes.npy` for the tokenizer `bytes`. All trials memory-map this file. The cache is
+~/.cache/gpt-sweeps, or `$GPTCORE_CACHE`. `$GPTCORE_CORPORA` names a folder that is searched
+for texts first.
 """
 
 from __future__ import annotations
@@ -30,30 +31,31 @@ from gptcore.tokenizer import encode, token_bytes
 GULLIVER_URL = "https://www.gutenberg.org/cache/epub/829/pg829.txt"
 GULLIVER_FILES = ("gulliver.txt", "pg829.txt", "829-0.txt")
 GET_GULLIVER = (
-    f"put Project Gutenberg's text 829 as {GULLIVER_FILES[0]} into a folder and name that folder "
+    f"save Project Gutenberg's text 829 as {GULLIVER_FILES[0]} in a folder, and name that folder "
     "in GPTCORE_CORPORA"
 )
 DOWNLOAD_TRIES, DOWNLOAD_SECONDS = 2, 5.0
 
 
 class CorpusUnavailable(InputError):
-    """A corpus of CORPORA that this machine neither has nor can fetch."""
+    """This machine does not have a corpus of CORPORA, and cannot download it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The part of a text that a trial reads: all of it but the held-out windows is trained on.
+    """The subset of a text that a trial uses for training and for measuring.
 
-    Two fixed texts of so many windows each lie evenly over it, by turns: `probe` is read in
-    training too, `held_out` never. They depend on nothing but the subset, `context` and `windows`,
-    so every scheme and seed is measured on the same ones.
+    Two fixed texts consist of `windows` windows each, which alternate at equal distances over the
+    subset. Training uses the windows of `probe` too, and never those of `held_out`. The windows
+    depend on the subset, `context` and `windows` only, so that all schemes and seeds are measured
+    on the same texts.
     """
 
     name: str
     tokenizer: str
     subset: str
-    digest: str  # SHA-256 of the whole text, UTF-8
-    origin: str  # where the text came from
+    digest: str  # SHA-256 of the complete text in UTF-8
+    origin: str  # the file or address of the text
     tokens: NDArray[np.uint16]  # [n_tokens] of the subset, memory-mapped
     context: int
     windows: int
@@ -61,10 +63,11 @@ class Corpus:
     def batch(
         self, step: int, *, batch_size: int, seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Inputs and next-token targets of one step, [batch_size, context] each.
+        """Draw the inputs and next-token targets of one step, [batch_size, context] each.
 
-        Sequences start wherever they meet no held-out window, drawn with replacement. A batch is a
-        function of the step and the seed alone, so a trial can begin again at any step.
+        A sequence can start wherever it does not overlap a held-out window. Sequences are drawn
+        with replacement. A batch depends on the step and the seed only, so that a trial can
+        continue at any step.
         """
         rng = np.random.default_rng(seed_of("batch", seed, step))
         held_out = self.fixed_starts()["held_out"]
@@ -77,16 +80,17 @@ class Corpus:
         return windows[:, :-1], windows[:, 1:]
 
     def fixed_starts(self) -> dict[str, NDArray[np.int64]]:
-        """Where the windows of each fixed text begin, [windows] each."""
+        """Return the first positions of the windows of each fixed text, [windows] each."""
         room = len(self.tokens) - (self.context + 1)
         starts = np.arange(2 * self.windows) * room // (2 * self.windows - 1)
         return {"probe": starts[0::2], "held_out": starts[1::2]}
 
     def fixed_texts(self) -> dict[str, NDArray[np.int64]]:
-        """The windows of each fixed text, [windows, context + 1] each."""
+        """Return the windows of each fixed text, [windows, context + 1] each."""
         return {text: self._windows(starts) for text, starts in self.fixed_starts().items()}
 
     def fixed_text_rows(self) -> list[FixedTextRow]:
+        """Return one row for each fixed text."""
         return [
             FixedTextRow(
                 text=text,
@@ -98,11 +102,11 @@ class Corpus:
         ]
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each token of the tokenizer occurs in what is trained on, [n_vocab]."""
+        """Count each token of the tokenizer in the training text, [n_vocab]."""
         n_vocab = VOCAB_SIZES[self.tokenizer]
-        everywhere = np.bincount(self.tokens, minlength=n_vocab)
+        total = np.bincount(self.tokens, minlength=n_vocab)
         held_out = self.fixed_texts()["held_out"].flatten()
-        return everywhere - np.bincount(held_out, minlength=n_vocab)
+        return total - np.bincount(held_out, minlength=n_vocab)
 
     def _windows(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
@@ -110,34 +114,40 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Source:
-    """How to come by a text, and the named sections one can cut from it."""
+    """How to get a text, and the sections of it that corpus.subset can name."""
 
-    # -> (text, origin)
     read: Callable[[], tuple[str, str]]
-    # text -> first and past-last character of each section, by its name
+    """Return the text and its origin."""
     sections: Callable[[str], dict[str, tuple[int, int]]]
+    """Find the sections of a text by name: index of the first character, and after the last one."""
 
 
 Texts = Mapping[str, tuple[str, str]]
-"""By corpus.name a text and its origin."""
+"""Texts and their origins by corpus.name."""
 NO_TEXTS: Texts = MappingProxyType({})
 
 
 def load_corpus(config: CorpusConfig, context: int, preloaded_texts: Texts = NO_TEXTS) -> Corpus:
-    """The corpus and subset that a config names, with room for its fixed texts and for training.
+    """Load the corpus and the subset that a config names.
 
-    Raises InputError for a text that is not there, is no UTF-8 text or is too short, and for an
-    unknown subset; CorpusUnavailable where a corpus of CORPORA cannot be had.
+    Args:
+        config: the section `corpus` of a trial.
+        context: tokens per sequence.
+        preloaded_texts: texts that are not read from this machine, by corpus.name.
+
+    Raises:
+        InputError: the text does not exist, is not UTF-8 or is too short, or the subset is unknown.
+        CorpusUnavailable: a corpus of CORPORA is not on this machine and cannot be downloaded.
     """
     text, origin = preloaded_texts.get(config.name) or read_text(config.name)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    tokens = _tokenised(text, digest, config.tokenizer)
+    tokens = _tokens(text, digest, config.tokenizer)
     start, stop = _subset_bounds(config, text, tokens)
-    # The fixed windows do not touch then, and between two held-out ones is room to train on.
-    if stop - start < (least := 2 * config.windows * (context + 1)):
+    # This length keeps the fixed windows separate, with training text between held-out windows.
+    if stop - start < (minimum := 2 * config.windows * (context + 1)):
         raise InputError(
             f"corpus.subset {config.subset} of corpus {config.name} has {stop - start} tokens: a "
-            f"context of {context} with {config.windows} corpus.windows needs at least {least}"
+            f"context of {context} with {config.windows} corpus.windows needs at least {minimum}"
         )
     return Corpus(
         name=config.name,
@@ -152,17 +162,17 @@ def load_corpus(config: CorpusConfig, context: int, preloaded_texts: Texts = NO_
 
 
 def read_text(name: str) -> tuple[str, str]:
-    """(text, origin) of a corpus; raises as load_corpus does."""
+    """Return the text and the origin of a corpus. Raises what load_corpus raises."""
     return CORPORA[name].read() if name in CORPORA else _read_file(name)
 
 
 def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) -> tuple[int, int]:
-    """First and past-last token of a subset."""
+    """Return the indices of the first token of a subset, and after its last one."""
     if config.subset == "all":
         return 0, len(tokens)
     sections = CORPORA[config.name].sections(text) if config.name in CORPORA else {}
     if config.subset in sections:
-        # The token in which a character of the text lies, by the bytes before each token's end.
+        # Find the token that contains a character, by the number of bytes up to each token's end.
         ends = np.cumsum(np.array([len(piece) for piece in token_bytes(config.tokenizer)])[tokens])
         offsets = [len(text[:char].encode()) for char in sections[config.subset]]
         start, stop = np.searchsorted(ends, offsets, side="right")
@@ -178,7 +188,7 @@ def _subset_bounds(config: CorpusConfig, text: str, tokens: NDArray[np.uint16]) 
 
 
 def canonical_subset(subset: str) -> str:
-    """The one spelling of a subset, so that 0-.5 and 0.0-0.50 are one trial, and 0-1 is all."""
+    """Write a subset in one way only, so that 0-.5 and 0.0-0.50 are one trial, and 0-1 is all."""
     fractions = _fractions(subset)
     if fractions == (0.0, 1.0):
         return "all"
@@ -186,7 +196,7 @@ def canonical_subset(subset: str) -> str:
 
 
 def _fractions(subset: str) -> tuple[float, float] | None:
-    """(0.0, 0.25) of `0-0.25`; None for what does not name a part of a text by fractions."""
+    """Parse `0-0.25` to (0.0, 0.25). Returns None for anything but two fractions in order."""
     number = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
     if match := re.fullmatch(f"{number}-{number}", subset):
         low, high = float(match[1]), float(match[2])
@@ -196,11 +206,15 @@ def _fractions(subset: str) -> tuple[float, float] | None:
 
 
 def _read_file(path: str) -> tuple[str, str]:
-    """A UTF-8 text file, line ends made \\n."""
+    """Read a UTF-8 text file, with \\n at the end of lines. Returns the text and the path."""
     try:
         file = Path(path).expanduser()
         found = file.is_file()
-    except (OSError, RuntimeError, ValueError):  # too long, not to be searched, no such user
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # a name that is too long, a folder without permission, an unknown user
         found = False
     if not found:
         raise InputError(
@@ -209,47 +223,52 @@ def _read_file(path: str) -> tuple[str, str]:
     try:
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"corpus.name {path!r} cannot be read as a UTF-8 text: {error}") from error
+        raise InputError(f"corpus.name {path!r} cannot be read as UTF-8 text: {error}") from error
     if "\0" in text:
-        raise InputError(f"corpus.name {path!r} is no text: it holds NUL bytes")
+        raise InputError(f"corpus.name {path!r} is not a text: it contains NUL bytes")
     if not text.strip():
         raise InputError(f"corpus.name {path!r} is empty")
     return text, str(file.resolve())
 
 
-def _tokenised(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
-    """The text's tokens, memory-mapped from the cache, where the first caller puts them."""
-    # GPT-2's came first, and keep the name that they have in everybody's cache.
+def _tokens(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
+    """Return the tokens of a text, memory-mapped from the cache; tokenise it if need be."""
+    # The tokens of GPT-2 have no suffix, because existing caches have them under this name.
     file = cache_dir() / (f"{digest}.npy" if tokenizer == "gpt2" else f"{digest}-{tokenizer}.npy")
     if not file.exists():
         tokens = encode(tokenizer, text)
-        _keep(file, lambda temporary: np.save(temporary, tokens))
+        _write_to_cache(file, lambda temporary: np.save(temporary, tokens))
     return np.load(file, mmap_mode="r")
 
 
 def cache_dir() -> Path:
-    """Where texts and tokens are kept between runs."""
+    """Return the folder that keeps texts and tokens between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("GPTCORE_CACHE") or Path(base) / "gpt-sweeps").expanduser()
 
 
-def _keep(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file of the cache. Raises InputError where it cannot be written."""
+def _write_to_cache(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file in the cache. Raises InputError if it cannot be written."""
     try:
         write_atomically(file, write)
     except OSError as error:
         raise InputError(
             f"the corpus cache {file.parent} cannot be written ({error}): "
-            "set GPTCORE_CACHE to a folder that can"
+            "set GPTCORE_CACHE to a folder that can be written"
         ) from error
 
 
 def _read_gulliver() -> tuple[str, str]:
-    """Swift, *Gulliver's Travels* (1726), Project Gutenberg 829, without Gutenberg's own words."""
+    """Find or download Swift, *Gulliver's Travels* (1726), Project Gutenberg's text 829.
+
+    The licence and other words of Project Gutenberg are removed.
+    """
     folders = [cache_dir()]
     if folder := os.environ.get("GPTCORE_CORPORA"):
         if not Path(folder).is_dir():
-            raise InputError(f"GPTCORE_CORPORA is {folder!r}, which is no folder")
+            raise InputError(
+                f"GPTCORE_CORPORA is {folder!r}, which is not a folder: set it to a folder of texts"
+            )
         folders.insert(0, Path(folder))
     for file in (folder / name for folder in folders for name in GULLIVER_FILES):
         if file.is_file():
@@ -258,7 +277,7 @@ def _read_gulliver() -> tuple[str, str]:
     text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:
         raise CorpusUnavailable(f"{GULLIVER_URL} does not send Gulliver's Travels: {GET_GULLIVER}")
-    _keep(
+    _write_to_cache(
         cache_dir() / GULLIVER_FILES[0],
         lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"),
     )
@@ -266,7 +285,7 @@ def _read_gulliver() -> tuple[str, str]:
 
 
 def _download(url: str) -> str:
-    """A text, in a few tries of a few seconds each. What is no UTF-8 in it is replaced."""
+    """Download a text, in a few tries of a few seconds. Bytes that are not UTF-8 are replaced."""
     for attempt in range(DOWNLOAD_TRIES):
         time.sleep(attempt)
         try:
@@ -280,19 +299,19 @@ def _download(url: str) -> str:
                 return raw.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
         except (OSError, http.client.HTTPException) as error:
             why = error
-    raise CorpusUnavailable(f"corpus gulliver could not be had ({url}: {why}): {GET_GULLIVER}")
+    raise CorpusUnavailable(f"corpus gulliver cannot be downloaded ({url}: {why}): {GET_GULLIVER}")
 
 
 def strip_gutenberg(text: str) -> str:
-    """The book between Project Gutenberg's start and end lines, where it has them."""
+    """Return the text between Project Gutenberg's start and end lines, if it has them."""
     start = re.search(r"^\*\*\* ?START OF TH.*\*\*\*\n", text, re.MULTILINE)
     end = re.search(r"^\*\*\* ?END OF TH.*\*\*\*$", text, re.MULTILINE)
     return text[start.end() if start else 0 : end.start() if end else len(text)].strip("\n") + "\n"
 
 
 def _gulliver_parts(text: str) -> dict[str, tuple[int, int]]:
-    """part-1 .. part-4: each from its heading to the next, the last to the end of the text."""
-    # The table of contents names each part too, on an indented or an earlier line.
+    """Find part-1 to part-4, each from its heading to the next heading or the end of the text."""
+    # The table of contents has these headings too, either indented or earlier in the text.
     starts = [
         [match.start() for match in re.finditer(rf"^PART {roman}\. ", text, re.MULTILINE)]
         for roman in ("I", "II", "III", "IV")
@@ -304,12 +323,13 @@ def _gulliver_parts(text: str) -> dict[str, tuple[int, int]]:
 
 
 def _read_pydocs() -> tuple[str, str]:
-    """The topics of Python's own manual: real English that every Python carries."""
+    """Join the topics of Python's own manual: real English that every Python installation has."""
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics)), "pydoc_data.topics"
 
 
 def _no_sections(text: str) -> dict[str, tuple[int, int]]:
+    """Return no sections."""
     return {}
 
 

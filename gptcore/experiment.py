@@ -1,4 +1,4 @@
-"""The only door into gptcore: check a trial, run a trial."""
+"""The entry points of gptcore: check a trial, run a trial, or run several as an array."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from gptcore.array import ModelArray
 from gptcore.checkpoint import Checkpoint, Progress
-from gptcore.config import KNOBS, InputError, TrialConfig, varied
+from gptcore.config import KNOBS, InputError, TrialConfig, varying_knobs
 from gptcore.corpus import NO_TEXTS, Corpus, Texts, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT, workspace
@@ -26,67 +26,83 @@ from gptcore.train import Member, train, upload
 
 
 def check_trial(config: TrialConfig, preloaded_texts: Texts = NO_TEXTS) -> Corpus:
-    """The corpus of a trial that can run. Raises InputError for a trial that cannot.
+    """Check what TrialConfig cannot check by itself, and load the corpus.
 
-    Beyond what TrialConfig checks by itself: the scheme and its parameters, the text, the subset
-    and its length.
+    Args:
+        preloaded_texts: texts that are not read from this machine, by corpus.name.
+
+    Raises:
+        InputError: the trial cannot run: its scheme, its optimiser or a knob of these is wrong, or
+            the text is missing or too short.
     """
     check_knobs(config)
     return load_corpus(config.corpus, config.model.context, preloaded_texts)
 
 
 def check_knobs(config: TrialConfig) -> None:
-    """The part of check_trial that needs no text."""
+    """Raise InputError for what check_trial refuses, as far as no text is needed."""
     check_init(config.init)
     check_optim(config.optim)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial to run, and who is told of it."""
+    """A trial to run, and where its rows and its checkpoint go."""
 
     config: TrialConfig
     recorder: Recorder
     file: Path | None = None
-    """Where it leaves its state when it is cut off, and goes on from where it finds one."""
-    keep: Callable[[Path], object] | None = None
-    """Is called with the file each time it was written."""
+    """The checkpoint: the trial continues from it where it exists; None keeps no checkpoint."""
+    after_save: Callable[[Path], object] | None = None
+    """Called with `file` each time it was written."""
 
 
 def run_trial(
     config: TrialConfig,
     recorder: Recorder,
     file: Path | None = None,
-    keep: Callable[[Path], object] | None = None,
+    after_save: Callable[[Path], object] | None = None,
 ) -> TrialResult:
-    """Run one trial from its config to its last row; the recorder is closed with the result.
+    """Run one trial, and close its recorder with the result.
 
-    A loss that diverges is a result; InputError and faults are raised, the recorder left open.
-    On one kind of CPU and one build of PyTorch the same config gives bitwise the same rows, alone
-    or under Ray.
+    On one kind of CPU and one build of PyTorch, the same config always gives bitwise the same rows.
+    See Trial for the arguments.
+
+    Raises:
+        InputError: the trial cannot run. A loss that diverges is a result, and no error. The
+            recorder is not closed after an error of any kind.
     """
-    (result,) = run_trials([Trial(config, recorder, file, keep)])
+    (result,) = run_trials([Trial(config, recorder, file, after_save)])
     return result
 
 
 def run_trials(
     trials: Sequence[Trial], preloaded_texts: Texts = NO_TEXTS, sync_every: int | None = None
 ) -> list[TrialResult]:
-    """Run trials of one shape side by side as an array; each recorder is closed with its result.
+    """Run trials of one shape together, as an array, and close each recorder with its result.
 
-    They may differ in the PER_TRIAL_KNOBS. Of several, a trial's rows are those that it has alone
-    up to rounding. Raises what run_trial raises, and InputError for trials that cannot go
-    together.
+    The rows of a trial equal those that it has alone: bitwise on a CPU, up to rounding on a GPU.
+
+    Args:
+        trials: they differ in PER_TRIAL_KNOBS only.
+        preloaded_texts: texts that are not read from this machine, by corpus.name.
+        sync_every: steps between two reads from the device; by default DEVICE_SYNC_EVERY.
+
+    Raises:
+        InputError: a trial cannot run, or the trials cannot train together.
     """
     if knobs := conflicting_knobs([trial.config for trial in trials]):
-        raise InputError(f"these trials cannot train together: they differ in {', '.join(knobs)}")
+        raise InputError(
+            f"these trials cannot train together: they differ in {', '.join(knobs)}, "
+            "which must be equal in an array"
+        )
     results = {}
     with one_thread():
-        members = [_prepared(trial, preloaded_texts) for trial in trials]
-        # What was cut off need not have come equally far.
-        for step in sorted({member.begun.step for member in members}):
-            together = [one for one in members if one.begun.step == step]
-            for member, result in train(together, sync_every):
+        members = [_prepare(trial, preloaded_texts) for trial in trials]
+        # Interrupted trials may have stopped at different steps: one array for each of these steps.
+        for step in sorted({member.start.step for member in members}):
+            array = [member for member in members if member.start.step == step]
+            for member, result in train(array, sync_every):
                 member.recorder.close(result)
                 if member.checkpoint:
                     member.checkpoint.delete()
@@ -97,19 +113,30 @@ def run_trials(
 PER_TRIAL_KNOBS = frozenset(
     knob for knob in KNOBS if knob.startswith(("init.", "corpus.")) and knob != "corpus.tokenizer"
 )
-"""The knobs that each trial of an array has to itself."""
+"""The knobs that may differ between the trials of an array."""
 
 
 def conflicting_knobs(configs: Sequence[TrialConfig]) -> list[str]:
-    """The knobs for whose sake trials cannot train together: all that differ but their own."""
-    differ = varied([config.to_flat() for config in configs])
+    """List the knobs that prevent trials from training together; empty where they can."""
+    differ = varying_knobs([config.to_flat() for config in configs])
     return [knob for knob in differ if knob not in PER_TRIAL_KNOBS]
 
 
 def step_seconds(
     config: TrialConfig, sizes: Sequence[int], preloaded_texts: Texts = NO_TEXTS
 ) -> list[float]:
-    """What a step of arrays of so many trials like this one takes, taken in turns: a median."""
+    """Measure the time of one training step of arrays of these sizes.
+
+    The arrays take turns, so that a disturbance of the machine meets all of them.
+
+    Args:
+        config: a trial like those of the arrays.
+        sizes: numbers of trials in an array.
+        preloaded_texts: texts that are not read from this machine, by corpus.name.
+
+    Returns:
+        For each size the median over TIMED_STEPS steps, in seconds.
+    """
     corpus, device = check_trial(config, preloaded_texts), device_of(config)
     model = GPT(config.model)
     initialise(model, config.init)
@@ -123,9 +150,9 @@ def step_seconds(
             for size in sizes
         ]
         del model
-        for step in range(ROUNDS + 1):
+        for step in range(TIMED_STEPS + 1):
             batch = corpus.batch(step, batch_size=config.train.batch_size, seed=0)
-            ids_BT, targets_BT = (upload(side, device) for side in batch)
+            ids_BT, targets_BT = (upload(values, device) for values in batch)
             for size, array, seconds in zip(sizes, arrays, times, strict=True):
                 start = time.perf_counter()
                 array.gradients(ids_BT.expand(size, -1, -1), targets_BT.expand(size, -1, -1))
@@ -133,26 +160,27 @@ def step_seconds(
                 array.update(config.optim.lr, config.optim.clip, norm_K)
                 norm_K.tolist()  # waits for the device
                 seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[1:]) for seconds in times]  # the first finds memory
+    # The first step allocates memory, and is left out.
+    return [statistics.median(seconds[1:]) for seconds in times]
 
 
-ROUNDS = 5
+TIMED_STEPS = 5
 
 
-def _prepared(trial: Trial, preloaded_texts: Texts) -> Member:
-    """The trial where it begins or goes on, with what comes before its first step logged."""
+def _prepare(trial: Trial, preloaded_texts: Texts) -> Member:
+    """Build a trial at its first step or at its checkpoint, and log the rows of no step."""
     config, corpus = trial.config, check_trial(trial.config, preloaded_texts)
     device, checkpoint = device_of(config), None
     if trial.file:
         identity = config.identity(corpus.digest)
         pause = config.train.checkpoint_seconds
-        checkpoint = Checkpoint(trial.file, identity, pause, trial.keep)
+        checkpoint = Checkpoint(trial.file, identity, pause, trial.after_save)
     model = GPT(config.model)
     trial.recorder.log(initialise(model, config.init))
     model.to(device)
     groups = token_groups(corpus.counts(), config.corpus.data_seed, corpus.tokenizer)
     trial.recorder.log([*groups.rows(), *corpus.fixed_text_rows()])
-    begun, state = checkpoint.load(device) if checkpoint else (Progress(0, [], 0.0), None)
+    start, state = checkpoint.load(device) if checkpoint else (Progress(0, [], 0.0), None)
     return Member(
         config=config,
         model=model,
@@ -161,26 +189,33 @@ def _prepared(trial: Trial, preloaded_texts: Texts) -> Member:
         groups=groups,
         recorder=trial.recorder,
         checkpoint=checkpoint,
-        begun=begun,
+        start=start,
         state=state,
     )
 
 
 def device_of(config: TrialConfig) -> torch.device:
-    """The device that `train.device` stands for on this machine."""
+    """Return the device that `train.device` means on this machine.
+
+    Raises:
+        InputError: it is cuda, and there is no CUDA device.
+    """
     if config.train.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device is cuda, but PyTorch finds no CUDA device here")
+        raise InputError(
+            "train.device is cuda, but PyTorch finds no CUDA device here: take auto or cpu"
+        )
     return torch.device(config.train.device)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One CPU thread a trial: two trials on two cores beat one trial on two, and sums keep order.
+    """Use one CPU thread, and treat denormal numbers as 0, while the context lasts.
 
-    Denormal numbers count as 0 meanwhile: Adam's second moments of unused rows decay into them,
-    where arithmetic is an order of magnitude slower.
+    Two trials on two cores are faster than one trial on both, and sums keep their order. Denormal
+    numbers are an order of magnitude slower to compute with, and Adam's second moments of unused
+    rows decay into them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -190,4 +225,4 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-        workspace.cache_clear()  # other processes may want what a GPU has of it
+        workspace.cache_clear()  # its memory on a GPU may be useful to other processes

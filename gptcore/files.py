@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files so that each appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file that then takes the name `file`, and its folder if need be.
+    """Write a file by way of a temporary file, which is then renamed.
 
-    Raises OSError where that cannot be done; what was there before is then left as it was.
+    Args:
+        file: the file to write; its folder is created if need be.
+        write: fills the temporary file whose path it is given.
+
+    Raises:
+        OSError: the file cannot be written; an older file of this name is left as it was.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=_prefix(file)) as folder:
@@ -20,7 +25,7 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(file: Path) -> None:
-    """Remove what processes left that were killed as they wrote the file."""
+    """Remove temporary files of processes that were killed while they wrote the file."""
     for folder in file.parent.glob(f"{_prefix(file)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,11 +1,11 @@
-"""GPT-2's shape in plain PyTorch, and the one head that turns hidden states into a loss.
+"""GPT-2 in plain PyTorch, and the head that turns its hidden states into a loss.
 
 Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*: token and position
-embeddings, pre-LN blocks, a final LayerNorm, an output head tied to the token embedding; tying and
-the place of LayerNorm can be varied. There is no dropout.
+embeddings, pre-LN blocks, a final LayerNorm, and an output head tied to the token embedding. Knobs
+change the tying and the place of LayerNorm. There is no dropout.
 
-Shapes: B sequences, T positions, D = d_model, H heads, E = 3 D, V = vocab_size,
-N = B * T tokens.
+The suffix of a tensor's name is its shape: B sequences, T positions, D = d_model, H heads,
+C = D / H, E = 3 D, V = vocab_size, N = B * T tokens, G groups of tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptcore.config import ModelConfig
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before it."""
+    """Multi-head attention in which a position attends to itself and to earlier positions."""
 
     attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
 
@@ -39,13 +39,13 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y_BHTC.transpose(1, 2).flatten(2))
 
     def heads(self, qkv_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K and V of the merged product, [B, T, 3 D], each as [B, H, T, D / H]."""
+        """Split the merged product, [B, T, 3 D], into Q, K and V, each [B, H, T, D / H]."""
         q, k, v = qkv_BTE.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide in the middle, with a GELU between."""
+    """Two linear layers with a GELU between them; the hidden width is 4 d_model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,10 +57,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a branch beside the residual stream.
+    """Attention and MLP, each a branch f of the residual stream x, combined by `model.norm`.
 
-    With `norm` pre, x + f(LN(x)) (Radford et al. 2019); post, LN(x + f(x)) (Vaswani et al. 2017);
-    deepnet, LN(alpha x + f(x)), alpha = (2 n_layer)^(1/4) (Wang et al. 2022, a decoder alone).
+    pre: x + f(LN(x)) (Radford et al. 2019).
+    post: LN(x + f(x)) (Vaswani et al. 2017).
+    deepnet: LN(alpha x + f(x)) with alpha = (2 n_layer)^(1/4) (Wang et al. 2022, the values for a
+    model that has only a decoder).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -82,14 +84,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in, final hidden states out; `loss_of` is the head."""
+    """GPT-2 from token ids to final hidden states; head_loss continues to the loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.context, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        # The last block of the other kinds ends with a LayerNorm of its own.
+        # With `norm` post and deepnet, the last block already ends with a LayerNorm.
         self.ln_f = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
@@ -97,34 +99,39 @@ class GPT(nn.Module):
 
     @property
     def tied(self) -> bool:
+        """Whether the head and the token embedding are one tensor."""
         return self.head.weight is self.wte.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] after the final LayerNorm, for ids [B, T], T <= context."""
+        """Return the hidden states, [B, T, D], after the final LayerNorm; T is at most context."""
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         return self.trunk(self.wte(ids_BT) + self.wpe(positions_T))
 
     def trunk(self, x_BTD: Tensor) -> Tensor:
-        """What lies between the embeddings and the head."""
+        """Run what lies between the embeddings and the head: the blocks and the final LayerNorm."""
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.ln_f(x_BTD)
 
 
 class Part(NamedTuple):
-    """One tensor of parameters, as initialisation draws it and as the probes look at it."""
+    """One tensor of parameters, as the initialisation draws it and the probes measure it."""
 
     name: str  # blocks.0.attn.q
     kind: str  # q k v qkv proj fc mlp_proj wte wpe head, or bias ln_weight ln_bias
     layer: int | None  # None outside the blocks
     values: Tensor
-    grad: Tensor | None = None  # of the values, where a backward pass has left one
+    grad: Tensor | None = None  # of the same shape; None before the first backward pass
 
 
 def parts_of(name: str, module: nn.Module) -> Iterator[Part]:
-    """The module's own parameters, its children's left out.
+    """Yield the parameters that belong to the module itself, and not to a module inside it.
 
-    The merged QKV comes three times in one: Q, K and V apart are views of it.
+    The merged QKV weight is yielded as one part `qkv`, and as three parts `q`, `k` and `v`, which
+    are views of it.
+
+    Args:
+        name: the name of the module in the model, such as `blocks.0.attn.qkv`.
     """
     path = name.split(".")
     layer = int(path[1]) if path[0] == "blocks" and len(path) > 1 else None
@@ -144,48 +151,56 @@ def parts_of(name: str, module: nn.Module) -> Iterator[Part]:
 
 
 class HeadOutput(NamedTuple):
-    loss: Tensor  # [], mean cross-entropy in nats
+    """What the head computes from hidden states and targets."""
+
+    loss: Tensor  # [], mean cross-entropy, nats per token
     log_z_BT: Tensor  # log of the sum of exp(logits)
-    grad_BTD: Tensor  # of the loss, by the hidden states
+    grad_BTD: Tensor  # gradient of the loss with respect to the hidden states
 
 
-# A CPU's tile of logits, 1 MB in float32, stays in a core's cache; a GPU wants few large products.
 CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 1 << 20)}
+"""Tokens in a chunk and vocabulary entries in a tile, by device. On a CPU, a tile of logits is 1 MB
+in float32 and stays in the cache of a core. A GPU is faster with few large products."""
 
 
 @functools.lru_cache(maxsize=1)
 def workspace(
     V: int, T: int, C: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
-    """Scratch for one head at a time, [V, C], [T, C] and [V, D], kept from step to step, until
-    workspace.cache_clear().
+    """Return scratch memory of shapes [V, C], [T, C] and [V, D], for one head at a time.
 
-    New memory of this size would be mapped and zeroed by the kernel at every step.
+    V: vocabulary, T: tile, C: chunk, D: d_model. The memory is reused until
+    workspace.cache_clear(), because new memory of this size would have to be mapped and zeroed by
+    the operating system at every step.
     """
     return [torch.empty(*shape, dtype=dtype, device=device) for shape in ((V, C), (T, C), (V, D))]
 
 
 @torch.no_grad()
-def loss_of(
+def head_loss(
     hidden_BTD: Tensor,
     weight_VD: Tensor,
     targets_BT: Tensor,
     dtype: torch.dtype | None = None,
 ) -> HeadOutput:
-    """Mean cross-entropy of next-token prediction under logits = hidden @ weight.T.
+    """Compute the mean cross-entropy of next-token prediction, and its gradients, without autograd.
 
-    Its gradients are made with it, without autograd: that by the weight is added to weight_VD.grad,
-    in place, so that a step need not find memory as large as the vocabulary anew.
+    The logits are z = h W^T. The gradient with respect to W is added to weight_VD.grad in place, so
+    that no step allocates new memory as large as the vocabulary.
 
-    The logits are never held whole. With p = softmax(z), z = h W^T: d loss / d z = (p - onehot) / N
-    over N tokens. For each chunk of tokens, exp(z) is made tile by tile of the vocabulary; its sums
-    give Z, and its products with W and h the gradients, both scaled by 1 / Z afterwards, so the
-    softmax itself is never written. Every product reads or writes one small tile that stays in a
-    core's cache, and exp(z) is carried to and from memory by plain copies: that is what makes this
-    faster than the same arithmetic over whole rows.
+    The logits of all tokens never exist at once. With p = softmax(z) over N tokens,
+    d loss / d z = (p - onehot) / N. For each chunk of tokens, exp(z) is computed in tiles of the
+    vocabulary. The sums of exp(z) are Z, and its products with W and h are the gradients, which are
+    scaled by 1 / Z afterwards: the softmax itself is never written. Every product reads or writes a
+    tile that fits the cache of a core, and only plain copies move exp(z) to and from memory. This
+    is why it is faster than the same arithmetic on full rows.
 
-    `dtype`: of logits, exp(z) and the factors of every product, by default the weight's. Z, and
-    sums over tiles and chunks, are the weight's in any case.
+    Args:
+        hidden_BTD: h, the final hidden states.
+        weight_VD: W, the weight of the head.
+        targets_BT: the ids of the next tokens.
+        dtype: of logits, exp(z) and the factors of every product; by default the dtype of the
+            weight. Z, and sums over tiles and chunks, always have the dtype of the weight.
     """
     h_ND, y_N, w_VD = hidden_BTD.flatten(0, 1), targets_BT.flatten(), weight_VD.detach()
     (N, D), V = h_ND.shape, w_VD.shape[0]
@@ -195,12 +210,12 @@ def loss_of(
     if weight_VD.grad is None:
         weight_VD.grad = torch.zeros_like(w_VD)
     log_z_N, dh_ND, dw_VD = h_ND.new_empty(N), torch.empty_like(h_ND), weight_VD.grad
-    is_whole = tile >= V  # then the tile itself has the maximum, and nothing is asked of a GPU
-    bounded = not is_whole and _bounded(h_ND, w_VD)
+    one_tile = tile >= V  # the tile then holds the maximum, and the CPU need not wait for the GPU
+    small_logits = not one_tile and _has_small_logits(h_ND, w_VD)
     exp_VC, tile_TC, low_VD = workspace(
-        V, 0 if is_whole else tile, min(chunk, N), D if is_low else 0, dtype, h_ND.device
+        V, 0 if one_tile else tile, min(chunk, N), D if is_low else 0, dtype, h_ND.device
     )
-    if is_whole:
+    if one_tile:
         tile_TC = exp_VC
     factor_VD = low_VD.copy_(w_VD) if is_low else w_VD
 
@@ -211,19 +226,19 @@ def loss_of(
             sums.addmm_(a, b)
 
     for start in range(0, N, chunk):
-        h, y, log_z, dh = (whole[start : start + chunk] for whole in (h_ND, y_N, log_z_N, dh_ND))
+        h, y, log_z, dh = (every[start : start + chunk] for every in (h_ND, y_N, log_z_N, dh_ND))
         exp_tiles = exp_VC[:, : len(h)].split(tile)
-        # exp(z) = 2^(z / ln 2): PyTorch's exp2 takes a third of the time of its exp on a CPU.
+        # exp(z) = 2^(z / ln 2): on a CPU, torch.exp2 takes a third of the time of torch.exp.
         h_in_bits = (h / math.log(2)).to(dtype)
         shift = h.new_zeros(len(h))
-        if not bounded and not is_whole:
+        if not small_logits and not one_tile:
             shift = (factor_VD @ h_in_bits.T).amax(0)
         total, dh_DC = h.new_zeros(len(h)), h.new_zeros(D, len(h))
         for w, exp in zip(factor_VD.split(tile), exp_tiles, strict=True):
             bits = torch.mm(w, h_in_bits.T, out=tile_TC[: len(w), : len(h)])
-            if is_whole:
+            if one_tile:
                 shift = bits.amax(0)
-            if not bounded:
+            if not small_logits:
                 bits -= shift
             torch.exp2(bits, out=exp)
             total += exp.sum(0, dtype=total.dtype)
@@ -233,7 +248,7 @@ def loss_of(
         dh.copy_(dh_DC.T * scale).sub_(w_VD[y], alpha=1 / N)
         scaled_h = (h * scale).to(dtype)
         for dw, exp in zip(dw_VD.split(tile), exp_tiles, strict=True):
-            add_product(dw, exp if is_whole else tile_TC[: len(dw), : len(h)].copy_(exp), scaled_h)
+            add_product(dw, exp if one_tile else tile_TC[: len(dw), : len(h)].copy_(exp), scaled_h)
         dw_VD.index_add_(0, y, h, alpha=-1 / N)
     loss = (log_z_N - (h_ND * w_VD[y_N]).sum(1)).mean()
     return HeadOutput(loss, log_z_N.view_as(targets_BT), dh_ND.view_as(hidden_BTD))
@@ -242,32 +257,40 @@ def loss_of(
 def head_errors(
     hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """What `dtype` does to a head: the difference it makes to the loss, in nats, and the larger one
-    of those to its two gradients, as a share of their L2 norm."""
+    """Measure the error that `dtype` causes in the head, compared with the dtype of the weight.
+
+    Returns:
+        The absolute error of the loss, in nats, and the larger relative error of the two gradients,
+        each the L2 norm of the error over the L2 norm of the gradient.
+    """
     losses, gradients = [], []
-    for kind in (weight_VD.dtype, dtype):
-        weight = weight_VD.detach()  # with a gradient of its own
-        head = loss_of(hidden_BTD, weight, targets_BT, kind)
+    for each_dtype in (weight_VD.dtype, dtype):
+        weight = weight_VD.detach()  # a new tensor on the same memory, which has no gradient yet
+        head = head_loss(hidden_BTD, weight, targets_BT, each_dtype)
         assert weight.grad is not None
         losses.append(head.loss)
         gradients.append((head.grad_BTD, weight.grad))
-    shares = [((a - b).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)]
-    return abs((losses[0] - losses[1]).item()), max(shares)
+    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True)]
+    return abs((losses[0] - losses[1]).item()), max(errors)
 
 
 def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of groups of tokens, [N, G], and log Z, [N]; without gradient.
+    """Sum the probabilities of groups of tokens, without gradient.
 
-    `member_GV` is 1 where a token is of a group, else 0.
+    Args:
+        member_GV: 1 where a token is in a group, else 0.
+
+    Returns:
+        The probability of each group, [N, G], and log Z, [N].
     """
     chunk, tile = CHUNK_AND_TILE[hidden_ND.device.type]
     if len(hidden_ND) > chunk:
-        parts = [softmax_sums(some, weight_VD, member_GV) for some in hidden_ND.split(chunk)]
+        parts = [softmax_sums(part, weight_VD, member_GV) for part in hidden_ND.split(chunk)]
         sums, log_z = zip(*parts, strict=True)
         return torch.cat(sums), torch.cat(log_z)
     tiles = weight_VD.split(tile)
     shift_N = hidden_ND.new_zeros(len(hidden_ND))
-    if not _bounded(hidden_ND, weight_VD):
+    if not _has_small_logits(hidden_ND, weight_VD):
         shift_N = torch.stack([(w @ hidden_ND.T).amax(0) for w in tiles]).amax(0)
     total_N, sums_GN = torch.zeros_like(shift_N), hidden_ND.new_zeros(len(member_GV), len(shift_N))
     bits_DN, shift_bits_N = (hidden_ND / math.log(2)).T, shift_N / math.log(2)
@@ -279,9 +302,9 @@ def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tup
     return (sums_GN / total_N).T, total_N.log() + shift_N
 
 
-def _bounded(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
-    """Whether logits are so small that no maximum has to be subtracted before their exponential.
+def _has_small_logits(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Return whether exp(z) cannot overflow, so that no maximum has to be subtracted from z.
 
-    |z| <= |h| |w|, and below 40 exp(|z|) and its sum over the vocabulary stay far inside float32.
+    |z| <= |h| |w|. Below 40, exp(|z|) and its sum over the vocabulary are far inside float32.
     """
     return (hidden_ND.norm(dim=1).max() * weight_VD.norm(dim=1).max()).item() < 40.0

@@ -1,8 +1,8 @@
-"""What is looked at while a model trains. A probe turns one moment of training into rows.
+"""Probes: functions that measure a model during training, and return rows.
 
-The moment is after the loss and the gradient of a step are known and before its update, so that
-everything recorded at step k is of one state of the model: the one that k updates made. Probes only
-read. What the update does is looked at after it, by update_rows.
+Probes run when the loss and the gradient of a step are known, and before its update. So everything
+recorded at step k describes the model after k updates. Probes only read. The effect of an update is
+measured after it, by update_rows.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ from gptcore.token_groups import TokenGroups
 from gptcore.token_probs import Reading, group_weight_rows, read, token_group_rows, tokens_row
 
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
-"""Shared by all runs: 0.001 wide around 0, a tenth of the value far out, ending at +-4.06."""
+"""Edges of the bins in all runs. A bin is 0.001 wide near 0, and a tenth of its value far from 0.
+The outer edges are +-4.06."""
 
 TILE = 1 << 16
-"""Elements that are worked on at a time."""
+"""The number of elements that are processed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """One recorded step of a trial."""
+    """What probes can read at one step of a trial."""
 
     step: int
     model: GPT
-    initial: Mapping[str, Tensor]  # step 0's values of the tensors that are looked at, by name
-    layers: Sequence[int]  # the blocks that are looked at
+    initial: Mapping[str, Tensor]  # values at step 0 of the tensors of model_parts, by name
+    layers: Sequence[int]  # the blocks to measure
     groups: TokenGroups
-    fixed_texts: Mapping[str, Tensor]  # windows of each, [B, T + 1]
+    fixed_texts: Mapping[str, Tensor]  # windows of each text, [B, T + 1]
     batch: Reading
 
     @property
     def initial_head_VD(self) -> Tensor:
+        """The weight of the head at step 0."""
         return self.initial["wte" if self.model.tied else "head"]
 
     @functools.cached_property
     def readings(self) -> dict[str, Reading]:
-        """The fixed texts as the model reads them."""
+        """The output of the model on the fixed texts, computed once for all probes."""
         return {
             text: read(self.model, text, windows_BT[:, :-1], self.groups)
             for text, windows_BT in self.fixed_texts.items()
@@ -68,12 +70,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Probe:
+    """A function that returns rows, and the knob that says how often it runs."""
+
     rows: Callable[[Moment], Sequence[Row]]
-    cadence: str | None  # the knob of ProbesConfig that says how often; None: first and last step
+    cadence: str | None  # a knob of ProbesConfig; None for the first and the last step only
 
 
-def due(config: ProbesConfig, step: int, *, last: bool) -> list[Probe]:
-    """The probes that look at this step."""
+def probes_due(config: ProbesConfig, step: int, *, last: bool) -> list[Probe]:
+    """Return the probes that run at this step; `last` says whether it is the last one."""
     cadences = {
         name: getattr(config, probe.cadence) if probe.cadence else math.inf
         for name, probe in PROBES.items()
@@ -83,15 +87,15 @@ def due(config: ProbesConfig, step: int, *, last: bool) -> list[Probe]:
 
 @torch.no_grad()
 def observe(moment: Moment, probes: Sequence[Probe]) -> list[Row]:
-    """What the probes see of the moment."""
+    """Run the probes, and return their rows."""
     return [row for probe in probes for row in probe.rows(moment)]
 
 
 def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:
-    """Every parameter tensor of these blocks and outside the blocks.
+    """List the parameter tensors of these blocks, and those outside the blocks.
 
-    The merged QKV comes also as its three parts. A tied head, which is the token embedding, is left
-    out.
+    The merged QKV weight is listed as one tensor and as its three parts. A tied head is left out,
+    because it is the token embedding.
     """
     return [
         part
@@ -102,7 +106,7 @@ def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:
 
 
 def weight_rows(moment: Moment) -> list[WeightRow]:
-    """Statistics of every parameter tensor and its gradient, and how far it is from its start."""
+    """Measure every parameter tensor, its gradient, and its distance from step 0."""
     parts = model_parts(moment.model, moment.layers)
     grads = {part.name: part.grad for part in parts if part.grad is not None}
     return [
@@ -118,7 +122,9 @@ def weight_rows(moment: Moment) -> list[WeightRow]:
             max_abs=max_abs,
             frobenius=math.sqrt(part.values.numel() * (std**2 + mean**2)),
             rms_displacement=displacement,
-            cosine=cosine if math.isfinite(cosine) else None,  # x / 0 where a start is 0
+            cosine=cosine
+            if math.isfinite(cosine)
+            else None,  # x / 0 where the tensor is 0 at step 0
             grad_rms=grad_rms,
         )
         for part, (mean, std, kurtosis, max_abs, displacement, cosine, grad_rms) in _by_part(
@@ -128,19 +134,20 @@ def weight_rows(moment: Moment) -> list[WeightRow]:
 
 
 def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tensor:
-    """Of each row: mean, std, excess kurtosis, max |.|, RMS displacement, cosine, gradient RMS.
+    """Compute the statistics of P tensors of N elements.
 
-    -> [P, 7].
+    Returns:
+        [P, 7]: mean, std, excess kurtosis, max |.|, RMS displacement, cosine, RMS of the gradient.
     """
     mean_P1 = values_PN.mean(1, keepdim=True)
-    # Centred first: a std from the sum of squares loses digits where |mean| >> std.
+    # Subtract the mean first: E[x^2] - E[x]^2 loses digits where |mean| >> std.
     std_P1 = _mean(lambda values: (values - mean_P1).square(), values_PN)[:, None].sqrt()
     kurtosis_P = _mean(
         lambda values: ((values - mean_P1) / std_P1).square_().square_(), values_PN
     ).sub(3)
     mean_P, std_P = mean_P1.squeeze(1), std_P1.squeeze(1)
-    # Not aminmax(dim=1), which goes element by element.
-    max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1)).abs()  # no -0.0
+    # Not aminmax(dim=1), which is slow: it processes one element at a time.
+    max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1)).abs()  # avoids -0.0
     displacement_P, initial_P = _rms(values_PN, initial_PN), _rms(initial_PN)
     # The law of cosines: w . w0 = (|w|^2 + |w0|^2 - |w - w0|^2) / 2.
     square_P = std_P.square() + mean_P.square()
@@ -151,15 +158,18 @@ def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tenso
     )
 
 
-def _mean(function: Callable[..., Tensor], *wholes_PN: Tensor) -> Tensor:
-    """Mean of the function over each row, [P], tile by tile: intermediate values stay in cache."""
-    P, N = wholes_PN[0].shape
-    tiles = zip(*(whole.split(max(1, TILE // P), dim=1) for whole in wholes_PN), strict=True)
+def _mean(function: Callable[..., Tensor], *arguments_PN: Tensor) -> Tensor:
+    """Return the mean of an elementwise function over each row, [P].
+
+    It is computed in tiles, so that intermediate values stay in the cache.
+    """
+    P, N = arguments_PN[0].shape
+    tiles = zip(*(values.split(max(1, TILE // P), dim=1) for values in arguments_PN), strict=True)
     return torch.stack([function(*tile).sum(1) for tile in tiles]).sum(0) / N
 
 
 def _rms(values_PN: Tensor, minus_PN: Tensor | None = None) -> Tensor:
-    """Root mean square of each row, or of its difference to another, [P]."""
+    """Return the root mean square of each row, or of its difference from `minus_PN`, [P]."""
     if minus_PN is None:
         return _mean(torch.square, values_PN).sqrt()
     return _mean(lambda values, minus: (values - minus).square_(), values_PN, minus_PN).sqrt()
@@ -168,24 +178,32 @@ def _rms(values_PN: Tensor, minus_PN: Tensor | None = None) -> Tensor:
 def _by_part(
     statistics: Callable[..., Tensor], parts: Sequence[Part], *others: Mapping[str, Tensor]
 ) -> list[tuple[Part, list[float]]]:
-    """Each part with its row of `statistics`(values, *others), all [P, N].
+    """Compute statistics of many tensors, all tensors of one size in one call.
 
-    Tensors of one size go together: most are small, and cost more by the call than by the element.
-    One copy from the device for each size, instead of one for each number.
+    Most tensors are small, so that a call costs more than its elements. There is one copy from the
+    device per size, and not one per number.
+
+    Args:
+        statistics: maps [P, N] values, and [P, N] of each of `others`, to [P, statistics].
+        parts: the tensors.
+        others: further tensors of the same shapes, by the name of the part.
+
+    Returns:
+        Each part with its statistics.
     """
     found: dict[str, list[float]] = {}
     by_size: dict[int, list[Part]] = {}
     for part in parts:
         by_size.setdefault(part.values.numel(), []).append(part)
-    for same in by_size.values():
-        columns = [[other[part.name] for part in same] for other in others]
-        table = statistics(*map(_stacked, [[part.values for part in same], *columns]))
-        found |= zip((part.name for part in same), table.tolist(), strict=True)
+    for same_size in by_size.values():
+        columns = [[other[part.name] for part in same_size] for other in others]
+        table = statistics(*map(_stacked, [[part.values for part in same_size], *columns]))
+        found |= zip((part.name for part in same_size), table.tolist(), strict=True)
     return [(part, found[part.name]) for part in parts]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[P, N]; a single tensor, which may be the largest, is not copied."""
+    """Stack P tensors to [P, N]. A single tensor, often a large one, is not copied."""
     if len(tensors) == 1:
         return tensors[0].reshape(1, -1)
     return torch.stack([tensor.flatten() for tensor in tensors])
@@ -194,7 +212,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 def update_rows(
     step: int, model: GPT, layers: Sequence[int], before: Mapping[str, Tensor]
 ) -> list[UpdateRow]:
-    """What the update of a step did; `before` are the values that values_of gave before it."""
+    """Measure the update of a step; `before` is what values_of returned before the update."""
 
     def sizes(values_PN: Tensor, before_PN: Tensor) -> Tensor:
         return torch.stack([_rms(values_PN, before_PN), _rms(before_PN)], dim=1)
@@ -214,18 +232,22 @@ def update_rows(
 
 
 def values_of(model: GPT, layers: Sequence[int]) -> dict[str, Tensor]:
-    """A copy of every tensor that model_parts names."""
+    """Copy every tensor of model_parts; return the copies by name."""
     return {part.name: part.values.detach().clone() for part in model_parts(model, layers)}
 
 
 def spectrum_rows(moment: Moment) -> list[SpectrumRow]:
-    """Largest singular value of every weight matrix, from the smaller of its two Gram matrices."""
+    """Compute the largest singular value of every weight matrix W.
+
+    The squares of the singular values are the eigenvalues of W^T W and of W W^T, whichever is
+    smaller.
+    """
     rows = []
     for part in model_parts(moment.model, moment.layers):
         if part.values.dim() != 2:
             continue
         tall = part.values if part.values.shape[0] >= part.values.shape[1] else part.values.T
-        squares = torch.linalg.eigvalsh(tall.T @ tall)  # ascending, of the singular values
+        squares = torch.linalg.eigvalsh(tall.T @ tall)  # in ascending order
         largest, total = float(squares[-1]), float(squares.sum())
         rows.append(
             SpectrumRow(
@@ -241,7 +263,7 @@ def spectrum_rows(moment: Moment) -> list[SpectrumRow]:
 
 
 def histogram_rows(moment: Moment) -> list[HistogramRow]:
-    """Histogram of each block's merged QKV weight on HISTOGRAM_EDGES."""
+    """Count the elements of each block's merged QKV weight in the bins of HISTOGRAM_EDGES."""
     rows = []
     for part in model_parts(moment.model, moment.layers):
         if part.kind == "qkv" and part.layer is not None:
@@ -261,11 +283,11 @@ def histogram_rows(moment: Moment) -> list[HistogramRow]:
 
 
 def activation_rows(moment: Moment) -> list[ActivationRow | AttentionRow]:
-    """Size of every stream of activations, and of attention, on the probe text."""
-    with watched(moment.model) as streams:
+    """Measure the activations and the attention of each block on the probe text."""
+    with module_outputs(moment.model) as outputs:
         hidden_BTD = moment.model(moment.fixed_texts["probe"][:, :-1])
     sites: list[tuple[str, int | None, Tensor]] = [
-        ("embedding", None, streams["wte"] + streams["wpe"]),
+        ("embedding", None, outputs["wte"] + outputs["wpe"]),
         ("hidden", None, hidden_BTD),
     ]
     attention: list[AttentionRow] = []
@@ -273,11 +295,11 @@ def activation_rows(moment: Moment) -> list[ActivationRow | AttentionRow]:
         block = f"blocks.{layer}"
         attn = moment.model.get_submodule(f"{block}.attn")
         assert isinstance(attn, CausalSelfAttention)
-        q, k, v = attn.heads(streams[f"{block}.attn.qkv"])
+        q, k, v = attn.heads(outputs[f"{block}.attn.qkv"])
         sites += [("q", layer, q), ("k", layer, k), ("v", layer, v)]
-        sites += [("attn", layer, streams[f"{block}.attn"])]
-        sites += [("fc", layer, streams[f"{block}.mlp.fc"])]
-        sites += [("mlp", layer, streams[f"{block}.mlp"]), ("residual", layer, streams[block])]
+        sites += [("attn", layer, outputs[f"{block}.attn"])]
+        sites += [("fc", layer, outputs[f"{block}.mlp.fc"])]
+        sites += [("mlp", layer, outputs[f"{block}.mlp"]), ("residual", layer, outputs[block])]
         attention += _attention_rows(moment.step, layer, q, k)
     sizes = torch.stack(
         [torch.stack([values.square().mean().sqrt(), values.abs().max()]) for _, _, values in sites]
@@ -290,22 +312,23 @@ def activation_rows(moment: Moment) -> list[ActivationRow | AttentionRow]:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What every module puts out while the context lasts, by its name."""
-    streams: dict[str, Tensor] = {}
+def module_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the latest output of every module, by its name, while the context lasts."""
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: streams.update({name: output})
+        return lambda module, inputs, output: outputs.update({name: output})
 
     hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     try:
-        yield streams
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _attention_rows(step: int, layer: int, q_BHTC: Tensor, k_BHTC: Tensor) -> list[AttentionRow]:
+    """Measure the attention of each head of a block, without position 0, which sees only itself."""
     T, C = q_BHTC.shape[-2:]
     future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTC.device).triu(1)
     logits_BHTT = (q_BHTC @ k_BHTC.transpose(2, 3) / math.sqrt(C)).masked_fill(future_TT, -math.inf)
@@ -333,12 +356,12 @@ def _attention_rows(step: int, layer: int, q_BHTC: Tensor, k_BHTC: Tensor) -> li
 
 
 def batch_group_rows(moment: Moment) -> list[TokenGroupRow]:
-    """Token groups on the step's own batch, from what its loss already computed."""
+    """Measure token groups on the batch of the step, from what its loss has computed already."""
     return token_group_rows(moment.step, moment.batch, moment.model.head.weight, moment.groups)
 
 
 def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
-    """Loss and token groups on the fixed texts."""
+    """Measure the loss and token groups on the fixed texts."""
     rows: list[TextLossRow | TokenGroupRow] = []
     weight_VD = moment.model.head.weight
     for text, reading in moment.readings.items():
@@ -352,13 +375,13 @@ def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
 
 
 def group_weights(moment: Moment) -> list[GroupWeightRow]:
-    """The head's rows of each token group."""
+    """Measure the rows of the head's weight of each token group."""
     weight_VD = moment.model.head.weight
     return group_weight_rows(moment.step, weight_VD, moment.initial_head_VD, moment.groups)
 
 
 def tokens_rows(moment: Moment) -> list[TokensRow]:
-    """Every token on the probe text, and its row of the head's weight."""
+    """Measure every token on the probe text, and its row of the head's weight."""
     reading, weight_VD = moment.readings["probe"], moment.model.head.weight
     return [tokens_row(moment.step, reading, weight_VD, moment.initial_head_VD, moment.groups)]
 

@@ -1,7 +1,7 @@
-"""Which tokens are common, rare or never used in the text that a trial trains on.
+"""Groups of tokens that are common, rare or never used in the training text of a trial.
 
-Counts are of what the trial trains on, never of the whole corpus: a token unused in one part may be
-common in another.
+Counts are those of the training text, not of the complete corpus, because a token that one part
+never uses may be common in another.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from gptcore.records import GroupMembersRow
 from gptcore.tokenizer import word_pieces
 
 Counts = NDArray[np.int64]  # [n_vocab], occurrences of each id
-Pieces = NDArray[np.bool_]  # [n_vocab], the ids that are text of their own
+Pieces = NDArray[np.bool_]  # [n_vocab], whether each id is a word piece, as word_pieces says
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The ids of every group, ascending, and how often each id occurs in the trial's text."""
+    """The ids of every group in ascending order, and the counts of all ids."""
 
     ids: Mapping[str, Ids]
     counts: Counts
     log_unigram: NDArray[np.float64]  # [n_vocab], as log_unigram gives it
 
     def rows(self) -> list[GroupMembersRow]:
+        """Return one row for each group."""
         return [
             GroupMembersRow(group=group, tokens=ids.tolist(), counts=self.counts[ids].tolist())
             for group, ids in self.ids.items()
@@ -37,10 +38,12 @@ class TokenGroups:
 
 
 def token_groups(counts: Counts, seed: int, tokenizer: str) -> TokenGroups:
-    """Form every group of TOKEN_GROUPS by these counts of the tokenizer's tokens.
+    """Form every group of TOKEN_GROUPS. A group may be empty: few bytes are rare in a text.
 
-    `seed` decides draws among tied tokens. A group may be empty: a text of bytes has few tokens
-    that are rare.
+    Args:
+        counts: occurrences of each token in the training text.
+        seed: of the draws among tokens of equal count.
+        tokenizer: its name in TOKENIZERS.
     """
     pieces = word_pieces(tokenizer)
     ids = {
@@ -53,11 +56,12 @@ def token_groups(counts: Counts, seed: int, tokenizer: str) -> TokenGroups:
 
 
 def log_unigram(counts: Counts) -> NDArray[np.float64]:
-    """Log-prob of every token under the unigram model of a text, smoothed for what it lacks.
+    """Return the log-prob of every token under the smoothed unigram model of a text, [n_vocab].
 
     Good 1953, *The Population Frequencies of Species and the Estimation of Population Parameters*:
-    what never occurred has the share of the text that singletons have, N_1 / N (here between 1 / N
-    and 1 - 1 / N), evenly; all others share the rest by their counts.
+    the tokens that never occur have the total probability N_1 / N, where N_1 tokens of the N in the
+    text occur once (here it is kept between 1 / N and 1 - 1 / N). They share it equally. All other
+    tokens share the rest in proportion to their counts.
     """
     unseen, singletons = (int(np.count_nonzero(counts == count)) for count in (0, 1))
     total = int(counts.sum())
@@ -66,36 +70,37 @@ def log_unigram(counts: Counts) -> NDArray[np.float64]:
 
 
 Choose = Callable[[Counts, Pieces, np.random.Generator], Ids]
+"""A rule that chooses the tokens of a group."""
 
 
 def common_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
-    """The 100 most frequent tokens (experiment B)."""
-    return _drawn(np.flatnonzero(pieces & (counts > 0)), -counts, rng)[:100]
+    """Choose the 100 most frequent tokens (experiment B)."""
+    return _sort_ties_at_random(np.flatnonzero(pieces & (counts > 0)), -counts, rng)[:100]
 
 
 def rare_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
-    """100 of the least frequent tokens that do occur (experiment B).
+    """Choose 100 of the least frequent tokens that occur (experiment B).
 
-    Fewer where fewer are left beside the 100 most frequent, that is in a text of fewer than 200
-    distinct pieces: a token is not both.
+    A text of fewer than 200 different word pieces gives fewer, because the 100 most frequent tokens
+    are never chosen.
     """
     occurring_ids = np.flatnonzero(pieces & (counts > 0))
     left = max(0, len(occurring_ids) - 100)
-    return _drawn(occurring_ids, counts, rng)[: min(100, left)]
+    return _sort_ties_at_random(occurring_ids, counts, rng)[: min(100, left)]
 
 
 def never_100(counts: Counts, pieces: Pieces, rng: np.random.Generator) -> Ids:
-    """100 tokens that never occur (experiment B)."""
-    return _drawn(np.flatnonzero(pieces & (counts == 0)), counts, rng)[:100]
+    """Choose 100 tokens that never occur (experiment B)."""
+    return _sort_ties_at_random(np.flatnonzero(pieces & (counts == 0)), counts, rng)[:100]
 
 
 def occurring(low: int, high: float) -> Choose:
-    """The group of all tokens that occur at least `low` and fewer than `high` times."""
+    """Return the rule for all tokens that occur at least `low` and fewer than `high` times."""
     return lambda counts, pieces, rng: np.flatnonzero((counts >= low) & (counts < high))
 
 
-def _drawn(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
-    """The ids in ascending `order`, ties in an order that is drawn."""
+def _sort_ties_at_random(ids: Ids, order: Counts, rng: np.random.Generator) -> Ids:
+    """Sort ids by ascending `order`; ids of equal order come in random order."""
     shuffled = rng.permutation(ids)
     return shuffled[np.argsort(order[shuffled], kind="stable")]
 
@@ -104,7 +109,7 @@ TOKEN_GROUPS: dict[str, Choose] = {
     "common_100": common_100,
     "rare_100": rare_100,
     "never_100": never_100,
-    # Whole bins of frequency, each four times as wide as the one before.
+    # All tokens, in bins of frequency that are four times as wide from bin to bin.
     "never_used": occurring(0, 1),
     "singletons": occurring(1, 2),
     "count_2_3": occurring(2, 4),

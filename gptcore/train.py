@@ -1,8 +1,8 @@
-"""The training loop of trials that train side by side as an array; one alone is an array of one.
+"""The training loop of an array of trials; a trial that runs alone is an array of one.
 
-Step k is the state of a model after k updates. Its loss is taken on batch k, which the model has
-not been updated on; then come its gradient and the probes; then the update makes step k + 1. The
-last step has no update: it is there to be looked at.
+Step k is the state of a model after k updates. The loop computes its loss and gradient on batch k,
+on which the model has not been updated yet. Then it runs the probes, and then the update that leads
+to step k + 1. The last step is measured like the others, but has no update.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.model import GPT, head_errors
 from gptcore.optimizers import learning_rate
-from gptcore.probes import Moment, due, observe, update_rows, values_of
+from gptcore.probes import Moment, observe, probes_due, update_rows, values_of
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
 from gptcore.token_groups import TokenGroups
 from gptcore.token_probs import Reading
 
 EXPLOSION = 10.0
-"""A loss this many times the larger of its start and ln V ends the trial as diverged."""
+"""A trial has diverged when its loss exceeds this many times its first loss, or ln V if larger."""
 
 DEVICE_SYNC_EVERY = {"cpu": 1, "cuda": 10}
-"""Steps after which the host reads what a device has computed: waiting for a GPU leaves it idle."""
+"""Steps between two reads of losses from a device, by its type. A GPU is idle during each read."""
 
 
 @dataclass
@@ -42,20 +42,20 @@ class Member:
 
     config: TrialConfig
     model: GPT
-    initial: Mapping[str, Tensor]  # step 0's values of the tensors that are looked at, by name
+    initial: Mapping[str, Tensor]  # values at step 0 of the tensors that probes measure, by name
     corpus: Corpus
     groups: TokenGroups
     recorder: Recorder
     checkpoint: Checkpoint | None
-    begun: Progress
-    state: State | None  # where it goes on, if it has begun, until an array takes it over
+    start: Progress  # where this run of the trial starts: step 0, or a checkpoint
+    state: State | None  # the state to load into the next array; None for a model at step 0
 
     def __post_init__(self) -> None:
         device = self.model.wte.weight.device
         self.fixed_texts = {
             text: upload(windows, device) for text, windows in self.corpus.fixed_texts().items()
         }
-        self.rows = self.begun.rows
+        self.rows = self.start.rows
         self.losses = [
             row.loss for rows in self.rows for row in rows if isinstance(row, TrainingRow)
         ]
@@ -64,16 +64,18 @@ class Member:
         self.errors: tuple[float | None, float | None] = (None, None)
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the inputs and targets of one step, [batch_size, context] each."""
         return self.corpus.batch(
             step, batch_size=self.config.train.batch_size, seed=self.config.corpus.data_seed
         )
 
     def log(self, rows: list[Row]) -> None:
+        """Log the rows of one step, and keep them for the checkpoint."""
         self.recorder.log(rows)
         self.rows.append(rows)
 
     def has_diverged(self, row: TrainingRow) -> bool:
-        """Whether the trial ends with this step's loss, which is kept if not."""
+        """Check the loss of the next step: keep it, or mark the trial as diverged."""
         loss, chance = row.loss, math.log(self.config.model.vocab_size)
         exploded = self.losses and loss > EXPLOSION * max(self.losses[0], chance)
         if exploded or not math.isfinite(loss):
@@ -83,9 +85,10 @@ class Member:
         return self.status == "diverged"
 
     def result(self, seconds: float) -> TrialResult:
+        """Return the result of the trial, whose loop ran for `seconds` since its start."""
         train, device = self.config.train, self.model.wte.weight.device
         steps = train.steps if self.status == "finished" else len(self.losses)
-        seconds += self.begun.seconds
+        seconds += self.start.seconds
         return TrialResult(
             status=self.status,
             steps=steps,
@@ -102,11 +105,15 @@ class Member:
 def train(
     members: Sequence[Member], sync_every: int | None = None
 ) -> Iterator[tuple[Member, TrialResult]]:
-    """Train the models in place, logging rows as they come; -> each trial as it ends, at the last
-    step or where it diverges, which the others do not notice.
+    """Train the models in place, log their rows, and yield each trial when it ends.
 
-    They differ in nothing but init and corpus, and have begun equally far. What a member has logged
-    before is logged again: a recorder is given what a trial that was never cut off would give it.
+    A trial ends at the last step or when it diverges, which has no effect on the other trials. The
+    rows that a trial had logged before its checkpoint are logged again, so that a recorder gets the
+    same rows as from a trial that was never interrupted.
+
+    Args:
+        members: trials that differ in PER_TRIAL_KNOBS only, and start at the same step.
+        sync_every: steps between two reads from the device; by default DEVICE_SYNC_EVERY.
     """
     config = members[0].config
     optim, probes, steps = config.optim, config.probes, config.train.steps
@@ -116,24 +123,26 @@ def train(
     for member in members:
         for rows in member.rows:
             member.recorder.log(rows)
-    array = array_of(members)
-    unread: list[tuple[int, Tensor]] = []  # steps, with the loss, log Z and norm of each, [3, K]
+    array = make_array(members)
+    # Steps with their loss, log Z and gradient norm, [3, K], that are still on the device.
+    unread: list[tuple[int, Tensor]] = []
     start = time.perf_counter()
-    for step in range(members[0].begun.step, steps + 1):
+    for step in range(members[0].start.step, steps + 1):
         if not unread:
             save(members, array, step, time.perf_counter() - start)
         batches = [member.batch(step) for member in members]
         ids_KBT, targets_KBT = (
-            upload(np.stack(side), device) for side in zip(*batches, strict=True)
+            upload(np.stack(values), device) for values in zip(*batches, strict=True)
         )
         hidden_KBTD, heads = array.gradients(ids_KBT, targets_KBT)
         norm_K = array.norms()
         loss_K = torch.stack([head.loss for head in heads])
         log_z_K = torch.stack([head.log_z_BT.mean() for head in heads])
         unread.append((step, torch.stack([loss_K.double(), log_z_K.double(), norm_K])))
-        looks = due(probes, step, last=step == steps)
-        rows_of: dict[int, list[Row]] = {}  # of this step, by member, where it is read now
-        if looks or len(unread) >= sync_every:
+        due_probes = probes_due(probes, step, last=step == steps)
+        # The rows of this step by member, if it is read now; without trials that diverged.
+        step_rows: dict[int, list[Row]] = {}
+        if due_probes or len(unread) >= sync_every:
             for rows_K in training_rows(unread, config):
                 for k, (member, row) in enumerate(zip(members, rows_K, strict=True)):
                     if member.status == "diverged" or member.has_diverged(row):
@@ -141,9 +150,9 @@ def train(
                     if row.step < step:
                         member.log([row])
                     else:
-                        rows_of[k] = [row]
+                        step_rows[k] = [row]
             unread = []
-        for k in rows_of if looks else ():
+        for k in step_rows if due_probes else ():
             member = members[k]
             moment = Moment(
                 step=step,
@@ -159,18 +168,20 @@ def train(
                     log_z_BT=heads[k].log_z_BT,
                 ),
             )
-            rows_of[k][:0] = observe(moment, looks)
+            step_rows[k][:0] = observe(moment, due_probes)
         if step < steps:
-            moves = rows_of if step % probes.every == 0 else ()
-            before = {k: values_of(members[k].model, layers) for k in moves}
+            measured = step_rows if step % probes.every == 0 else ()
+            before = {k: values_of(members[k].model, layers) for k in measured}
             array.update(learning_rate(optim, step, steps), optim.clip, norm_K)
             for k, values in before.items():
-                rows_of[k][-1:-1] = update_rows(step, members[k].model, layers, values)
-        for k, rows in rows_of.items():
+                step_rows[k][-1:-1] = update_rows(step, members[k].model, layers, values)
+        for k, rows in step_rows.items():
             members[k].log(rows)
         if any(member.status == "diverged" for member in members):
             seconds = time.perf_counter() - start
-            yield from ((one, one.result(seconds)) for one in members if one.status == "diverged")
+            for member in members:
+                if member.status == "diverged":
+                    yield member, member.result(seconds)
             left = [k for k, member in enumerate(members) if member.status != "diverged"]
             if not left:
                 return
@@ -178,7 +189,7 @@ def train(
                 members[k].state = array.state(k)
             members = [members[k] for k in left]
             hidden_KBTD, targets_KBT = hidden_KBTD[left], targets_KBT[left]
-            array = array_of(members)
+            array = make_array(members)
     seconds = time.perf_counter() - start
     for k, member in enumerate(members):
         if array.head_dtype != torch.float32:
@@ -188,26 +199,34 @@ def train(
 
 
 def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float) -> None:
-    """Save every trial once it is due for all, so that they go on from one step, as an array."""
-    saved = [(k, member, member.checkpoint) for k, member in enumerate(members)]
-    if not all(checkpoint and checkpoint.due() for _, _, checkpoint in saved):
+    """Save the checkpoints of all trials of an array, once each of them is due.
+
+    They are saved at one step, so that the trials can continue as one array.
+
+    Args:
+        step: the next step to compute.
+        seconds: time of the loop since the start of the members.
+    """
+    checkpoints = [member.checkpoint for member in members]
+    if not all(checkpoint and checkpoint.due() for checkpoint in checkpoints):
         return
-    begun = time.perf_counter()
-    for k, member, checkpoint in saved:
+    start = time.perf_counter()
+    for k, (member, checkpoint) in enumerate(zip(members, checkpoints, strict=True)):
         assert checkpoint
-        progress = Progress(step, member.rows, member.begun.seconds + seconds)
-        checkpoint.save(progress, array.state(k), begun)
+        progress = Progress(step, member.rows, member.start.seconds + seconds)
+        checkpoint.save(progress, array.state(k), start)
 
 
-def array_of(members: Sequence[Member]) -> ModelArray:
-    """The models as an array, at the states that they have left off at, which go over to it."""
+def make_array(members: Sequence[Member]) -> ModelArray:
+    """Make an array of the models, and load into it the states that the members carry."""
     array = ModelArray(
         [member.model for member in members],
         members[0].config.optim,
         members[0].config.train.precision,
     )
     states = [member.state for member in members if member.state]
-    if len(states) == len(members):  # else no step has been made, and some have saved that
+    # Where a member has no state, all are at step 0, which only some of them had saved.
+    if len(states) == len(members):
         array.load(states)
     for member in members:
         member.state = None
@@ -217,7 +236,14 @@ def array_of(members: Sequence[Member]) -> ModelArray:
 def training_rows(
     unread: Sequence[tuple[int, Tensor]], config: TrialConfig
 ) -> list[list[TrainingRow]]:
-    """The rows of some steps, by member; a device is waited for once."""
+    """Read the statistics of some steps from the device, all at once.
+
+    Args:
+        unread: steps with their loss, log Z and gradient norm, [3, K].
+
+    Returns:
+        For each step, the rows of the K members.
+    """
     optim, steps = config.optim, config.train.steps
     values = torch.stack([stats_3K for _, stats_3K in unread]).tolist()
     return [
@@ -236,6 +262,6 @@ def training_rows(
 
 
 def upload(values: NDArray[np.int64], device: torch.device) -> Tensor:
-    """The values on the device, for which nobody waits."""
+    """Copy to the device asynchronously."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,4 +1,4 @@
-"""Numbers as people say them, and what this process takes."""
+"""Times and sizes in units that people read, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import sys
 
 
 def clock(seconds: float) -> str:
-    """`1:05:09`, or `5:09` below an hour."""
+    """Format a duration: `1:05:09`, or `5:09` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most."""
-    # In kB, but for macOS.
+    """Return the largest amount of memory that this process has used so far, in bytes."""
+    # The operating system counts in kB, but macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size(count: float) -> str:
-    """Bytes: `1.23 GB`."""
+    """Format a number of bytes: `1.23 GB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
-from gptcore.experiment import Trial, apart, run_trial, run_trials
+from gptcore.experiment import Trial, conflicting_knobs, run_trial, run_trials
 from gptcore.model import CHUNK_AND_TILE, GPT, workspace
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
@@ -20,7 +20,7 @@ from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Trunks go through vmap on a CPU as well, but where a test is of what a CPU does by itself."""
-    monkeypatch.setitem(array.VMAP, "cpu", True)
+    monkeypatch.setitem(array.USES_VMAP, "cpu", True)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
 def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
     trio, name, tied, monkeypatch
 ):
-    monkeypatch.setitem(array.VMAP, "cpu", False)
+    monkeypatch.setitem(array.USES_VMAP, "cpu", False)
     knobs = {"optim__name": name, "model__tied": tied, "optim__clip": 0.5, "train__steps": 30}
     configs = [with_knobs(config, **knobs) for config in trio]
     configs.append(with_knobs(configs[1], init__std=1e18, init__scheme="normal"))  # diverges
@@ -180,9 +180,9 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
     models = ModelArray([GPT(tiny.model) for _ in range(3)], tiny.optim)
     members = []
     for k in range(3):
-        held = checkpoint.Checkpoint(tmp_path / f"{k}.pt", {}, pause=10.0)
-        begun = checkpoint.Progress(0, [], 0.0)
-        members.append(SimpleNamespace(checkpoint=held, rows=[], begun=begun))
+        file = checkpoint.Checkpoint(tmp_path / f"{k}.pt", {}, pause=10.0)
+        start = checkpoint.Progress(0, [], 0.0)
+        members.append(SimpleNamespace(checkpoint=file, rows=[], start=start))
         now[0] += 6  # to prepare a trial takes time
     for step in range(70):
         train.save(members, models, step, now[0])
@@ -191,7 +191,7 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
 
 
 def test_on_a_cpu_a_member_that_goes_on_alone_ends_as_if_it_had_always_been(saved, monkeypatch):
-    monkeypatch.setitem(array.VMAP, "cpu", False)
+    monkeypatch.setitem(array.USES_VMAP, "cpu", False)
     configs, files = saved
     with pytest.raises(Cut):
         run_trials([Trial(c, CutAt(3), file) for c, file in zip(configs, files, strict=True)])
@@ -229,7 +229,7 @@ def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
         tiny, train__steps=25, probes__every=10, probes__text_every=20, optim__lr=lr
     )
     expected = undisturbed(config)
-    monkeypatch.setitem(train.READ_EVERY, "cpu", 4)
+    monkeypatch.setitem(train.DEVICE_SYNC_EVERY, "cpu", 4)
     found = MemoryRecorder()
     run_trial(config, found)
     assert found.rows == expected.rows
@@ -239,7 +239,7 @@ def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
 
 
 def test_trials_that_cannot_go_together_are_told_by_which_knobs(trio):
-    assert apart(trio) == []
+    assert conflicting_knobs(trio) == []
     trio[1] = with_knobs(trio[1], optim__lr=0.5, model__n_layer=1)
     with pytest.raises(InputError, match=r"they differ in model\.n_layer, optim\.lr"):
         run_trials([Trial(config, MemoryRecorder()) for config in trio])

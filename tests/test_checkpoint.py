@@ -90,7 +90,8 @@ def test_a_checkpoint_of_another_trial_is_refused_with_what_differs(tiny, tmp_pa
     cut(tiny, file, 3)
     other = TrialConfig.from_flat({**tiny.to_flat(), "init.seed": 7})
     with pytest.raises(
-        InputError, match=r"is of another trial \(init\.seed is 0 there and 7 here\)"
+        InputError,
+        match=r"belongs to another trial \(init\.seed is 0 in the file and 7 in this trial\)",
     ):
         run(other, file)
     assert file.exists()
@@ -181,7 +182,7 @@ def test_rows_of_another_schema_are_refused(tiny, tmp_path, monkeypatch):
     file = tmp_path / "key.pt"
     cut(tiny, file, 3)
     monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 99)
-    with pytest.raises(InputError, match=r"schema_version is \d+ there and 99 here"):
+    with pytest.raises(InputError, match=r"schema_version is \d+ in the file and 99 in this trial"):
         run(tiny, file)
 
 

@@ -3,16 +3,16 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from gptcore.config import (
-    COMPARED,
+    COMPARED_KNOBS,
     KNOBS,
     VOCAB_SIZES,
     InputError,
     TrialConfig,
-    compared,
+    compared_knobs,
     knob_type,
     parse_value,
     seed_of,
-    varied,
+    varying_knobs,
 )
 
 OTHER = {
@@ -64,10 +64,10 @@ def test_key_follows_every_knob_but_name_and_device(key):
 @pytest.mark.parametrize("key", KNOBS)
 def test_the_knob_in_which_trials_differ_is_found(key):
     trials = [config.to_flat() for config in (TrialConfig(), changed(key), TrialConfig())]
-    assert varied(trials) == [key]
-    named = key in COMPARED and key != "init.scheme"
-    assert compared(varied(trials)) == ["init.scheme", *([key] if named else [])]
-    assert (varied(trials[:1]), compared([])) == ([], ["init.scheme"])
+    assert varying_knobs(trials) == [key]
+    named = key in COMPARED_KNOBS and key != "init.scheme"
+    assert compared_knobs(varying_knobs(trials)) == ["init.scheme", *([key] if named else [])]
+    assert (varying_knobs(trials[:1]), compared_knobs([])) == ([], ["init.scheme"])
 
 
 def test_key_follows_the_corpus_and_the_experiment_version(monkeypatch):
@@ -150,12 +150,12 @@ def test_replacing_a_part_checks_the_whole():
     [
         ("6", "there is no layer 6, the model has 0 to 5"),
         ("0,9", "there is no layer 9"),
-        ("2,1", "takes all, or ascending layers"),
-        ("1,1", "takes all, or ascending layers"),
-        ("first", "takes all, or ascending layers"),
-        ("0,,1", "takes all, or ascending layers"),
-        ("-1", "takes all, or ascending layers"),
-        ("00", "takes all, or ascending layers"),
+        ("2,1", "takes all, or layers in ascending order"),
+        ("1,1", "takes all, or layers in ascending order"),
+        ("first", "takes all, or layers in ascending order"),
+        ("0,,1", "takes all, or layers in ascending order"),
+        ("-1", "takes all, or layers in ascending order"),
+        ("00", "takes all, or layers in ascending order"),
     ],
 )
 def test_a_probe_on_a_layer_that_is_not_there_is_refused(layers, says):
@@ -196,6 +196,6 @@ def test_the_tokenizer_is_in_the_key_only_where_it_is_not_gpt2s():
 
 def test_a_vocabulary_that_follows_from_the_tokenizer_is_no_difference_of_its_own():
     both = [TrialConfig.from_flat({"corpus.tokenizer": name}).to_flat() for name in VOCAB_SIZES]
-    assert varied(both) == ["corpus.tokenizer"]
+    assert varying_knobs(both) == ["corpus.tokenizer"]
     padded = {**both[0], "model.vocab_size": 50304}
-    assert varied([both[0], padded]) == ["model.vocab_size"]
+    assert varying_knobs([both[0], padded]) == ["model.vocab_size"]

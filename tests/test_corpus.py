@@ -168,8 +168,8 @@ def test_the_shortest_text_with_room_for_its_fixed_texts_is_enough(tmp_path):
         (None, "is neither a corpus (gulliver, pydocs) nor a text file"),
         (b"", "is empty"),
         (b" \n ", "is empty"),
-        (b"\xff\xfe\x00a", "cannot be read as a UTF-8 text"),
-        (b"text\0text", "holds NUL bytes"),
+        (b"\xff\xfe\x00a", "cannot be read as UTF-8 text"),
+        (b"text\0text", "contains NUL bytes"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, says):

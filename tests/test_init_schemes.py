@@ -9,7 +9,7 @@ import torch
 from gptcore.config import InitConfig, InputError, ModelConfig
 from gptcore.init_schemes import INIT_SCHEMES, Draw, check_init, initialise
 from gptcore.model import GPT
-from gptcore.probes import watched
+from gptcore.probes import module_outputs
 
 L, V, T = 4, 8192, 64
 EMBEDDINGS, BRANCH_ENDS = ("wte", "wpe"), ("proj", "mlp_proj")
@@ -247,9 +247,10 @@ def test_model5_gives_the_sources_table_at_the_sources_shape():
 
 
 def test_unknown_schemes_and_parameters_are_refused():
-    with pytest.raises(InputError, match="'xavier' is unknown: take model5, normal, "):
+    with pytest.raises(InputError, match="'xavier' is unknown: take one of model5, normal, "):
         check_init(InitConfig(scheme="xavier"))
-    with pytest.raises(InputError, match=r"gpt2 takes no init.std: those that do are normal"):
+    says = "gpt2 does not take init.std: leave it out, or take one of normal"
+    with pytest.raises(InputError, match=says):
         check_init(InitConfig(scheme="gpt2", std=0.1))
     check_init(InitConfig(scheme="normal", std=0.1))
 
@@ -261,9 +262,9 @@ def test_activations_keep_their_size_over_widths_under_mup_and_grow_under_normal
     for scheme in ("mup", "normal"):
         for d_model in (64, 128, 256):
             model, _ = built(scheme, model_config=shape(d_model, tied=False))
-            with torch.no_grad(), watched(model) as streams:
+            with torch.no_grad(), module_outputs(model) as outputs:
                 model(ids)
-            branches = [streams[f"blocks.{i}.{branch}"] for i in range(L) for branch in BRANCHES]
+            branches = [outputs[f"blocks.{i}.{branch}"] for i in range(L) for branch in BRANCHES]
             rms[scheme, d_model] = torch.stack([x.square().mean().sqrt() for x in branches])
     with capsys.disabled():
         print("\nRMS of what the branches add, median over the blocks")

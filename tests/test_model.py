@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gptcore.config import InitConfig, ModelConfig
 from gptcore.init_schemes import initialise
-from gptcore.model import GPT, head_errors, loss_of, parts_of, softmax_sums
+from gptcore.model import GPT, head_errors, head_loss, parts_of, softmax_sums
 from gptcore.probes import model_parts
 
 SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
@@ -94,7 +94,7 @@ def test_the_chunked_head_is_cross_entropy(sequences, scale):
     hidden = (scale * torch.randn(sequences, 12, 16, generator=generator)).requires_grad_()
     targets = ids(sequences, 12)
 
-    loss, log_z, grad = loss_of(hidden, weight, targets)
+    loss, log_z, grad = head_loss(hidden, weight, targets)
     got = grad, weight.grad
     weight.grad = None
     logits = hidden.double() @ weight.double().T
@@ -113,13 +113,13 @@ def test_the_head_gradients_are_those_of_finite_differences():
         torch.randn(*shape, 5, dtype=torch.double, generator=generator) for shape in ((2, 3), (11,))
     )
     targets = torch.randint(11, (2, 3), generator=generator)
-    found = loss_of(hidden, weight, targets)
+    found = head_loss(hidden, weight, targets)
     for values, gradient in ((hidden, found.grad_BTD), (weight, weight.grad.clone())):
         for where in itertools.product(*map(range, values.shape)):
             losses = []
             for side in (1e-6, -1e-6):
                 values[where] += side
-                losses.append(loss_of(hidden, weight, targets).loss)
+                losses.append(head_loss(hidden, weight, targets).loss)
                 values[where] -= side
             assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(gradient[where].item(), abs=1e-8)
 
@@ -128,9 +128,9 @@ def test_the_head_adds_its_gradient_to_that_of_the_weight():
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (torch.randn(*shape, 5, generator=generator) for shape in ((2, 3), (11,)))
     targets = torch.randint(11, (2, 3), generator=generator)
-    loss_of(hidden, weight, targets)
+    head_loss(hidden, weight, targets)
     once, place = weight.grad.clone(), weight.grad.data_ptr()
-    loss_of(hidden, weight, targets)
+    head_loss(hidden, weight, targets)
     assert torch.allclose(weight.grad, 2 * once)
     assert weight.grad.data_ptr() == place
 
@@ -142,9 +142,9 @@ def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_what_is_told(
     weight = 0.1 * torch.randn(vocabulary, 16, generator=generator)
     hidden = scale * torch.randn(30, 12, 16, generator=generator)
     targets = ids(30, 12) % vocabulary
-    exact = loss_of(hidden, weight, targets)
+    exact = head_loss(hidden, weight, targets)
     gradient, weight.grad = weight.grad, None
-    low = loss_of(hidden, weight, targets, torch.bfloat16)
+    low = head_loss(hidden, weight, targets, torch.bfloat16)
     loss_error, gradient_error = head_errors(hidden, weight, targets, torch.bfloat16)
     assert loss_error == pytest.approx(abs(low.loss - exact.loss).item(), rel=1e-3)
     assert 0 < loss_error < 1e-3 * exact.loss.item()
@@ -158,7 +158,7 @@ def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_what_is_told(
 
 def test_a_loss_that_is_not_finite_comes_out_as_such():
     hidden = torch.full((1, 2, 4), float("nan"))
-    assert loss_of(hidden, torch.ones(10, 4), torch.zeros(1, 2, dtype=torch.long)).loss.isnan()
+    assert head_loss(hidden, torch.ones(10, 4), torch.zeros(1, 2, dtype=torch.long)).loss.isnan()
 
 
 @pytest.mark.parametrize("scale", [1.0, 200.0])  # logits that need no shift, and logits that do

@@ -14,9 +14,9 @@ from gptcore.probes import (
     HISTOGRAM_EDGES,
     PROBES,
     Moment,
-    due,
     model_parts,
     observe,
+    probes_due,
     update_rows,
     values_of,
 )
@@ -87,7 +87,7 @@ def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     def seen(step, last=False):
         at = replace(moment, step=step)
         config = ProbesConfig(every=5, histogram_every=10, spectrum_every=15, text_every=20)
-        return {TABLE_OF[type(row)] for row in observe(at, due(config, step, last=last))}
+        return {TABLE_OF[type(row)] for row in observe(at, probes_due(config, step, last=last))}
 
     often = {"weights", "activations", "attention", "token_groups"}
     texts = {"text_losses", "group_weights"}
