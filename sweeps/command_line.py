@@ -43,13 +43,13 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
     }
     for key, entry in KNOBS.items():
         names = entry.metadata["choices"] or registries.get(key, ())
+        text = f"{entry.metadata['doc']}{': ' if names else ''}{', '.join(names)}"
         knobs.add_argument(
             f"--{key}",
             nargs="+",
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            help=f"{entry.metadata['doc']}{': ' if names else ''}{', '.join(names)} "
-            f"[{spelling(defaults[key])}]",
+            help=f"{text} [{spelling(defaults[key])}]".replace("%", "%%"),
         )
 
 

@@ -1,8 +1,8 @@
 """A provider of machines on AWS for `ray up`: checks the cluster's file, then uses Ray's own.
 
 An error in the file is reported in one sentence before a machine starts. A security group and
-rights are made here, because Ray's own security group lets the whole world try to log in, and its workers
-have no rights to any bucket.
+rights are made here, because Ray's own security group lets the whole world try to log in, and its
+workers have no rights to any bucket.
 """
 
 from __future__ import annotations
