@@ -1,4 +1,4 @@
-"""Searching for a configuration in which a claim does not hold: distances, and what was found."""
+"""Search for configurations that contradict a claim: distances, and verdicts on fresh seeds."""
 
 from __future__ import annotations
 
@@ -9,38 +9,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.claims import CLAIMS, Claim, Part
-from analysis.findings import format_estimate
-from analysis.verdicts import ALPHA, CONTRADICTED, INTERVALS, combined, decide, judge_part
+from analysis.decisions import ALPHA, CONTRADICTED, INTERVALS, combined, decide, only_bound
+from analysis.jsonable import to_json
+from analysis.sentences import format_estimate
+from analysis.verdicts import PartFinding, judge_part
 from gptcore.config import Scalar, spelling
 
 REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
-"""The claims that one trial alone has a number for."""
+"""The claims for which a single trial has a number."""
 
 
 @dataclass(frozen=True)
 class Counterexample:
     """A configuration that contradicted a claim on one seed, and its verdict on fresh ones."""
 
-    trial_key: str  # of the trial that contradicted the claim
-    knobs: Mapping[str, Scalar]  # what was suggested for it
-    distance: float  # of its number from contradicting the claim, below 0
-    seeds: int  # fresh ones
+    trial_key: str  # the trial that contradicted the claim
+    knobs: Mapping[str, Scalar]  # the knobs that were suggested for it
+    distance: float  # of its number, as `distance` gives it, below 0
+    seeds: int  # fresh seeds
     verdict: str
-    parts: Mapping[str, Any]  # as judge_part gives them
+    parts: Mapping[str, PartFinding]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of search.json. There, all parts decide, and do not say so."""
+        entry: dict[str, Any] = to_json(self)
+        for part in entry["parts"].values():
+            del part["decides"]
+        return entry
 
 
 def judge_on_fresh_seeds(
     claim: Claim, numbers: Iterable[tuple[int, str, float]], configurations: int
-) -> tuple[str, int, dict[str, Any]]:
+) -> tuple[str, int, dict[str, PartFinding]]:
     """Judge a claim on fresh seeds of one configuration.
 
-    On the seed for which it was chosen a configuration confirms nothing. The level is divided by
-    the number of configurations that are tried again (Bonferroni).
+    The configuration was chosen by its first seed, so that seed cannot confirm the contradiction.
+    The error rate is divided by the number of configurations that are tested again (Bonferroni).
 
     Args:
-        claim: what is to be contradicted.
-        numbers: (seed, part, value) of the finished trials.
-        configurations: how many are tried again.
+        claim: the claim that may be contradicted.
+        numbers: (seed, part, value) of the finished trials, for parts that decide.
+        configurations: how many configurations are tested again.
 
     Returns:
         The verdict, the number of seeds, and the finding on each part.
@@ -49,56 +58,62 @@ def judge_on_fresh_seeds(
     for seed, part, value in numbers:
         by_part[part].append((seed, "", value))
     parts = {
-        part: judge_part(claim.rule(part), runs, False, ALPHA / configurations)
+        part: found
         for part, runs in by_part.items()
+        if (found := judge_part(claim.rule(part), runs, False, ALPHA / configurations))
     }
-    verdict = combined([part["verdict"] for part in parts.values() if part])
+    verdict = combined([part.verdict for part in parts.values()])
     return verdict, len({seed for runs in by_part.values() for seed, *_ in runs}), parts
 
 
 def distance(rule: Part, value: float) -> float:
-    """How far a run's number lies from where it would contradict the claim; beyond, below 0."""
+    """Return how far a run's number is from contradicting a rule; below 0, it contradicts."""
     if rule.low is not None and rule.high is not None:
         return min(value - rule.low, rule.high - value)
-    bound, sign = (rule.low, 1) if rule.low is not None else (rule.high, -1)
-    assert bound is not None
+    bound, sign = only_bound(rule)
     return sign * (value - (bound if rule.against is None else rule.against))
 
 
 def seeds_to_contradict(claim: str, alpha: float) -> int:
-    """The fewest seeds that can contradict a claim at the level alpha, where all agree on it."""
+    """Return the smallest number of seeds that can contradict a claim, at an error rate alpha.
 
-    def can(rule: Part, n: int) -> bool:
-        found = INTERVALS[rule.centre]([0.0] * n, 1 - alpha)
-        # Of a mean or median it does not matter what is known without doubt.
-        known = found["low"] is not None
-        return decide(rule, found) == CONTRADICTED if rule.centre == "share" else known
+    It is the number at which a claim is contradicted if all seeds agree.
+    """
+
+    def can_contradict(rule: Part, n: int) -> bool:
+        estimate = INTERVALS[rule.centre]([0.0] * n, 1 - alpha)
+        # Equal means or medians have an interval of length 0, wherever it is.
+        has_interval = estimate.low is not None
+        return decide(rule, estimate) == CONTRADICTED if rule.centre == "share" else has_interval
 
     rules = [rule for rule in CLAIMS[claim].parts.values() if rule.decides]
-    return next(n for n in itertools.count(2) if all(can(rule, n) for rule in rules))
+    return next(n for n in itertools.count(2) if all(can_contradict(rule, n) for rule in rules))
 
 
 def sentences(claim: str, finds: Sequence[Counterexample], tried: int, measured: int) -> list[str]:
-    """Say what a search for counterexamples came to; `measured` trials had the claim's number."""
+    """Say what a search for counterexamples has found, as lines for the console.
+
+    Args:
+        claim: its name.
+        finds: the configurations that contradicted the claim on one seed.
+        tried: how many trials were tried.
+        measured: how many of them had a number for the claim.
+    """
     if not measured:
-        return [f"{claim}: not measured, for none of {tried} trials has the number for it"]
+        return [f"{claim}: not measured, because none of {tried} trials has the number for it"]
     shown = [
         f"  {find.verdict} on {find.seeds} fresh seeds: "
         + spelled(find.knobs)
-        + "".join(
-            f"; {part} {format_estimate(one['estimate'])}"
-            for part, one in find.parts.items()
-            if one
-        )
+        + "".join(f"; {part} {format_estimate(one.estimate)}" for part, one in find.parts.items())
         for find in finds
     ]
     counterexamples = sum(find.verdict == CONTRADICTED for find in finds)
     if counterexamples:
         return [f"{claim}: {counterexamples} counterexamples found in {tried} trials", *shown]
-    looked = f", {len(finds)} looked contrary on one seed" if finds else ""
-    return [f"{claim}: no counterexample found in {tried} trials{looked}", *shown]
+    on_one_seed = f"; {len(finds)} contradicted it on one seed alone" if finds else ""
+    return [f"{claim}: no counterexample found in {tried} trials{on_one_seed}", *shown]
 
 
 def spelled(knobs: Mapping[str, Scalar]) -> str:
-    """Return `init.scheme normal, init.std 0.02`."""
+    """Spell knobs for the console: `init.scheme normal, init.std 0.02`."""
     return ", ".join(f"{knob} {spelling(value)}" for knob, value in knobs.items())

@@ -1,8 +1,8 @@
 """Finding A: do the attention weights of early layers widen fastest?
 
-The growth of a layer is d(log std) of a weight since step 0, of the merged QKV where not said
-otherwise. The gradient of a run is tau = -Kendall(layer, growth): 1 where each layer grows less
-than the one before it, -1 where more.
+The growth of a layer is d(log std) of a weight since step 0. The weight is the merged QKV where
+nothing else is said. The gradient of a run is tau = -Kendall(layer, growth): 1 where each layer
+grows less than the layer before it, -1 where each grows more.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import polars as pl
 from numpy.typing import NDArray
 
 STEPS = (50, 100, 250, 500)
-"""At these, beside the last, the course of a number is looked at."""
+"""The steps before the last one at which a report follows a number through training."""
 IS_LAST = pl.col("step") == pl.col("step").max().over("trial_key")
 
 
 def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
-    """Per run, layer and step: trial_key, layer, step, std, growth (log ratio to step 0) and RMS
-    displacement, which is comparable over schemes whose stds start apart."""
+    """Compute how much each layer's weight has grown since step 0.
+
+    Returns:
+        One row for each run, layer and step: trial_key, layer, step, std, growth (the log ratio to
+        step 0), and displacement, the RMS displacement since step 0. The displacement can be
+        compared between schemes whose stds differ at step 0.
+    """
     qkv = weights.filter(pl.col("kind") == kind)
     start = qkv.filter(pl.col("step") == 0).select("trial_key", "layer", start="std")
     return (
@@ -31,20 +36,25 @@ def layer_growth(weights: pl.LazyFrame, kind: str = "qkv") -> pl.DataFrame:
 
 
 def last_steps(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of each run's last step."""
+    """Select the rows of each run's last step."""
     return frame.filter(IS_LAST)
 
 
-def looked_at(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of STEPS and of each run's last step, with `is_last`."""
+def at_report_steps(frame: pl.DataFrame) -> pl.DataFrame:
+    """Select the rows of STEPS and of each run's last step, and add a column is_last."""
     rows = frame.with_columns(is_last=IS_LAST)
     return rows.filter(pl.col("is_last") | pl.col("step").is_in(STEPS))
 
 
 def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
-    """Per run, at its last step: trial_key, step, tau, widest_layer, median_growth.
+    """Compute the gradient over depth of each run, at its last step.
 
-    `growth` is what layer_growth gives. tau is null where it is undefined, as gradient_tau says.
+    Args:
+        growth: the rows of layer_growth.
+
+    Returns:
+        One row for each run: trial_key, step, tau, widest_layer, median_growth. tau is null where
+        gradient_tau gives null.
     """
     last = last_steps(growth).sort("trial_key", "layer")
     widest = last.group_by("trial_key", maintain_order=True).agg(
@@ -59,10 +69,18 @@ def depth_gradient(growth: pl.DataFrame) -> pl.DataFrame:
 
 
 def gradient_tau(growth: pl.DataFrame, by: list[str], column: str = "growth") -> pl.DataFrame:
-    """-Kendall's tau-b of layer and a column, for each combination of the columns `by`; -> by, tau.
+    """Compute -Kendall's tau-b of layer and a column, for each group of rows.
 
-    As scipy.stats.kendalltau has it, without its half a millisecond a call. Null where undefined:
-    fewer than two layers, growth unknown, or all alike.
+    The numbers are those of scipy.stats.kendalltau, which takes half a millisecond for each group.
+
+    Args:
+        growth: the rows of layer_growth, or some of them.
+        by: the columns that make the groups.
+        column: the number that is compared with the layer.
+
+    Returns:
+        The columns of `by`, and tau. tau is null for fewer than two layers, for a number that is
+        not finite, and where all numbers are equal.
     """
     runs = growth.sort(*by, "layer").group_by(by, maintain_order=True).agg("layer", column)
     sizes = runs["layer"].list.len().to_numpy()
@@ -77,8 +95,16 @@ def gradient_tau(growth: pl.DataFrame, by: list[str], column: str = "growth") ->
 
 
 def _signs(runs: pl.Series) -> NDArray[np.float64]:
-    """Of each run, a list of as many values as every other: the sign of each value minus each."""
+    """Return the sign of the difference of every two values of each run.
+
+    Args:
+        runs: one list of n values for each run.
+
+    Returns:
+        An array of shape (runs, n, n): sign(value i - value j). A difference with a value that is
+        not finite is NaN.
+    """
     values = runs.explode().to_numpy().astype(float).reshape(len(runs), -1)
-    # A std of 0 at step 0 grows without bound: what is not finite is not known.
+    # The growth of a layer whose std was 0 at step 0 is infinite.
     known = np.where(np.isfinite(values), values, np.nan)
     return np.sign(known[:, :, None] - known[:, None, :])

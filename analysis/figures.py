@@ -1,402 +1,103 @@
-"""Figures of a report: fig_*(frame) -> Altair chart. FIGURES says what each shows, and where.
-
-One line a scheme and subset, a band over its seeds; where there are several schemes, a list below
-the figure brings one of them out.
-"""
+"""The figures of a report: what each shows, and in which section."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import altair as alt
 import polars as pl
 import polars.selectors as cs
 
-from analysis.claims import CLAIMS
-from analysis.depth_gradient import last_steps
-from analysis.verdicts import CONTRADICTED, NOT_SUPPORTED, SUPPORTED, UNDERPOWERED
-
-# Okabe & Ito's colours, told apart with any kind of colour vision; black last.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-VERDICT_COLOURS = {
-    SUPPORTED: "#009E73", NOT_SUPPORTED: "#767676", CONTRADICTED: "#D55E00", UNDERPOWERED: "#E69F00"
-}  # fmt: skip
-GREY = "#767676"
-ERROR = CLAIMS["init_table"].rule("largest error of a kind").high or 0.0
-TAU = CLAIMS["depth_gradient"].rule("tau").low or 0.0
-
-alt.data_transformers.disable_max_rows()
-
-FROM_THE_DATA = alt.Scale(zero=False, nice=False)
-LOG = alt.Scale(type="log", nice=False)
-STEP = alt.Axis(tickMinStep=1, format="d")
-
-
-def over_runs(frame: pl.DataFrame, *axes_and_value: str) -> pl.DataFrame:
-    """Mean, smallest and largest of the last column named, over the runs of each scheme and subset
-    at each combination of the other columns named."""
-    *axes, value = axes_and_value
-    by = ["scheme", "subset", *axes]
-    return (
-        frame.drop_nulls(value)
-        .group_by(by)
-        .agg(
-            mean=pl.col(value).mean(),
-            low=pl.col(value).min(),
-            high=pl.col(value).max(),
-            runs=pl.col("trial_key").n_unique(),
-        )
-        .sort(by)
-    )
-
-
-def _scheme() -> alt.Color:
-    return alt.Color(
-        "scheme:N",
-        scale=alt.Scale(range=COLOURS),
-        legend=alt.Legend(symbolOpacity=1, labelLimit=0, symbolLimit=0),
-    )
-
-
-def _one_scheme(frame: pl.DataFrame) -> Any:
-    """A list to choose one scheme from, where there are several, which dims the others."""
-    schemes = frame["scheme"].unique(maintain_order=True).to_list()
-    if len(schemes) < 2:
-        return alt.selection_point(fields=["scheme"])
-    chosen = alt.binding_select(
-        options=[None, *schemes], labels=["all", *schemes], name="show the scheme "
-    )
-    return alt.selection_point(fields=["scheme"], bind=chosen)
-
-
-def _band_and_line(
-    frame: pl.DataFrame, x: str, y_title: str, y_scale: alt.Scale = FROM_THE_DATA
-) -> Any:
-    """A layer chart of what over_runs gives, against column `x`."""
-    one = _one_scheme(frame)
-    tooltip: list[Any] = [
-        "scheme:N", "subset:N", f"{x}:Q", alt.Tooltip("mean:Q", format=".4f"),
-        alt.Tooltip("low:Q", format=".4f"), alt.Tooltip("high:Q", format=".4f"), "runs:Q",
-    ]  # fmt: skip
-    base = alt.Chart(frame).encode(x=alt.X(f"{x}:Q", title=x, axis=STEP), color=_scheme())
-    band = base.mark_area().encode(
-        y=alt.Y("low:Q", title=y_title, scale=y_scale),
-        y2="high:Q",
-        detail="subset:N",
-        opacity=alt.condition(one, alt.value(0.2), alt.value(0.02)),
-    )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=25)).encode(
-        y=alt.Y("mean:Q"),
-        strokeDash=alt.StrokeDash("subset:N", title="corpus.subset"),
-        opacity=alt.condition(one, alt.value(1), alt.value(0.08)),
-        tooltip=tooltip,
-    )
-    return alt.layer(band, line).add_params(one).properties(width=220, height=160)
-
-
-def _rules(axis: str, *at: float, **style: Any) -> Any:
-    """Grey lines across a chart, at values of its x or y."""
-    rules = alt.Chart(pl.DataFrame({"at": at})).mark_rule(color=GREY, **style)
-    return rules.encode(**{axis: "at:Q"})
-
-
-def fig_init_errors(errors: pl.DataFrame) -> Any:
-    """Error of each kind's std at step 0, a dot a run, with the claim's margin."""
-    runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
-        x=alt.X("error:Q", title="std at step 0 against the scheme's", axis=alt.Axis(format="+%")),
-        y=alt.Y("kind:N", title=None, sort=None),
-        yOffset="scheme:N",
-        color=_scheme(),
-        tooltip=["scheme:N", "subset:N", "seed:N", "kind:N",
-                 alt.Tooltip("expected:Q", format=".5f"), alt.Tooltip("found:Q", format=".5f")],
-    )  # fmt: skip
-    margin = _rules("x", -ERROR, ERROR, strokeDash=[4, 3])
-    return alt.layer(margin, runs).properties(width=460)
-
-
-def fig_qkv_std(growth: pl.DataFrame) -> Any:
-    """Std of the merged QKV weight over steps, a panel a layer."""
-    frame = over_runs(growth, "layer", "step", "std")
-    return _band_and_line(frame, "step", "std of QKV (log scale)", LOG).facet(
-        facet=alt.Facet("layer:O", title="layer"), columns=3
-    )
-
-
-def fig_growth_by_layer(growth: pl.DataFrame) -> Any:
-    """Growth of QKV std at the last step against depth."""
-    frame = over_runs(last_steps(growth), "layer", "growth")
-    return _band_and_line(frame, "layer", "d(log std) of QKV").properties(width=460, height=260)
-
-
-def fig_tau_of_runs(gradients: pl.DataFrame) -> Any:
-    """tau of every run at its last step, and the median of each scheme and subset."""
-    base = alt.Chart(gradients.drop_nulls("tau")).encode(
-        y=alt.Y("scheme:N", title=None, axis=alt.Axis(labelLimit=0)), yOffset="subset:N"
-    )
-    x = alt.X("tau:Q", title="tau over depth", scale=alt.Scale(domain=[-1, 1]))
-    runs = base.mark_point(filled=True, opacity=0.5, size=50).encode(
-        x=x,
-        color=alt.Color("scheme:N", scale=alt.Scale(range=COLOURS), legend=None),
-        shape=alt.Shape("subset:N", title="corpus.subset"),
-        tooltip=["scheme:N", "subset:N", "seed:N", alt.Tooltip("tau:Q", format=".3f"), "trial_key"],
-    )
-    median = base.mark_tick(color="black", thickness=2, size=16).encode(x="median(tau):Q")
-    bounds = _rules("x", 0.0, TAU, strokeDash=[4, 3])
-    return alt.layer(bounds, runs, median).properties(width=460)
-
-
-def fig_tau_over_steps(tau: pl.DataFrame) -> Any:
-    """tau over depth at every step that is recorded."""
-    frame = over_runs(tau, "step", "tau")
-    scale = alt.Scale(domain=[-1, 1])
-    return _band_and_line(frame, "step", "tau over depth", scale).properties(width=460, height=260)
-
-
-def fig_histograms(bins: pl.DataFrame) -> Any:
-    """How the QKV weights of each layer spread, with a slider over the steps."""
-    steps = bins["step"].unique().sort().to_list()
-    gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
-    slider = alt.binding_range(min=steps[0], max=steps[-1], step=min(gaps, default=1), name="step ")
-    common = bins.group_by("trial_key").agg(pl.col("step").max())["step"].min()
-    step = alt.param(value=common, bind=slider)
-    one = _one_scheme(bins)
-    return (
-        alt.Chart(bins)
-        .mark_rule(strokeWidth=2)
-        .encode(
-            x=alt.X("low:Q", title="weight"),
-            x2="high:Q",
-            y=alt.Y("density:Q", title="density (log scale)", scale=alt.Scale(type="log")),
-            color=_scheme(),
-            opacity=alt.condition(one, alt.value(1), alt.value(0.08)),
-            tooltip=["scheme:N", "step:Q", alt.Tooltip("low:Q", format=".4f"),
-                     alt.Tooltip("high:Q", format=".4f"), alt.Tooltip("density:Q", format=".4g")],
-        )
-        .transform_filter(alt.datum.step == step)
-        .add_params(step, one)
-        .properties(width=220, height=160)
-        .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
-        .properties(title=f"seed {bins['seed'][0]}, corpus.subset {bins['subset'][0]}")
-    )  # fmt: skip
-
-
-def fig_group_log_probs(token_groups: pl.DataFrame) -> Any:
-    """Mean log-prob of each token group over steps, with where an untrained model stands (dotted)
-    and a calibrated one (dashed). `token_groups`: of one mask, with `level`."""
-    groups = token_groups["group"].unique(maintain_order=True).to_list()
-    by = ["scheme", "subset", "group"]
-    levels = token_groups.group_by(by).agg(
-        pl.col("level").mean(), calibrated=(pl.col("mean_logprob") - pl.col("excess")).mean()
-    )
-    frame = over_runs(token_groups, "group", "step", "mean_logprob").join(levels, on=by)
-    base = alt.Chart(frame).encode(x="step:Q", detail=["scheme:N", "subset:N"])
-    untrained = base.mark_line(color=GREY, strokeDash=[1, 3]).encode(y="level:Q")
-    calibrated = base.mark_line(color=GREY, strokeDash=[8, 4]).encode(
-        y="calibrated:Q", tooltip=["subset:N", alt.Tooltip("calibrated:Q", format=".3f")]
-    )
-    return (
-        alt.layer(untrained, calibrated, _band_and_line(frame, "step", "mean log-prob (nats)"))
-        .facet(facet=alt.Facet("group:N", title="token group", sort=groups), columns=3)
-    )  # fmt: skip
-
-
-def fig_rare_by_size(changes: pl.DataFrame) -> Any:
-    """Change of rare tokens against the number of tokens trained on, with the one that calibration
-    predicts (dashed). `changes`: as analysis.claims.rare_by_size, with scheme."""
-    if changes["n_tokens"].n_unique() < 2:
-        return None
-    base = alt.Chart(changes).encode(
-        x=alt.X(
-            "n_tokens:Q",
-            title="tokens trained on (log scale)",
-            scale=alt.Scale(type="log", nice=False, padding=20),
-        )
-    )
-    runs = base.mark_circle(opacity=0.5).encode(
-        y=alt.Y("change:Q", title="change of rare's mean log-prob (nats)"),
-        color=_scheme(),
-        tooltip=["scheme:N", "subset:N", "seed:N", "n_tokens:Q",
-                 alt.Tooltip("change:Q", format=".3f"), alt.Tooltip("predicted:Q", format=".3f")],
-    )  # fmt: skip
-    means = base.mark_line().encode(y="mean(change):Q", color=_scheme())
-    predicted = base.mark_line(color="black", strokeDash=[6, 4]).encode(y="mean(predicted):Q")
-    return alt.layer(_rules("y", 0.0), predicted, means, runs).properties(width=460, height=260)
-
-
-def fig_same_tokens(tokens: pl.DataFrame) -> Any:
-    """Log-prob of some tokens against how often the text has them, a panel a token."""
-    return (
-        alt.Chart(tokens)
-        .mark_point(filled=True, opacity=0.6, size=50)
-        .encode(
-            x=alt.X("count:Q", title="occurrences", scale=alt.Scale(type="symlog", constant=1),
-                    axis=alt.Axis(format="d", tickCount=4)),
-            y=alt.Y("log_prob:Q", title="log-prob (nats)", scale=alt.Scale(zero=False)),
-            shape=alt.Shape("subset:N", title="corpus.subset"),
-            color=alt.Color("subset:N", title="corpus.subset", scale=alt.Scale(range=COLOURS)),
-            tooltip=["text:N", "token:Q", "subset:N", "seed:N", "count:Q",
-                     alt.Tooltip("log_prob:Q", format=".3f")],
-        )
-        .properties(width=130, height=110)
-        .facet(facet=alt.Facet("text:N", title=None), columns=4)
-        .properties(title=tokens["scheme"][0])
-    )  # fmt: skip
-
-
-def fig_mechanism(changes: pl.DataFrame) -> Any:
-    """Change of each group's log-prob: what the logit adds and what log Z adds (bars), and both
-    together (tick); mean over the runs of a scheme."""
-    parts = {
-        "logit": pl.col("logit_change"), "log Z": -pl.col("log_z_change"), "both": pl.col("change")
-    }  # fmt: skip
-    groups = ["common_100", "rare_100", "never_100", "singletons", "never_used"]
-    means = (
-        changes.filter(pl.col("group").is_in(groups))
-        .group_by("scheme", "group", maintain_order=True)
-        .agg(**{part: value.mean() for part, value in parts.items()})
-        .unpivot(index=["scheme", "group"], variable_name="part", value_name="nats")
-        .drop_nulls("nats")
-    )
-    base = alt.Chart(means).encode(
-        x=alt.X("nats:Q", title="change of mean log-prob (nats)"),
-        y=alt.Y("scheme:N", title=None, axis=alt.Axis(labelLimit=0)),
-        tooltip=["scheme:N", "group:N", "part:N", alt.Tooltip("nats:Q", format=".3f")],
-    )
-    bars = base.transform_filter("datum.part != 'both'").mark_bar().encode(
-        color=alt.Color("part:N", title="part of", scale=alt.Scale(range=["#0072B2", "#E69F00"])),
-        yOffset="part:N",
-    )  # fmt: skip
-    both = base.transform_filter("datum.part == 'both'").mark_tick(
-        color="black", thickness=3, size=18
-    )
-    return (
-        alt.layer(bars, both)
-        .properties(width=220)
-        .facet(facet=alt.Facet("group:N", title="token group", sort=groups), columns=2)
-    )
-
-
-def fig_specifications(specified: pl.DataFrame) -> Any:
-    """Every specification's estimate with its interval, in ascending order, above what it chooses.
-
-    `specified`: columns value, low, high, verdict; all others are choices.
-    """
-    results = ["seeds", "value", "low", "high", "verdict"]
-    choices = [column for column in specified.columns if column not in results]
-    ranked = specified.sort("value").with_row_index("rank")
-    x = alt.X("rank:O", title=None, axis=alt.Axis(labels=False, ticks=False))
-    verdict = alt.Color(
-        "verdict:N",
-        scale=alt.Scale(domain=list(VERDICT_COLOURS), range=list(VERDICT_COLOURS.values())),
-    )
-    ends = (alt.Tooltip(f"{end}:Q", format=".3f") for end in ("value", "low", "high"))
-    tooltip: list[Any] = [*(f"{choice}:N" for choice in choices), "verdict:N", *ends]
-    base = alt.Chart(ranked).encode(x=x, color=verdict, tooltip=tooltip)
-    points = base.mark_circle(size=30, opacity=1).encode(y=alt.Y("value:Q", title="estimate"))
-    intervals = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    known = [intervals] if ranked["low"].drop_nulls().len() else []
-    estimates = alt.layer(_rules("y", 0.0), *known, points).properties(width=720, height=200)
-    chosen = ranked.unpivot(
-        on=choices, index=["rank", *results], variable_name="choice", value_name="option"
-    ).with_columns(chosen=pl.concat_str("choice", pl.lit(": "), "option"))
-    rows = chosen["chosen"].unique(maintain_order=True).to_list()
-    matrix = (
-        alt.Chart(chosen)
-        .mark_tick(thickness=3, orient="vertical")
-        .encode(
-            x=x, color=verdict, tooltip=["chosen:N", "verdict:N"],
-            y=alt.Y("chosen:N", title=None, sort=rows, axis=alt.Axis(labelLimit=0)),
-        )
-        .properties(width=720)
-    )  # fmt: skip
-    return alt.vconcat(estimates, matrix)
+from analysis import plots
 
 
 @dataclass(frozen=True)
 class Figure:
-    section: str  # of the report: a key of its SECTIONS
-    frame: str  # what it is drawn of, and the name of its Parquet file
-    draw: Callable[[pl.DataFrame], Any]  # None where the frame has nothing to show
+    """One figure of the report."""
+
+    section: str  # a key of analysis.report.SECTIONS
+    frame: str  # the name of the frame that is drawn, and of its Parquet file
+    draw: Callable[[pl.DataFrame], Any]  # gives None where the frame has nothing to show
     caption: str
 
 
-BAND = "Line: mean over the seeds of a scheme and subset; band: smallest to largest."
+BAND = "Line: mean over the seeds of a scheme and subset. Band: smallest to largest."
 
 FIGURES: dict[str, Figure] = {
     "init_errors": Figure(
-        "start", "init_errors", fig_init_errors,
-        "Standard deviation of each kind of weight at step 0 against the one that the scheme says, "
-        "a dot a run. Dashed: the claim's margin.",
+        "start", "init_errors", plots.fig_init_errors,
+        "Standard deviation of each kind of weight at step 0, relative to that of the init scheme. "
+        "A dot is one run. Dashed: the claim's margin.",
     ),
     "qkv_std": Figure(
-        "widening", "layer_growth", fig_qkv_std,
+        "widening", "layer_growth", plots.fig_qkv_std,
         f"Standard deviation of the merged QKV weight of each layer over steps. {BAND}",
     ),
     "growth_by_layer": Figure(
-        "widening", "layer_growth", fig_growth_by_layer,
+        "widening", "layer_growth", plots.fig_growth_by_layer,
         f"Growth at the last step against depth. {BAND}",
     ),
     "tau_of_runs": Figure(
-        "depth", "depth_gradient", fig_tau_of_runs,
-        f"tau of every run at its last step; bar: median. Dashed: 0, and {TAU}, above which the "
-        "interval of the median has to lie.",
+        "depth", "depth_gradient", plots.fig_tau_of_runs,
+        f"tau of every run at its last step. Bar: median. Dashed: 0, and {plots.TAU}: the interval "
+        "of the median has to lie above it.",
     ),
     "tau_over_steps": Figure(
-        "depth", "tau_over_steps", fig_tau_over_steps, f"tau over the steps of training. {BAND}",
+        "depth", "tau_over_steps", plots.fig_tau_over_steps,
+        f"tau over the steps of training. {BAND}",
     ),
     "histograms": Figure(
-        "tails", "histograms", fig_histograms,
-        "How the QKV weights of each layer spread at one step, in one run of each scheme; the "
-        "slider goes through the steps. A normal distribution is a parabola here.",
+        "tails", "histograms", plots.fig_histograms,
+        "Distribution of the QKV weights of each layer at one step, in one run of each scheme. "
+        "Choose the step with the slider. A normal distribution is a parabola here.",
     ),
     "group_log_probs": Figure(
-        "tokens", "group_log_probs", fig_group_log_probs,
-        "Mean log-probability of each group of tokens over steps. Dotted: where an untrained model "
-        f"stands, -(ln V + d std^2 / 2); dashed: the smoothed unigram model of the text. {BAND}",
+        "tokens", "group_log_probs", plots.fig_group_log_probs,
+        "Mean log-probability of each group of tokens over steps. Dotted: an untrained model, "
+        f"-(ln V + d std^2 / 2). Dashed: the smoothed unigram model of the text. {BAND}",
     ),
     "rare_by_size": Figure(
-        "rare", "rare_by_size", fig_rare_by_size,
-        "Change of the source's rare tokens from step 0 to the last step, a dot a run, against the "
-        "number of tokens that the run trains on. Dashed: the change to ln(1 / N), where a "
-        "calibrated model puts a token that occurs once in N.",
+        "rare", "rare_by_size", plots.fig_rare_by_size,
+        "Change of the source's rare tokens from step 0 to the last step, against the number of "
+        "tokens that a run trains on. A dot is one run. Dashed: the change to ln(1 / N), which a "
+        "calibrated model gives to a token that occurs once in N tokens.",
     ),
     "same_tokens": Figure(
-        "rare", "same_tokens", fig_same_tokens,
-        "The same tokens over subsets: those that one subset never uses and another uses most, in "
-        "up to 4 runs a subset of one scheme. Where frequency decides, a token rises with its "
-        "count; where its identity does, it stays.",
+        "rare", "same_tokens", plots.fig_same_tokens,
+        "The same tokens on different subsets: tokens that one subset never uses and another uses "
+        "often, in up to 4 runs of one scheme on each subset. If the frequency of a token decides, "
+        "its log-prob rises with its count. If the token itself decides, its log-prob stays.",
     ),
     "mechanism": Figure(
-        "unused", "group_changes", fig_mechanism,
-        "What moves a group's log-probability: its logits, or log Z, the same for all tokens. Bar: "
-        "mean over runs; tick: both together.",
+        "unused", "group_changes", plots.fig_mechanism,
+        "What changes a group's log-probability: its logits, or log Z, which is the same for all "
+        "tokens. Bars: means over runs. Tick: both together.",
     ),
     **{
         f"specifications_{claim}": Figure(
-            section, f"specifications_{claim}", fig_specifications,
-            f"{number} under every choice, in ascending order; below, what is chosen. Colour: the "
-            "verdict that the claim's rule gives each, uncorrected.",
+            section, f"specifications_{claim}", plots.fig_specifications,
+            f"{number}, measured in every way, in ascending order. The choices of each way are "
+            "below it. Colour: the verdict of the claim's rule, without a correction for their "
+            "number.",
         )
         for claim, section, number in (
             ("depth_gradient", "depth", "Median tau"),
-            ("rare_falls", "rare", "How far rare tokens end above the baseline"),
-            ("never_suppressed", "unused", "How far unused tokens end above the baseline"),
+            ("rare_falls", "rare", "Last log-prob of rare tokens above the baseline"),
+            ("never_suppressed", "unused", "Last log-prob of unused tokens above the baseline"),
         )
     },
 }  # fmt: skip
 
 
 def drawn(frames: Mapping[str, pl.DataFrame]) -> dict[str, dict[str, Any]]:
-    """Vega-Lite of every figure that the frames have something for, by name."""
+    """Draw the figures for which there are numbers. Return their Vega-Lite by name."""
     specs = {}
     for name, figure in FIGURES.items():
         frame = frames.get(figure.frame)
         if frame is None or frame.is_empty():
             continue
-        # No eye sees more digits, and a page holds many numbers.
+        # More digits cannot be seen, and the page holds many numbers.
         chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(5)))
         if chart is not None:
             specs[name] = chart.properties(description=figure.caption).to_dict()

@@ -1,142 +1,265 @@
-"""Looking at a sweep again and again while it grows, at an error rate that holds over all looks.
+"""Interim analyses: judge a growing sweep several times, at one error rate over all of them.
 
-A sweep that gets seeds until its claims are decided is judged several times, and may err each time.
-What every look may spend of the error is fixed beforehand: what a spending function of the share of
-seeds that are there grows by since the look before (Lan & DeMets 1983, *Discrete sequential
-boundaries for clinical trials*). The function is theirs after Pocock (1977, *Group sequential
-methods in the design and analysis of clinical trials*), who found that five looks give most of what
-looking can save. A look is judged at the level of what it spends: then the chance that any errs is
-at most the sum, for every kind of test, and for Holm's correction over claims too. That is
-conservative: looks at the same growing seeds often err together.
+A sweep with --until-decided gets seeds until its claims are decided. It is judged several times,
+and may err each time. How much of the error each analysis may spend is fixed before the first
+trial, by a spending function of the share of seeds that are finished: an analysis spends the
+increase of the function since the analysis before (Lan & DeMets 1983, *Discrete sequential
+boundaries for clinical trials*). The function is their approximation to the boundaries of Pocock
+(1977, *Group sequential methods in the design and analysis of clinical trials*), who found that
+five analyses save nearly as many trials as more would.
+
+An analysis judges at the alpha that it spends. The chance that any of them errs is then at most the
+sum of all alphas. That holds for every kind of test, and for Holm's correction over claims. It is
+conservative, because the analyses of one growing sweep often err together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlflow.entities import Run
+
 from analysis.claims import CLAIMS, digest
+from analysis.decisions import ALPHA, NOT_MEASURED, UNDERPOWERED
+from analysis.jsonable import KEY, to_json
+from analysis.power import least_seeds
 from analysis.runs import RunTables
-from analysis.verdicts import ALPHA, NOT_MEASURED, UNDERPOWERED, least_seeds
+from analysis.stats import Estimate, SpreadEstimate
+from analysis.verdicts import Finding, PartFinding
+from tracking.store import Store
 
-MOST_LOOKS = 5
+MAX_ANALYSES = 5
 
-Record = Mapping[str, Any]
-"""What a sweep keeps of its looks, as JSON: `seeds` in the order in which they are added, the keys
-of all `trials` that these may lead to, `claims_digest`, the claims that it `waits_for`, the
-`schedule`, and of each of the `looks` taken its seeds, its level alpha, the claims `decided` there,
-and the `findings` (as verdicts.judge) on every claim that was open until then."""
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedAnalysis:
+    """One interim analysis of a schedule."""
+
+    seeds: int  # of each configuration
+    alpha: float  # the error that it spends
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterimAnalysis(PlannedAnalysis):
+    """An interim analysis that was made."""
+
+    decided: tuple[str, ...]  # claims
+    findings: Mapping[str, Finding]  # on every claim that was undecided before
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterimFinding(Finding):
+    """A finding, with the interim analysis that it comes from."""
+
+    analysis: int = field(metadata={KEY: "look"})  # its number, from 1
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterimPlan:
+    """The interim analyses of a sweep, made and to come. It is stored as looks.json."""
+
+    seeds: tuple[int, ...]  # in the order in which they are added
+    trials: tuple[str, ...]  # keys of all trials that the sweep may get
+    claims_digest: str
+    waits_for: tuple[str, ...]  # the claims that have to be decided
+    schedule: tuple[PlannedAnalysis, ...]
+    made: tuple[InterimAnalysis, ...] = field(default=(), metadata={KEY: "looks"})
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> InterimPlan:
+        """Read what to_json gave."""
+        return cls(
+            seeds=tuple(stored["seeds"]),
+            trials=tuple(stored["trials"]),
+            claims_digest=stored["claims_digest"],
+            waits_for=tuple(stored["waits_for"]),
+            schedule=tuple(PlannedAnalysis(**planned) for planned in stored["schedule"]),
+            made=tuple(
+                InterimAnalysis(
+                    seeds=one["seeds"],
+                    alpha=one["alpha"],
+                    decided=tuple(one["decided"]),
+                    findings={
+                        name: _finding_from_json(found) for name, found in one["findings"].items()
+                    },
+                )
+                for one in stored["looks"]
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of looks.json."""
+        stored: dict[str, Any] = to_json(self)
+        return stored
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no analysis is to come: no claim is undecided, or all analyses were made."""
+        return not self.undecided() or len(self.made) == len(self.schedule)
+
+    def with_findings(self, found: Mapping[str, Finding]) -> InterimPlan:
+        """Return the plan with its next analysis made.
+
+        A claim that was decided before keeps its verdict, because its error is spent.
+
+        Args:
+            found: the findings of verdicts.judge, at the alpha of the next analysis.
+        """
+        before = {name for analysis in self.made for name in analysis.decided}
+        findings = {name: one for name, one in found.items() if name not in before}
+        planned = self.schedule[len(self.made)]
+        made = InterimAnalysis(
+            seeds=planned.seeds,
+            alpha=planned.alpha,
+            decided=tuple(
+                name
+                for name, one in findings.items()
+                if one.verdict not in (UNDERPOWERED, NOT_MEASURED)
+            ),
+            findings=findings,
+        )
+        return replace(self, made=(*self.made, made))
+
+    def current_findings(self) -> dict[str, InterimFinding]:
+        """Return the finding on each claim: the one that decided it, else the latest one.
+
+        It is empty before the first analysis.
+        """
+        return {
+            name: InterimFinding(**vars(found), analysis=number, alpha=analysis.alpha)
+            for number, analysis in enumerate(self.made, 1)
+            for name, found in analysis.findings.items()
+        }
+
+    def undecided(self) -> list[str]:
+        """Return the claims that keep the sweep going: those of `waits_for` still underpowered."""
+        current = self.current_findings()
+        return [
+            name for name in self.waits_for if not current or current[name].verdict == UNDERPOWERED
+        ]
+
+
+def plan_interim(seeds: Sequence[int], first_seeds: int, trials: Sequence[str]) -> InterimPlan:
+    """Plan the interim analyses of a sweep before its first trial.
+
+    Args:
+        seeds: all seeds that a configuration may get, in the order in which they are added.
+        first_seeds: how many of them the user asked for by name.
+        trials: the keys of all trials that the sweep may get.
+    """
+    return InterimPlan(
+        seeds=tuple(seeds),
+        trials=tuple(sorted(trials)),
+        claims_digest=digest(),
+        waits_for=tuple(sorted(supportable(len(seeds), ALPHA))),
+        schedule=schedule(first_seeds, len(seeds)),
+    )
 
 
 def spent(share: float) -> float:
-    """How much of ALPHA is spent where this share of all seeds is there: Lan & DeMets' alpha_3*."""
+    """Return how much of ALPHA is spent when a share of all seeds is finished.
+
+    The spending function is alpha_3* of Lan & DeMets (1983).
+    """
     return ALPHA * math.log1p((math.e - 1) * share)
 
 
 def supportable(seeds: int, alpha: float) -> set[str]:
-    """The claims that so many seeds can support at this level."""
+    """Return the claims that so many seeds can support at an error rate alpha."""
     return {name for name, least in least_seeds(CLAIMS, alpha).items() if least <= seeds}
 
 
-def schedule(given: int, most: int) -> list[dict[str, Any]]:
-    """Of each look the number of seeds and its level alpha; the last has `most` seeds.
+def schedule(first_seeds: int, max_seeds: int) -> tuple[PlannedAnalysis, ...]:
+    """Choose the number of seeds and the alpha of each interim analysis.
 
-    The first has the fewest, but no fewer than `given` (from 1 to `most`), that can support every
-    claim that `most` seeds can: one before it could end no sweep in which the claims hold, and
-    would only spend error. Up to three more lie evenly between, as many as can each support all of
-    these.
+    The first analysis has at least `first_seeds`, and is the first that can support every claim
+    that `max_seeds` can. An earlier analysis would spend error, and could not end a sweep in which
+    the claims hold. The last analysis has `max_seeds`. Up to three more are evenly spaced between
+    them, as many as can each support all of these claims.
     """
-    wanted = supportable(most, ALPHA)
-    first = next(n for n in range(given, most + 1) if wanted <= supportable(n, spent(n / most)))
+    wanted = supportable(max_seeds, ALPHA)
+    first = next(
+        n
+        for n in range(first_seeds, max_seeds + 1)
+        if wanted <= supportable(n, spent(n / max_seeds))
+    )
+    schedules = (_evenly_spaced(first, max_seeds, n) for n in range(MAX_ANALYSES, 1, -1))
     return next(
-        looks
-        for looks in (_evenly(first, most, n_looks) for n_looks in range(MOST_LOOKS, 1, -1))
-        if all(wanted <= supportable(look["seeds"], look["alpha"]) for look in looks[:-1])
+        planned
+        for planned in schedules
+        if all(wanted <= supportable(one.seeds, one.alpha) for one in planned[:-1])
     )
 
 
-def _evenly(first: int, most: int, n_looks: int) -> list[dict[str, Any]]:
-    steps = range(n_looks)
-    sizes = sorted({round(first + (most - first) * step / (n_looks - 1)) for step in steps})
-    before = [0, *sizes]
-    return [
-        {"seeds": n, "alpha": spent(n / most) - spent(previous / most)}
-        for previous, n in zip(before, sizes, strict=False)
-    ]
+def _evenly_spaced(first: int, last: int, n_analyses: int) -> tuple[PlannedAnalysis, ...]:
+    """Plan analyses at evenly spaced numbers of seeds; fewer where numbers coincide."""
+    steps = range(n_analyses)
+    sizes = sorted({round(first + (last - first) * step / (n_analyses - 1)) for step in steps})
+    return tuple(
+        PlannedAnalysis(seeds=n, alpha=spent(n / last) - spent(previous / last))
+        for previous, n in zip([0, *sizes], sizes, strict=False)
+    )
 
 
-def plan_looks(seeds: Sequence[int], given: int, trials: Sequence[str]) -> dict[str, Any]:
-    """The Record of a sweep before its first trial; `given` of the seeds were asked for by name."""
-    return {
-        "seeds": list(seeds),
-        "trials": sorted(trials),
-        "claims_digest": digest(),
-        "waits_for": sorted(supportable(len(seeds), ALPHA)),
-        "schedule": schedule(given, len(seeds)),
-        "looks": [],
-    }
+def remaining_alpha(plans: Sequence[InterimPlan]) -> float:
+    """Return the alpha for everything else that is judged on the runs of some sweeps.
 
-
-def take(record: Record, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The record with its next look, which found this (as verdicts.judge) at its level.
-
-    A claim that was decided before keeps its verdict: its error is spent.
+    It is what the last analysis of each sweep has spent, as a product of shares of ALPHA where
+    there are several sweeps. Its sum over all analyses at which the sweeps might have ended is then
+    at most ALPHA. Without interim analyses it is ALPHA.
     """
-    before = {name for look in record["looks"] for name in look["decided"]}
-    findings = {name: one for name, one in found.items() if name not in before}
-    look = {
-        **record["schedule"][len(record["looks"])],
-        "decided": [
-            name
-            for name, one in findings.items()
-            if one["verdict"] not in (UNDERPOWERED, NOT_MEASURED)
-        ],
-        "findings": findings,
-    }
-    return {**record, "looks": [*record["looks"], look]}
-
-
-def standing(record: Record) -> dict[str, dict[str, Any]]:
-    """The finding that stands on each claim, with the number and level of its look: that of the
-    look which decided it, of an open claim the last one. Empty before the first look."""
-    return {
-        name: {**found, "look": number, "alpha": look["alpha"]}
-        for number, look in enumerate(record["looks"], 1)
-        for name, found in look["findings"].items()
-    }
-
-
-def waiting(record: Record) -> list[str]:
-    """The claims that keep the sweep going: all it waits for that are underpowered so far."""
-    stands = standing(record)
-    return [
-        name
-        for name in record["waits_for"]
-        if not stands or stands[name]["verdict"] == UNDERPOWERED
-    ]
-
-
-def is_over(record: Record) -> bool:
-    """Whether no look is to come: nothing is waited for, or all were taken."""
-    return not waiting(record) or len(record["looks"]) == len(record["schedule"])
-
-
-def level(records: Sequence[Record]) -> float:
-    """The level at which anything else may be judged on the runs of sweeps with looks: what the
-    last look of each has spent, the shares of several multiplied; ALPHA where there are none.
-
-    The sum over all looks at which the sweeps might have ended is then at most ALPHA.
-    """
-    alphas = [record["schedule"][max(0, len(record["looks"]) - 1)]["alpha"] for record in records]
+    alphas = [plan.schedule[max(0, len(plan.made) - 1)].alpha for plan in plans]
     if not alphas:
         return ALPHA
     first, *others = alphas
-    return float(first * math.prod(alpha / ALPHA for alpha in others))
+    return first * math.prod(alpha / ALPHA for alpha in others)
 
 
-def own_record(sweep: RunTables) -> Record | None:
-    """The record whose verdicts are this sweep's: where it is one sweep with looks, whole and not
-    shuffled, and its claims are as they were before its first trial."""
-    is_one = len(sweep.commands) == len(sweep.looks) == 1
-    return sweep.looks[0] if is_one and sweep.claims_digest == digest() else None
+def find_sweep(store: Store, name: str) -> Run | None:
+    """Return the own run of a sweep, None where there is no such sweep."""
+    if not store.address.exists:
+        return None
+    store.open()
+    return store.sweep_runs().get(name)
+
+
+def read_interim_plan(store: Store, sweep_run: Run) -> InterimPlan | None:
+    """Read the interim analyses of a sweep, None where it was run without."""
+    if "until_decided" not in sweep_run.data.tags:
+        return None
+    return InterimPlan.from_json(store.read_json(sweep_run, "looks.json"))
+
+
+def interim_plans(sweep: RunTables) -> list[InterimPlan]:
+    """Read the interim analyses of all sweeps that were read as one."""
+    plans = (read_interim_plan(sweep.store, run) for run in sweep.sweep_runs)
+    return [plan for plan in plans if plan]
+
+
+def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | None:
+    """Return the plan whose findings are those of this sweep.
+
+    That takes one sweep with interim analyses, all its trials, labels that are not shuffled, and
+    the claims that were fixed before its first trial. None for anything else.
+    """
+    is_one = len(sweep.sweep_runs) == len(plans) == 1
+    return plans[0] if is_one and sweep.claims_digest == digest() else None
+
+
+def _finding_from_json(stored: Mapping[str, Any]) -> Finding:
+    parts = {name: _part_from_json(part) for name, part in stored["parts"].items()}
+    return Finding(**{**stored, "parts": parts})
+
+
+def _part_from_json(stored: Mapping[str, Any]) -> PartFinding:
+    over_configs = stored["over_configs"]
+    estimates = {
+        "over_seeds": SpreadEstimate(**stored["over_seeds"]),
+        "over_configs": over_configs and SpreadEstimate(**over_configs),
+        "estimate": Estimate(**stored["estimate"]),
+    }
+    return PartFinding(**{**stored, **estimates})

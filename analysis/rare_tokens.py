@@ -14,21 +14,29 @@ ORDERS = {
     "never_below_rare_below_common": ("never_100", "rare_100", "common_100"),
     "never_below_singletons_below_common": ("never_used", "singletons", "common_100"),
 }
-"""Groups from least to most probable as the source reports them: its own three, then whole bins."""
+"""Groups from least to most probable, as the source reports them: first its three groups of 100
+tokens, then bins of all tokens."""
 
 
 def primary(token_groups: pl.LazyFrame) -> pl.LazyFrame:
-    """The rows of gptcore.records.PRIMARY, of rows that are on its text and at its positions: those
-    where a token among a sequence's own inputs is left out of that sequence."""
+    """Select the rows of the primary measurement, gptcore.records.PRIMARY.
+
+    There, a token that is among the inputs of a sequence is left out of that sequence.
+
+    Args:
+        token_groups: rows on the text and at the positions of PRIMARY.
+    """
     return token_groups.filter(mask=PRIMARY["mask"])
 
 
 def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
-    """Per run and group, from step 0 to the last step, of the primary rows.
+    """Compute the change of each token group's mean log-prob from step 0 to the last step.
 
-    Columns: trial_key, group, start, end, change, logit_change, log_z_change, excess, with
-    change = logit_change - log_z_change (nats) and excess that of the end over the smoothed
-    unigram. Null where too few tokens were left in.
+    Returns:
+        One row for each run and group, from the primary rows: trial_key, group, start, end, change,
+        logit_change, log_z_change (nats), where change = logit_change - log_z_change; and excess,
+        how far the end is above the smoothed unigram model. Numbers are null where too few tokens
+        were left.
     """
     columns = ("mean_logprob", "mean_logit", "log_z", "excess")
     ordered = primary(token_groups).sort("step", maintain_order=True)
@@ -49,9 +57,14 @@ def group_changes(token_groups: pl.LazyFrame) -> pl.DataFrame:
 
 
 def orders_hold(changes: pl.DataFrame) -> pl.DataFrame:
-    """Per run: trial_key and, for each of ORDERS, whether the last log-probs stand in that order.
+    """Compute for each run whether the last log-probs are in the orders of ORDERS.
 
-    Null where one of the groups has no log-prob.
+    Args:
+        changes: the rows of group_changes.
+
+    Returns:
+        One row for each run: trial_key, and a column for each order, null where a group has no
+        log-prob.
     """
     groups = sorted({group for order in ORDERS.values() for group in order})
     last = changes.pivot("group", groups, index="trial_key", values="end")
@@ -65,22 +78,26 @@ def orders_hold(changes: pl.DataFrame) -> pl.DataFrame:
 
 
 def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
-    """The sweep with the names of its token groups dealt anew within each run: a control, in which
-    what is said of rare tokens is said of others as often.
+    """Shuffle the names of token groups within each run of a sweep, as a control.
 
-    Dealt among the groups that the run has numbers for; the others keep their names.
+    A claim about rare tokens is then as often about other tokens. Only groups for which the run has
+    numbers are shuffled.
+
+    Args:
+        sweep: the runs.
+        seed: for the random shuffling.
     """
     rng = np.random.default_rng(seed)
     numbered = primary(sweep.tables["token_groups"].lazy()).drop_nulls("mean_logprob").collect()
     names = numbered.group_by("trial_key").agg(pl.col("group").unique().sort()).sort("trial_key")
-    dealt = [rng.permutation(of_run).tolist() for of_run in names["group"].to_list()]
-    new_names = names.with_columns(dealt=pl.Series(dealt, dtype=pl.List(pl.String)))
-    by_group = new_names.explode("group", "dealt")
+    shuffled = [rng.permutation(of_run).tolist() for of_run in names["group"].to_list()]
+    names_of_runs = names.with_columns(shuffled=pl.Series(shuffled, dtype=pl.List(pl.String)))
+    by_group = names_of_runs.explode("group", "shuffled")
     tables = {
         table: sweep.tables[table]
         .join(by_group, on=["trial_key", "group"], how="left", maintain_order="left")
-        .with_columns(group=pl.coalesce("dealt", "group"))
-        .drop("dealt")
+        .with_columns(group=pl.coalesce("shuffled", "group"))
+        .drop("shuffled")
         for table in ("token_groups", "group_weights")
     }
     note = f"A control: the names of token groups are shuffled within each run (seed {seed})."

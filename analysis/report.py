@@ -1,4 +1,4 @@
-"""From finished runs to a report that people read.
+"""Write the report of one or several sweeps.
 
     python analysis/report.py                       # the newest sweep of ./runs
     python analysis/report.py --name quick --out somewhere
@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
-    # The checkout's root, not its analysis/, is where imports start.
+    # Imports start at the root of the checkout, not in its folder analysis/.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import jinja2
@@ -30,16 +29,12 @@ import vl_convert
 
 from analysis.claims import CLAIMS
 from analysis.figures import FIGURES, drawn
-from analysis.findings import (
-    find,
-    format_estimate,
-    frames_of_runs,
-    outcome,
-    say_looks,
-    with_scheme,
-)
+from analysis.findings import Findings, find
+from analysis.frames import frames_of_runs, with_scheme
+from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
+from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, spelling, varying_knobs
 from tracking.arguments import Parser
 from tracking.store import Store, store_address
@@ -53,7 +48,7 @@ SECTIONS = {
     "rare": "Do rare tokens fall, and is it their frequency?",
     "unused": "Are unused tokens pushed down, and by what?",
 }
-"""Of the report: every claim and every figure is in one."""
+"""The sections of the report. Every claim and every figure is in one."""
 
 
 def build_report(
@@ -66,13 +61,22 @@ def build_report(
     claims: Sequence[str] = (),
     shuffle: int | None = None,
 ) -> Path:
-    """Write the report of one sweep (the newest where none is named) or of several; -> its folder.
+    """Write the report of one sweep or of several, and return its folder.
 
-    `where` narrows it to some trials, as read_sweeps says; of `claims` alone are verdicts shown,
-    corrected for all; with `shuffle`, a seed, token groups change names within each run.
-    `out` is by default RUNS_DIR/reports/NAME, NAME-selected or NAME-shuffled. Raises InputError
-    where there is nothing to report or the folder cannot be written; what was there before is then
-    left as it was.
+    Args:
+        store: where the sweeps are recorded.
+        names: of the sweeps. Without names, it is the sweep launched last.
+        out: the folder of the report. By default it is reports/NAME in the runs folder, with
+            `-selected` or `-shuffled` after the name where only a part is reported or labels are
+            shuffled.
+        runs_dir: the runs folder.
+        where: report only the trials for which this SQL expression over the knobs is true.
+        claims: show only the verdicts on these claims, corrected for the number of all claims.
+        shuffle: a seed. With it, the names of token groups are shuffled within each run.
+
+    Raises:
+        InputError: there is nothing to report, or the folder cannot be written. An earlier report
+            in the folder is then left unchanged.
     """
     for claim in claims:
         if claim not in CLAIMS:
@@ -85,14 +89,14 @@ def build_report(
     if claims:
         note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all of them."
         sweep = replace(sweep, notes=(*sweep.notes, note))
-    # A part of a sweep, or a control, does not take the place of its report.
+    # The report of a part or of a control does not replace the report of the sweep.
     kind = "-selected" * bool(where or claims) + "-shuffled" * (shuffle is not None)
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
     by_run = frames_of_runs(sweep)
     findings = find(sweep, by_run)
     specified = {
-        f"specifications_{claim}": pl.DataFrame(found["all"], infer_schema_length=None)
-        for claim, found in findings["specifications"].items()
+        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+        for claim, found in findings.specifications.items()
     }
     frames = {**sweep.tables, **by_run, **specified, "trials": sweep.trials}
     page = render(sweep, frames, findings, shown)
@@ -101,13 +105,17 @@ def build_report(
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
             (new / "report.html").write_text(page, encoding="utf-8")
-            (new / "findings.json").write_text(json.dumps(findings, indent=2, allow_nan=False))
+            contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
+            (new / "findings.json").write_text(contents)
             (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
             for table, frame in frames.items():
                 frame.write_parquet(new / f"{table}.parquet")
             for file in new.iterdir():
                 if (folder / file.name).is_dir():
-                    raise InputError(f"the report folder {folder} has a folder {file.name} in it")
+                    raise InputError(
+                        f"the report folder {folder} has a folder {file.name} in it, where a file "
+                        "of the report has to be: remove it, or give another --out"
+                    )
             for file in list(new.iterdir()):
                 file.replace(folder / file.name)
     except OSError as error:
@@ -117,27 +125,26 @@ def build_report(
     return folder
 
 
-def summary(findings: Mapping[str, Any], shown: Sequence[str]) -> str:
-    """The page to paste, in Markdown."""
-    claims = findings["claims"]
-    general = claims["in_general"]
+def summary(findings: Findings, shown: Sequence[str]) -> str:
+    """Return the summary of a report in Markdown, to paste elsewhere."""
+    claims, general = findings.claims, findings.claims.in_general
     lines = [
-        f"# Sweep {findings['sweep']}",
+        f"# Sweep {findings.sweep}",
         "",
-        ", ".join(f"{count} {status}" for status, count in findings["trials"].items() if count)
-        + f" trials; {claims['standing']} (claims {claims['digest']}).",
-        *([f"\n{say_looks(findings['looks'])}"] if findings["looks"] else []),
-        *(f"\nNote: {note}" for note in findings["notes"]),
+        ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
+        + f" trials; {claims.standing} (claims {claims.digest}).",
+        *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
+        *(f"\nNote: {note}" for note in findings.notes),
         "",
         "| claim | verdict | in general |",
         "|---|---|---|",
         *(
-            f"| {CLAIMS[name].says} | {claims['here'][name]['verdict']} "
-            f"| {general[name]['verdict'] if general else '–'} |"
+            f"| {CLAIMS[name].says} | {claims.here[name].verdict} "
+            f"| {general[name].verdict if general else '–'} |"
             for name in shown
         ),
         "",
-        *(f"- {CLAIMS[name].says} {outcome(name, claims)}" for name in shown),
+        *(f"- {CLAIMS[name].says} {say_outcome(name, claims)}" for name in shown),
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,10 +152,10 @@ def summary(findings: Mapping[str, Any], shown: Sequence[str]) -> str:
 def render(
     sweep: RunTables,
     frames: Mapping[str, pl.DataFrame],
-    findings: Mapping[str, Any],
+    findings: Findings,
     shown: Sequence[str],
 ) -> str:
-    """The page: one HTML file with everything in it."""
+    """Return the page: one HTML file that needs no other file."""
     charts = drawn(frames)
     differ = varying_knobs(sweep.trials.to_dicts())
     environment = jinja2.Environment(
@@ -176,22 +183,22 @@ def render(
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},
-        outcome=outcome,
-        say_looks=say_looks,
+        say_outcome=say_outcome,
+        say_interim=say_interim,
         mlflow_command=sweep.store.address.mlflow_command(),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
 def whole_number(text: str) -> int:
-    """A seed from its spelling."""
+    """Parse a seed from the command line."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0, not {text!r}")
     return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; -> its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -199,25 +206,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--name", nargs="+", default=[], metavar="NAME",
-        help="of the sweep, or of several to be read as one; by default the one launched last",
+        help="name of the sweep, or of several that are read as one [the sweep launched last]",
     )  # fmt: skip
     parser.add_runs_dir()
     parser.add_argument(
-        "--where", help="only these trials: a condition such as \"init.scheme = 'gpt2'\""
+        "--where", help="report only some trials: a condition such as \"init.scheme = 'gpt2'\""
     )
     parser.add_argument(
         "--claims", nargs="+", default=[], metavar="CLAIM",
-        help=f"show only these, corrected for all: {', '.join(CLAIMS)}",
+        help=f"show only these claims, corrected for the number of all: {', '.join(CLAIMS)}",
     )  # fmt: skip
     parser.add_argument(
         "--shuffle-labels", type=whole_number, metavar="SEED",
-        help="a control: the names of the token groups are dealt anew within each run",
+        help="as a control, shuffle the names of token groups within each run",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder for the report (RUNS_DIR/reports/NAME)")
+    parser.add_argument("--out", type=Path, help="folder of the report [RUNS_DIR/reports/NAME]")
     try:
         args = parser.parse_args(argv)
         if args.out == Path():
-            raise InputError("--out takes a folder for the report's files, not the current one")
+            raise InputError(
+                "--out takes a folder for the files of the report, not the current folder"
+            )
         folder = build_report(
             Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
             where=args.where, claims=args.claims, shuffle=args.shuffle_labels,

@@ -1,7 +1,4 @@
-"""From the names of sweeps to frames: their trials, and the tables of those that finished.
-
-Only finished trials have rows; the others are in `trials` with their status.
-"""
+"""From the names of sweeps to frames: all trials, and the tables of finished trials."""
 
 from __future__ import annotations
 
@@ -25,30 +22,32 @@ from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, artifact_folder, named_runs, trial_status
 
 DOWNLOADS = 16
-"""Tables fetched at a time from a server."""
+"""How many tables are fetched from a server at the same time."""
 
 UNREADABLE = (OSError, pl.exceptions.PolarsError)
-"""What reading a table that is damaged or not there raises."""
+"""Errors of reading a table that is damaged or missing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunTables:
     """One sweep, or several as one, as frames."""
 
-    name: str  # of several sweeps: joined by " + "
+    name: str  # the names of several sweeps are joined by " + "
     notes: tuple[str, ...]
-    commands: tuple[str, ...]  # by which the sweeps were made
-    pages: tuple[str, ...]  # addresses of MLflow's charts of them
-    claims_digest: str | None  # of the claims as they stood before the first trials, if one
+    commands: tuple[str, ...]  # that made the sweeps
+    pages: tuple[str, ...]  # addresses of MLflow's charts of the sweeps
+    claims_digest: str | None
+    """Digest of the claims before the first trial. None where sweeps differ in it, and for trials
+    that were selected or changed after they ran."""
     trials: pl.DataFrame
-    """One row a trial of the plans: trial_key, run_id, status, reason, then every knob."""
+    """One row for each trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
-    """The rows of finished trials by table, as gptcore.records says, behind a column trial_key."""
+    """By table the rows of finished trials: trial_key, then the columns of gptcore.records."""
     folders: Mapping[str, Path]
-    """By trial key where its tables lie: where the run left them, or fetched to the cache."""
+    """By trial key the folder of its tables: that of its run, or a folder of the cache."""
     store: Store
     cache: Path
-    looks: tuple[Mapping[str, Any], ...] = ()  # analysis.interim' Record of each sweep that has one
+    sweep_runs: tuple[Run, ...]  # the own MLflow runs of the sweeps
 
 
 def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -56,7 +55,7 @@ def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
 
 
 Rows = Callable[[pl.LazyFrame], pl.LazyFrame]
-"""What of a table is read: from all its rows, with a column `file`, to some that keep it."""
+"""Selects rows and columns of a table, before they are read. The column `file` has to stay."""
 
 READ: dict[str, Rows] = {
     "init": _all,
@@ -73,13 +72,13 @@ READ: dict[str, Rows] = {
         | (pl.col("step") == pl.col("step").max().over("file"))
     ).drop("text", "positions", "n_tokens", "log_mean_prob"),
     "group_weights": _all,
-    # In place of fifty thousand ids a trial.
+    # A list of ids has up to fifty thousand for each trial: only its length is read.
     "group_members": lambda rows: rows.select(
         "file", "group", n_tokens=pl.col("counts").list.len(),
         n_occurrences=pl.col("counts").list.sum(),
     ),
 }  # fmt: skip
-"""The tables that a report rests on, and what of them; all else stays where it is."""
+"""The tables that a report needs, and which of their rows and columns are read."""
 
 
 def read_sweeps(
@@ -89,12 +88,17 @@ def read_sweeps(
     cache: Path,
     keys: Collection[str] | None = None,
 ) -> RunTables:
-    """The named sweeps as one, or the one launched last; of them the trials that `where` takes, and
-    only those of some `keys` where they are given.
+    """Read sweeps as one. A finished trial whose tables cannot be read gets the status unreadable.
 
-    `where` is an SQL expression over the knobs. Finished trials whose tables cannot be read have
-    the status unreadable. `cache` keeps what is fetched from a server, by run. Raises InputError
-    where there is nothing to read, and for tables of another schema.
+    Args:
+        store: where the sweeps are recorded.
+        names: of the sweeps. Without names, the sweep launched last is read.
+        where: an SQL expression over the knobs, for a selection of trials.
+        cache: the folder for tables that are fetched from a server, in a folder for each run.
+        keys: read only the trials with these keys.
+
+    Raises:
+        InputError: there is nothing to read, or a table has another schema version.
     """
     if not store.address.exists:
         raise InputError(f"there is no sweep yet: {store.address.database} does not exist")
@@ -125,7 +129,7 @@ def read_sweeps(
         notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
         commands=tuple(plan["command"] for plan in plans),
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
-        # What is chosen after the runs confirms nothing.
+        # Trials that were selected after they ran cannot confirm a claim.
         claims_digest=digests.pop() if len(digests) == 1 and not where else None,
         trials=trials.with_columns(
             status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
@@ -137,29 +141,17 @@ def read_sweeps(
         folders={key: folder for key, folder in folders.items() if key not in unreadable},
         store=store,
         cache=cache,
-        looks=tuple(filter(None, (_looks_of(store, run) for run in sweeps))),
+        sweep_runs=tuple(sweeps),
     )
 
 
-def read_looks(store: Store, sweep: str) -> dict[str, Any] | None:
-    """What a sweep keeps of its looks, analysis.interim's Record: empty where it was run without,
-    None where there is no such sweep."""
-    if not store.address.exists:
-        return None
-    store.open()
-    run = store.sweep_runs().get(sweep)
-    return _looks_of(store, run) if run else None
-
-
-def _looks_of(store: Store, sweep: Run) -> dict[str, Any]:
-    if "until_decided" not in sweep.data.tags:
-        return {}
-    looks: dict[str, Any] = store.read_json(sweep, "looks.json")
-    return looks
-
-
 def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.DataFrame:
-    """RunTables.trials of all trials of the plans. `runs`: as trial_runs."""
+    """Make RunTables.trials of the plans.
+
+    Args:
+        plans: the contents of plan.json of each sweep.
+        runs: by trial key the run that counts.
+    """
     defaults = TrialConfig().to_flat()
     params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
     return pl.DataFrame(
@@ -169,7 +161,7 @@ def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.D
                 "run_id": runs[key].info.run_id if key in runs else None,
                 "status": trial_status(runs.get(key)),
                 "reason": runs[key].data.tags.get("reason", "") if key in runs else "",
-                # A plan made before a knob was added does not have it.
+                # A plan that is older than a knob does not have the knob.
                 **{**defaults, **flat},
             }
             for key, flat in params.items()
@@ -181,9 +173,10 @@ def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.D
 def _fetch_all(
     store: Store, cache: Path, tables: Iterable[str], folders: Mapping[str, Path]
 ) -> None:
-    """Fetch what the folders of `cache` lack of the tables from a server, several at a time.
+    """Fetch the tables that are missing in folders of the cache from a server.
 
-    Raises InputError where the server stops answering.
+    Raises:
+        InputError: the server stops answering.
     """
     missing = [
         (folder, table)
@@ -201,9 +194,10 @@ def _fetch_all(
 
 
 def _fetch(store: Store, folder: Path, table: str) -> None:
-    """Put one table of a finished run, which never changes, into its folder: all of it or none.
+    """Fetch one table of a finished run into the run's folder, completely or not at all.
 
-    None where the run lacks it or has no Parquet file there: whoever reads it says so.
+    A file that is missing on the server, or that is not Parquet, is not put there. The trial is
+    then reported as unreadable, when its tables are read.
     """
     name = f"{table}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,10 +212,13 @@ def _fetch(store: Store, folder: Path, table: str) -> None:
 
 
 def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
-    """The trials for which an SQL expression over the knobs is true.
+    """Select the trials for which an SQL expression over the knobs is true.
 
-    A knob's dot is no table's: init.scheme is read as "init.scheme". Raises InputError for an
-    expression that is none, and where no trial is left.
+    In SQL, a dot separates a table from a column. The names of knobs contain dots, so they are put
+    into quotes here.
+
+    Raises:
+        InputError: this is no such expression, or it is true of no trial.
     """
     knobs = "|".join(re.escape(knob) for knob in KNOBS)
     quoted = re.sub(rf"(?<![\w.\"'`])({knobs})(?![\w.\"'`])", r'"\1"', where)
@@ -230,8 +227,8 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         why = str(error).splitlines()[0]
         raise InputError(
-            f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\" (a text stands "
-            f"in quotes), not {where!r}: {why[:120]}"
+            f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\" (texts are in "
+            f"quotes), not {where!r}: {why[:120]}"
         ) from error
     if chosen.is_empty():
         raise InputError(f"--where {where!r} is true of none of the {trials.height} trials")
@@ -241,10 +238,18 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
 def read_tables(
     what: Mapping[str, Rows], folders: Mapping[str, Path]
 ) -> tuple[dict[str, pl.DataFrame], dict[str, str]]:
-    """Some tables of many trials, `folders` by trial key; -> also why which cannot be read.
+    """Read tables of many trials. A trial with a table that cannot be read is left out of all.
 
-    A trial is left out whole; where none is left, there is no table. Raises InputError for another
-    schema.
+    Args:
+        what: the tables, and which of their rows and columns are read.
+        folders: by trial key the folder of its tables.
+
+    Returns:
+        The frames by table, empty where no trial can be read; and by trial key, why it cannot be
+        read.
+
+    Raises:
+        InputError: a table has another schema version.
     """
     unreadable: dict[str, str] = {}
     try:
@@ -256,25 +261,25 @@ def read_tables(
                     read_table(table, rows, {key: folder})
             except UNREADABLE as error:
                 unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
-    whole = {key: folder for key, folder in folders.items() if key not in unreadable}
-    if not whole:
+    readable = {key: folder for key, folder in folders.items() if key not in unreadable}
+    if not readable:
         return {}, unreadable
-    return {table: read_table(table, rows, whole) for table, rows in what.items()}, unreadable
+    return {table: read_table(table, rows, readable) for table, rows in what.items()}, unreadable
 
 
 def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFrame:
-    """One table of many trials, as read_tables."""
+    """Read one table of many trials, as read_tables does."""
     keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}
     for file, key in keys.items():
         found = pl.read_parquet_metadata(file).get("schema_version")
         if found != str(SCHEMA_VERSION):
             raise InputError(
-                f"{file} of trial {key} has schema version {found}: this report reads "
+                f"{file} of trial {key} has schema version {found}: this report reads version "
                 f"{SCHEMA_VERSION}"
             )
-    # One scan over all files: a read for each would take longer than all else together.
+    # One scan over all files: reading them one by one would take most of the time of a report.
     read = rows(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
-    # A path stands beside each of its rows: it is looked up once for all that follow one another.
+    # Rows of one file follow one another, so each path is translated to its trial key only once.
     files = read["file"]
     firsts = files.filter(files.ne_missing(files.shift()))
     trial_key = pl.Series("trial_key", [keys[file] for file in firsts], pl.String)
@@ -284,7 +289,11 @@ def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFr
 def read_some(
     table: str, sweep: RunTables, keys: Sequence[str], *columns: str
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Some columns of a table that is read of a few trials; -> also why which cannot be read."""
+    """Read some columns of a table for a few trials, for a table that is too large to read fully.
+
+    Returns:
+        The frame, without rows where no trial can be read; and by trial key, why it cannot be read.
+    """
     folders = {key: sweep.folders[key] for key in keys}
     _fetch_all(sweep.store, sweep.cache, [table], folders)
     tables, unreadable = read_tables({table: lambda rows: rows.select(*columns, "file")}, folders)

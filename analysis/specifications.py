@@ -1,52 +1,74 @@
-"""Which choices turn a verdict: a claim's number under every way to measure it that has a defence.
+"""Which choices change a verdict: a claim's number under every reasonable way to measure it.
 
-Each specification is one way, and gets the verdict that the claim's rule gives it over the seeds of
-the sweep, uncorrected. That is a specification curve (Simonsohn, Simmons & Nelson 2020).
+Each way is a specification: a combination of choices. Its verdict is that of the claim's rule over
+the seeds of the sweep, without a correction for the number of specifications. All of them together
+are a specification curve (Simonsohn, Simmons & Nelson 2020).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import polars as pl
 
-from analysis.claims import CLAIMS, closed_form, growth_of
-from analysis.depth_gradient import gradient_tau, looked_at
+from analysis.claims import CLAIMS
+from analysis.decisions import ALPHA
+from analysis.depth_gradient import at_report_steps, gradient_tau
+from analysis.jsonable import FLAT
+from analysis.measures import closed_form, growth_of
 from analysis.runs import RunTables
-from analysis.verdicts import ALPHA, judge_part
+from analysis.stats import Estimate
+from analysis.verdicts import judge_part
 
 
 @dataclass(frozen=True)
 class Specified:
-    part: str  # of the claim, whose rule decides
+    """The ways to measure the number of a claim."""
+
+    part: str  # the part of the claim whose rule decides
     choices: tuple[str, ...]
     measure: Callable[[RunTables], pl.DataFrame]
-    """Columns trial_key, the choices, value: a number of each run for each specification."""
+    """Columns trial_key, the choices, value: a number for each run and specification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """One way to measure the number of a claim, and what it gives."""
+
+    choices: Mapping[str, str] = field(metadata=FLAT)  # by name, the option that is chosen
+    estimate: Estimate = field(metadata=FLAT)
+    verdict: str
 
 
 def specifications(
     sweep: RunTables, trials: pl.DataFrame, alpha: float = ALPHA
-) -> dict[str, list[dict[str, Any]]]:
-    """Per claim of SPECIFIED: of each specification its choices, estimate and verdict.
+) -> dict[str, list[Specification]]:
+    """Judge every specification of the claims in SPECIFIED.
 
-    `trials` and `alpha`: as verdicts.judge takes them. Where a choice leaves a run no number, the
-    run is left out; where it leaves none, the specification is.
+    A run that has no number under a specification is left out of it. A specification for which no
+    run has a number is left out.
+
+    Args:
+        sweep: the runs.
+        trials: columns trial_key, config, seed.
+        alpha: the error rate. Intervals are of 1 - alpha.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Specification]] = {}
     for claim, specified in SPECIFIED.items():
         choices, rule = specified.choices, CLAIMS[claim].rule(specified.part)
         values = specified.measure(sweep).drop_nulls("value")
-        placed = values.join(trials, on="trial_key").sort(*choices, "trial_key")
+        rows_of_trials = values.join(trials, on="trial_key").sort(*choices, "trial_key")
         found[claim] = []
-        for key, rows in placed.group_by(choices, maintain_order=True):
+        for key, rows in rows_of_trials.group_by(choices, maintain_order=True):
             runs = rows.select("seed", "config", "value").rows()
             one = judge_part(rule, runs, general=False, alpha=alpha)
             if one is not None:
-                chosen = dict(zip(choices, key, strict=True))
-                found[claim].append({**chosen, **one["estimate"], "verdict": one["verdict"]})
+                chosen = dict(zip(choices, map(str, key), strict=True))
+                found[claim].append(
+                    Specification(choices=chosen, estimate=one.estimate, verdict=one.verdict)
+                )
     return found
 
 
@@ -54,10 +76,10 @@ STEP = pl.when("is_last").then(pl.lit("the last")).otherwise(pl.col("step").cast
 
 
 def _gradients(sweep: RunTables) -> pl.DataFrame:
-    """tau of each run, by weight, measure and step."""
+    """Measure tau of each run, for each weight, measure and step."""
     frames = []
     for kind in ("qkv", "q", "k", "v"):
-        growth = looked_at(growth_of(sweep, kind))
+        growth = at_report_steps(growth_of(sweep, kind))
         for column, measure in (("growth", "d(log std)"), ("displacement", "RMS displacement")):
             tau = gradient_tau(growth, ["trial_key", "step", "is_last"], column)
             frames.append(
@@ -68,15 +90,17 @@ def _gradients(sweep: RunTables) -> pl.DataFrame:
 
 
 def _changes(sweep: RunTables, groups: Mapping[str, str]) -> pl.DataFrame:
-    """How far a group's log-prob lies above each baseline, by mask, group and step.
+    """Measure how far a group's log-prob is above each baseline, for each mask, group and step.
 
-    `groups`: the names that the specifications give to token groups.
+    Args:
+        sweep: the runs.
+        groups: by token group, the name of the group in a specification.
     """
     rows = sweep.tables["token_groups"].filter(pl.col("group").is_in(list(groups)))
     start = rows.filter(step=0).select("trial_key", "group", "mask", start="mean_logprob")
     knobs = sweep.trials.select("trial_key", vocab_size="model.vocab_size")
     seen = (
-        looked_at(rows.filter(pl.col("step") > 0))
+        at_report_steps(rows.filter(pl.col("step") > 0))
         .join(start, on=["trial_key", "group", "mask"])
         .join(closed_form(sweep), on="trial_key")
         .join(knobs, on="trial_key")

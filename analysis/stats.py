@@ -1,7 +1,8 @@
-"""Intervals over seeds. Layers and tokens are never pooled as if they were independent, and neither
-are runs of one seed, which start from the same weights: their values are averaged first.
+"""Intervals and p-values over independent units.
 
-scipy underneath. An interval that the number of seeds cannot give is null, never a guess.
+The units are seeds, or configurations. Layers, tokens and runs of one seed are not independent:
+their values are averaged before they come here. Where there are too few units for an interval, its
+ends are None.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import functools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TypedDict
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
+"""The confidence level of an interval, unless a caller gives another."""
 
 
-class Estimate(TypedDict):
-    """A number over seeds with its interval."""
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number over seeds, with its interval."""
 
     seeds: int
     value: float | None
@@ -28,14 +31,24 @@ class Estimate(TypedDict):
     high: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpreadEstimate(Estimate):
+    """An estimate over units, with the standard deviation between them."""
+
+    sd: float | None  # None for one unit
+
+
 @functools.cache
 def t_quantile(n: int, level: float = LEVEL) -> float:
-    """Of Student's t with n - 1 degrees of freedom, for an interval of `level`."""
+    """Return the quantile of Student's t for an interval of `level` over n values.
+
+    The distribution has n - 1 degrees of freedom.
+    """
     return float(stats.t.ppf((1 + level) / 2, n - 1))
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean with Student's t interval; no interval below 2 seeds."""
+    """Estimate a mean with Student's t interval, which takes at least 2 values."""
     low = high = None
     if len(values) >= 2:
         error = statistics.stdev(values) / math.sqrt(len(values))
@@ -46,9 +59,10 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def t_p(values: Sequence[float]) -> float:
-    """One-sided p of Student's test that the mean is above 0; 1 below 2 values.
+    """Return the one-sided p-value of Student's test that the mean is above 0.
 
-    Values that are all alike say nothing of how they vary: then the p of their signs.
+    It is 1 for fewer than 2 values. Equal values have no variance to estimate: for them it is the
+    p-value of the sign-flip test.
     """
     if len(values) < 2:
         return 1.0
@@ -59,11 +73,11 @@ def t_p(values: Sequence[float]) -> float:
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Median with the interval between two order statistics; at 95% none below 6 seeds.
+    """Estimate a median with the interval between two order statistics.
 
-    Distribution-free and conservative: with k from the binomial(n, 1/2), at least `level` of
-    samples have the median between their k-th smallest and k-th largest value (Conover 1999,
-    section 3.2).
+    The interval needs no distribution and is conservative: with k from the binomial(n, 1/2), at
+    least `level` of samples have the median between their k-th smallest and k-th largest value
+    (Conover 1999, section 3.2). At 95% it takes at least 6 values.
     """
     ordered, low, high = sorted(values), None, None
     if ordered:
@@ -77,9 +91,12 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean of shares, each of an independent unit and between 0 and 1, with Wilson's interval.
+    """Estimate a mean of shares with Wilson's interval.
 
-    Where every share is 0 or 1 it is the interval of Wilson (1927) for a proportion.
+    Args:
+        shares: one number between 0 and 1 for each independent unit. Where all are 0 or 1, the
+            interval is that of Wilson (1927) for a proportion.
+        level: the confidence level.
     """
     if not shares:
         return Estimate(seeds=0, value=None, low=None, high=None)
@@ -89,14 +106,18 @@ def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
     return Estimate(seeds=n, value=p, low=max(0.0, middle - half), high=min(1.0, middle + half))
 
 
-EXACT_FLIPS, FLIPS = 14, 4001
+EXACT_FLIPS = 14
+"""Up to this many values, the sign-flip test takes all ways to flip signs."""
+FLIPS = 4001
+"""For more values, the sign-flip test takes this many ways, drawn at random."""
 
 
 def sign_flip_p(values: Sequence[float]) -> float:
-    """One-sided p of values whose distribution is symmetric about 0 if the null holds.
+    """Return the one-sided p-value of the sign-flip test that the centre is above 0.
 
-    The share of all ways to flip their signs that give a mean at least as large (Fisher 1935,
-    section 21): exact up to EXACT_FLIPS values, then from FLIPS, the values themselves among them.
+    Under the null hypothesis the distribution is symmetric about 0. The p-value is the share of
+    ways to flip the signs of the values that give a mean at least as large (Fisher 1935,
+    section 21). The unflipped values count as one of the ways.
     """
     found = np.asarray(values, dtype=np.float64)
     sums = _signs(len(found)) @ found
@@ -106,13 +127,13 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def least_sign_flip_p(n: int) -> float:
-    """What sign_flip_p gives where all of n values have the sign that it looks for."""
+    """Return the smallest p-value that sign_flip_p can give for n values: all are positive."""
     return 2.0**-n if n <= EXACT_FLIPS else 1 / FLIPS
 
 
 @functools.lru_cache(maxsize=4)
 def _signs(n: int) -> NDArray[np.float64]:
-    """Ways to give n values a sign, a row each: all of them, or the first and draws."""
+    """Return ways to give signs to n values, one row for each, the unflipped one first."""
     if n <= EXACT_FLIPS:
         return np.array(1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1), dtype=np.float64)
     draws = np.random.default_rng(n).integers(0, 2, size=(FLIPS, n))
@@ -121,7 +142,7 @@ def _signs(n: int) -> NDArray[np.float64]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number, in the order given. Holm 1979."""
+    """Adjust p-values for their number (Holm 1979). Return them in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))

@@ -1,61 +1,76 @@
-"""A sweep that gets more seeds until its claims are decided, or it has as many as it may.
+"""Run a sweep with --until-decided: add seeds until its claims are decided, or up to a maximum.
 
-Look after look, each over the trials of so many seeds, at the levels that analysis.interim gives.
+The trials of each interim analysis are run, then judged at the alpha that analysis.interim plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
-from analysis import interim
 from analysis.claims import CLAIMS
-from analysis.findings import look, with_scheme
-from analysis.runs import read_looks, read_sweeps
+from analysis.findings import judge_sweep
+from analysis.frames import with_scheme
+from analysis.interim import InterimPlan, find_sweep, plan_interim, read_interim_plan
+from analysis.runs import read_sweeps
 from gptcore.config import InputError
 from sweeps.plan import Plan
 from sweeps.session import Session
 from tracking.store import DONE, Store
 
 
-def agreed_looks(plan: Plan, given: int | None, store: Store) -> dict[str, Any] | None:
-    """The looks of the sweep, those taken among them; None for a sweep without.
+def agreed_looks(plan: Plan, given: int | None, store: Store) -> InterimPlan | None:
+    """Return the interim analyses of a sweep, including those that were made.
 
-    `plan` has all seeds that the sweep may get, of which `given` were asked for, None without
-    --until-decided. Raises InputError where the sweep began in another way: whoever changes the
-    plan after a look spends error twice, and a report at a full 5% was a look.
+    The plan of a sweep cannot change after an interim analysis, because the error would be spent
+    twice. A report of a sweep without interim analyses has spent all of the error.
+
+    Args:
+        plan: the trials of all seeds that the sweep may get.
+        given: how many seeds were asked for by name; None without --until-decided.
+        store: where the sweep is recorded.
+
+    Returns:
+        None for a sweep without interim analyses.
+
+    Raises:
+        InputError: the sweep was started in another way.
     """
-    kept = read_looks(store, plan.name)
+    sweep_run = find_sweep(store, plan.name)
+    kept = read_interim_plan(store, sweep_run) if sweep_run else None
     if given is None:
         if kept:
             raise InputError(
-                f"sweep {plan.name} is {_told(kept)}: go on with --until-decided "
-                f"{len(kept['seeds'])} and the same trials, or take another --name"
+                f"sweep {plan.name} has interim analyses at {_sizes(kept)} seeds: continue it with "
+                f"--until-decided {len(kept.seeds)} and the same trials, or take another --name"
             )
         return None
     seeds = list(dict.fromkeys(config.init.seed for config in plan.trials.values()))
-    wanted = interim.plan_looks(seeds, given, list(plan.trials))
-    if kept is None:
+    wanted = plan_interim(seeds, given, list(plan.trials))
+    if sweep_run is None:
         return wanted
-    other = "and seeds that it has not run"
-    if not kept:
+    other = "take another --name and seeds that it has not run"
+    if kept is None:
         raise InputError(
-            f"sweep {plan.name} was run without --until-decided, so its report was a look at the "
-            f"whole error: take another --name {other}"
+            f"sweep {plan.name} was run without --until-decided, so its report has spent all of "
+            f"the error rate: {other}"
         )
     if _sizes(kept) != _sizes(wanted):
         raise InputError(
-            f"sweep {plan.name} is {_told(kept)}, not {_sizes(wanted)}, and a plan that changes "
-            f"after a look spends error twice: go on with that, or take another --name {other}"
+            f"sweep {plan.name} has interim analyses at {_sizes(kept)} seeds, not "
+            f"{_sizes(wanted)}, and a change after an interim analysis spends error twice: keep "
+            f"those, or {other}"
         )
-    for what, part in (("trials", "trials"), ("claims", "claims_digest")):
-        if kept[part] != wanted[part]:
+    for what, differs in (
+        ("trials", kept.trials != wanted.trials),
+        ("claims", kept.claims_digest != wanted.claims_digest),
+    ):
+        if differs:
             raise InputError(
-                f"sweep {plan.name} is {_told(kept)} with other {what} than these, and what "
-                f"changes after a look spends error twice: take another --name {other}"
+                f"sweep {plan.name} has interim analyses with other {what} than these, and a "
+                f"change after an interim analysis spends error twice: {other}"
             )
     return kept
 
@@ -63,81 +78,85 @@ def agreed_looks(plan: Plan, given: int | None, store: Store) -> dict[str, Any] 
 def follow(
     session: Session,
     plan: Plan,
-    record: interim.Record,
+    interim: InterimPlan,
     redo: Sequence[str],
     console: Console,
 ) -> bool:
-    """Run the sweep look by look until none is to come; -> whether stopped.
+    """Run a sweep up to its last interim analysis. Return whether the user stopped it.
 
-    What was recorded of a look stands: a sweep that was cut off goes on with the next one. A look
-    waits for every one of its trials: where one fails, the sweep ends before it.
+    An interim analysis that was recorded is not made again: a sweep that was cut off continues with
+    the next one. An analysis needs the results of all its trials. If one failed, the sweep ends
+    before the analysis.
+
+    Args:
+        session: the session of the sweep.
+        plan: the trials of all seeds that the sweep may get.
+        interim: the interim analyses, made and to come.
+        redo: trials to run anew, as --redo takes them.
+        console: what the user is shown goes there.
     """
-    session.keep_looks(record)
-    if interim.is_over(record):
-        return session.run(next_look(plan, record)[0], redo)
-    while not interim.is_over(record):
-        wanted, alpha = next_look(plan, record)
+    session.keep_looks(interim.to_json())
+    if interim.is_over:
+        return session.run(next_look(plan, interim)[0], redo)
+    while not interim.is_over:
+        wanted, alpha = next_look(plan, interim)
         if session.run(wanted, redo):
             return True
         redo = ()
         ends = {entry.status for entry in session.ledger.values()}
         if "finished" not in ends or not ends <= set(DONE):
-            console.print("the look is not taken: it waits for the results of all its trials")
+            console.print("no interim analysis: it needs the results of all its trials")
             return False
         sweep = read_sweeps(session.store, [plan.name], None, session.runs_dir / "cache")
         unreadable = sweep.trials.filter(status="unreadable")["trial_key"].to_list()
         if unreadable:
             console.print(
-                f"the look is not taken: the tables of {', '.join(unreadable)} cannot be read; "
+                f"no interim analysis: the tables of {', '.join(unreadable)} cannot be read; "
                 "--redo runs such trials anew",
                 soft_wrap=True,
             )
             return False
-        found = look(replace(sweep, trials=with_scheme(sweep.trials)), alpha)
-        record = interim.take(record, found)
-        session.keep_looks(record)
-        say_look(record, console)
+        sweep = replace(sweep, trials=with_scheme(sweep.trials))
+        interim = interim.with_findings(judge_sweep(sweep, alpha))
+        session.keep_looks(interim.to_json())
+        say_latest(interim, console)
     return False
 
 
-def next_look(plan: Plan, record: interim.Record) -> tuple[Plan, float]:
-    """The trials of the look to come and its level; where none is, those of the last."""
-    number = len(record["looks"]) - interim.is_over(record)
-    to_take = record["schedule"][number]
-    return plan.of_seeds(record["seeds"][: to_take["seeds"]]), to_take["alpha"]
+def next_look(plan: Plan, interim: InterimPlan) -> tuple[Plan, float]:
+    """Return the trials and the alpha of the next interim analysis, or of the last one made."""
+    planned = interim.schedule[len(interim.made) - interim.is_over]
+    return plan.of_seeds(interim.seeds[: planned.seeds]), planned.alpha
 
 
-def say_schedule(record: interim.Record, console: Console) -> None:
-    levels = ", ".join(f"{one['alpha']:.2g}" for one in record["schedule"])
-    taken = len(record["looks"])
+def say_schedule(interim: InterimPlan, console: Console) -> None:
+    """Print when the sweep is judged, and which claims it cannot wait for."""
+    alphas = ", ".join(f"{planned.alpha:.2g}" for planned in interim.schedule)
     console.print(
-        f"looks at {_sizes(record)} seeds, levels {levels}; {taken} taken", soft_wrap=True
+        f"interim analyses at {_sizes(interim)} seeds, alpha {alphas}; {len(interim.made)} made",
+        soft_wrap=True,
     )
-    if never := [name for name in CLAIMS if name not in record["waits_for"]]:
+    if never := [name for name in CLAIMS if name not in interim.waits_for]:
         console.print(
-            f"  not waited for, as {len(record['seeds'])} seeds cannot support them: "
+            f"  not waited for, because {len(interim.seeds)} seeds cannot support them: "
             + ", ".join(never),
             soft_wrap=True,
         )
 
 
-def say_look(record: interim.Record, console: Console) -> None:
-    """What the look just taken decided, what is open, and how many seeds are still allowed."""
-    taken, number = record["looks"][-1], len(record["looks"])
-    decided = [f"{name} {taken['findings'][name]['verdict']}" for name in taken["decided"]]
-    still = interim.waiting(record)
-    more = len(record["seeds"]) - taken["seeds"]
+def say_latest(interim: InterimPlan, console: Console) -> None:
+    """Print what the latest interim analysis decided, and how many seeds may still be added."""
+    latest, number = interim.made[-1], len(interim.made)
+    decided = [f"{name} {latest.findings[name].verdict}" for name in latest.decided]
+    more = len(interim.seeds) - latest.seeds
     console.print(
-        f"look {number} of {len(record['schedule'])}, {taken['seeds']} seeds, level "
-        f"{taken['alpha']:.2g}: decided {', '.join(decided) or 'nothing'}; open "
-        f"{', '.join(still) or 'nothing'}; {more} more seeds allowed",
+        f"interim analysis {number} of {len(interim.schedule)}, {latest.seeds} seeds, alpha "
+        f"{latest.alpha:.2g}: decided {', '.join(decided) or 'nothing'}; undecided "
+        f"{', '.join(interim.undecided()) or 'nothing'}; {more} more seeds allowed",
         soft_wrap=True,
     )
 
 
-def _sizes(record: interim.Record) -> str:
-    return ", ".join(str(one["seeds"]) for one in record["schedule"])
-
-
-def _told(record: interim.Record) -> str:
-    return f"followed by looks at {_sizes(record)} seeds"
+def _sizes(interim: InterimPlan) -> str:
+    """Return the numbers of seeds of the interim analyses: `2, 3, 4`."""
+    return ", ".join(str(planned.seeds) for planned in interim.schedule)

@@ -19,7 +19,7 @@ from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.estimate.packing import check_array, check_together
 from sweeps.execution.faults import Fault
-from sweeps.plan import Plan, make_plan, power, seeds_of, with_more_seeds, with_overrides
+from sweeps.plan import Plan, make_plan, seeds_of, with_more_seeds, with_overrides
 from sweeps.presets import Preset, Space
 from tracking.health import GO_ON
 
@@ -163,11 +163,13 @@ def dry_run(
     first_seeds: int | None,
 ) -> int:
     """Say what is done, what is missing, and what that will take. Return the exit code."""
+    from analysis.decisions import ALPHA
+    from analysis.power import power
     from sweeps.interim import agreed_looks, next_look, say_schedule
     from sweeps.ledger import holder, read_ledger, to_redo
     from sweeps.session import say_how_far, trial_table
 
-    looks, alpha = agreed_looks(plan, first_seeds, store), None
+    looks, alpha = agreed_looks(plan, first_seeds, store), ALPHA
     if looks:
         say_schedule(looks, console)
         plan, alpha = next_look(plan, looks)
@@ -183,7 +185,7 @@ def dry_run(
         for key, config in plan.trials.items()
         if key in again or not ledger[key].is_done
     }
-    for line in [*expected(missing, args, console), *power(plan, alpha)]:
+    for line in [*expected(missing, args, console), *power(plan.trials.values(), alpha)]:
         console.print(line, soft_wrap=True)
     return 0
 

@@ -181,37 +181,6 @@ def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
     return jobs
 
 
-def power(plan: Plan, alpha: float | None = None) -> list[str]:
-    """What the plan's number of seeds can support, and what it cannot even if every seed agrees, at
-    the level alpha."""
-    from analysis.claims import CLAIMS
-    from analysis.verdicts import ALPHA, detectable, least_seeds
-
-    alpha = alpha or ALPHA
-
-    configs_of: dict[int, set[str]] = {}
-    for config in plan.trials.values():
-        flat = config.to_flat()
-        seed = flat.pop("init.seed")
-        configs_of.setdefault(int(seed), set()).add(str(flat))
-    every = set().union(*configs_of.values())
-    seeds = sum(some == every for some in configs_of.values())
-    needs: dict[int, list[str]] = {}
-    for name, least in least_seeds(CLAIMS, alpha).items():
-        needs.setdefault(least, []).append(name)
-    lines = [f"{seeds} seeds in every configuration, {len(CLAIMS)} claims:"]
-    if seeds >= 2:
-        effect = f"{detectable(seeds, len(CLAIMS), alpha):.2g} standard deviations of seeds"
-        lines.append(
-            f"  a mean is found beyond its bound (80% power) where it lies {effect} beyond"
-        )
-    return lines + [
-        f"  {'can' if seeds >= least else 'cannot'} support {', '.join(names)}"
-        + ("" if seeds >= least else f": {least} seeds can")
-        for least, names in sorted(needs.items())
-    ]
-
-
 @functools.cache
 def versions() -> str:
     """Return the versions on which numbers may depend."""

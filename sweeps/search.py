@@ -1,12 +1,12 @@
-"""Search over configurations, one trial after the other, each suggested by those before (Optuna).
+"""Search over configurations: Optuna suggests each trial from the results of earlier ones.
 
 python sweeps/search.py best --metric loss/val
 python sweeps/search.py best --init.scheme normal --init.std 0.005..0.1 --optim.lr 1e-4..1e-2
 python sweeps/search.py refute --claim depth_gradient
 
-`best` finds the init scheme, its parameters and the learning rate that train best, and gives up
-trials that fall behind. `refute` looks for configurations in which a claim does not hold, and tries
-those it finds on fresh seeds.
+`best` finds the init scheme, its parameters and the learning rate that train best. It prunes trials
+that are worse than others at the same step. `refute` searches for configurations that contradict a
+claim, and tests the ones that it finds on fresh seeds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-# The checkout's root, not its sweeps/, is where imports start, also before an installed `sweeps`.
+# Imports start at the root of the checkout, also where a package `sweeps` is installed.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from optuna.trial import TrialState
 from rich.console import Console
 
 from analysis.counterexamples import REFUTABLE, seeds_to_contradict, sentences
-from analysis.runs import read_looks
-from analysis.verdicts import ALPHA
+from analysis.decisions import ALPHA
+from analysis.interim import find_sweep, read_interim_plan
 from gptcore.config import KNOBS, TOKENIZER, VOCAB_SIZES, InputError, Scalar, TrialConfig, spelling
 from gptcore.init_schemes import INIT_SCHEMES
 from sweeps.command_line import add_knobs, parse, sweep_parser
@@ -58,7 +58,7 @@ GOALS: dict[str, dict[str, list[str]]] = {
         "corpus.subset": ["all", "0-0.25"],
     },
 }
-"""What may be suggested for each goal, as a command line gives it."""
+"""The knobs that each goal searches over by default, spelled as on the command line."""
 
 METRICS = ("loss/val", "loss/probe", "loss/train")
 
@@ -74,18 +74,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command_line(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """The options, and what was typed for each knob. Raises InputError."""
+    """Parse the command line. Return the options, and what was typed for each knob.
+
+    Raises:
+        InputError: an option is not accepted.
+    """
     parser = sweep_parser(__doc__)
     parser.add_argument("goal", choices=GOALS)
-    parser.add_argument("--trials", type=int, default=30, help="how many to try (30)")
+    parser.add_argument("--trials", type=int, default=30, help="number of trials [30]")
     parser.add_argument(
         "--metric",
         choices=METRICS,
-        help="of best: what is made small (loss/val, of the held-out text)",
+        help="for best: the loss that is minimised [loss/val, of the held-out text]",
     )
-    parser.add_argument("--claim", choices=REFUTABLE, help="of refute: the claim")
-    parser.add_argument("--finds", type=int, default=3, help="of refute: how many to confirm (3)")
-    parser.add_argument("--seeds", type=int, default=9, help="of refute: fresh seeds of each (9)")
+    parser.add_argument("--claim", choices=REFUTABLE, help="for refute: the claim")
+    parser.add_argument(
+        "--finds",
+        type=int,
+        default=3,
+        help="for refute: number of configurations to test on fresh seeds [3]",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=9, help="for refute: number of fresh seeds for each [9]"
+    )
     add_knobs(parser, "one value, several to choose from, or a range such as 1e-4..1e-2 [default]")
     args, given = parse(parser, argv)
     for option, goal in (("metric", "best"), ("claim", "refute")):
@@ -108,21 +119,30 @@ def command_line(
 
 
 def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console: Console) -> int:
-    """Try as many trials as wanted, say what was found; -> the exit code."""
+    """Run the search and say what was found. Return the exit code.
+
+    Args:
+        args: the options.
+        given: what was typed for each knob.
+        console: what the user is shown goes there.
+    """
     typed = {**GOALS[args.goal], **given}
     domains: dict[str, Domain] = {knob: parse_domain(knob, typed[knob]) for knob in typed}
     if args.goal == "best" and not is_fixed(domains.get("corpus.tokenizer", [TOKENIZER])):
         raise InputError(
-            "best takes one --corpus.tokenizer: a loss over bytes is smaller than one over words"
+            "best takes one --corpus.tokenizer, because losses over bytes and over words cannot be "
+            "compared: give one of them"
         )
     if args.goal == "refute" and not is_fixed(domains.setdefault("init.seed", [0])):
-        raise InputError("refute takes one --init.seed: what it finds is tried on fresh ones")
+        raise InputError(
+            "refute takes one --init.seed, because it tests what it finds on fresh seeds: give one"
+        )
     listed = {knob: domain for knob, domain in domains.items() if not isinstance(domain, Range)}
     (choices,), notes = with_corpus([listed])
     domains = {**PARAMETERS, **domains, **choices}
     for knob in given:
         if domains[knob] == [KNOBS[knob].default]:
-            continue  # as if it were not given, as everywhere
+            continue  # the default value counts as not given, as in every command
         schemes, optimizers = (choices.get(name, [""]) for name in ("init.scheme", "optim.name"))
         flats = [
             {"init.scheme": scheme, **({"optim.name": optimizer} if optimizer else {})}
@@ -130,7 +150,9 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
             for optimizer in optimizers
         ]
         if not any(takes(knob, flat) for flat in flats):
-            raise InputError(f"{knob} is taken by nothing that may be suggested: leave it out")
+            raise InputError(
+                f"{knob} is a parameter of no scheme or optimiser in this search: leave it out"
+            )
     largest = largest_trial(domains)
     checked([largest, *each_choice(domains)])
     question = SearchQuestion(
@@ -146,30 +168,31 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
     store = Store(store_address(runs_dir))
     with naming_faults(store, runs_dir):
-        if read_looks(store, name):
-            raise InputError(f"sweep {name} gets seeds until it is decided: take another --name")
+        sweep_run = find_sweep(store, name)
+        if sweep_run and read_interim_plan(store, sweep_run):
+            raise InputError(f"sweep {name} is run with --until-decided: take another --name")
         with Session(name, runs_dir, store, console, measures=not args.no_estimate) as session:
             study = open_study(runs_dir, name, question, largest)
             runner = SearchRunner(session, study, question, domains, notes)
-            return try_and_tell(runner, args, largest)
+            return finish_search(runner, args, largest)
 
 
-def try_and_tell(runner: SearchRunner, args: argparse.Namespace, largest: TrialConfig) -> int:
-    """Go on with a search to its end, and say what it found. Return the exit code."""
+def finish_search(runner: SearchRunner, args: argparse.Namespace, largest: TrialConfig) -> int:
+    """Run a search to its end, and say what it found. Return the exit code."""
     session, study, console = runner.session, runner.study, runner.session.console
-    stopped = runner.go_on(args.trials, largest)
+    stopped = runner.run_trials(args.trials, largest)
     console.print(runner.table())
     if stopped:
         return session.stop(left=args.trials - len(answered(study)))
     finds = None
     failed = any(one.user_attrs.get("failed") for one in answered(study))
     if args.goal == "refute":
-        contrary = runner.contrary(args.finds)
-        fresh = runner.on_fresh_seeds(contrary, args.seeds)
+        contradicting = runner.contradicting(args.finds)
+        fresh = runner.add_fresh_seeds(contradicting, args.seeds)
         if fresh and session.run(runner.plan, only=fresh):
             return session.stop()
         failed = failed or any(not session.ledger[key].is_done for key in fresh)
-        finds = runner.confirmed(contrary, args.seeds)
+        finds = runner.judged_on_fresh_seeds(contradicting, args.seeds)
         trials = answered(study)
         measured = sum(one.state == TrialState.COMPLETE for one in trials)
         for line in sentences(args.claim, finds, len(trials), measured):
@@ -181,7 +204,7 @@ def try_and_tell(runner: SearchRunner, args: argparse.Namespace, largest: TrialC
 
 
 def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
-    """A trial with the largest number of each knob, to measure what trials take at most."""
+    """Return a trial with the largest value of each knob, to measure how much trials need."""
     flat: dict[str, Scalar] = {}
     for knob in in_order(domains):
         domain = domains[knob]
@@ -197,7 +220,7 @@ def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
 
 
 def each_choice(domains: Mapping[str, Domain]) -> Iterator[TrialConfig]:
-    """A trial for every value or end of a range that may be suggested, so that all are checked."""
+    """Return a trial for each value, and for each end of a range, so that all can be checked."""
     for knob, domain in domains.items():
         ends = (domain.low, domain.high) if isinstance(domain, Range) else domain
         for value in ends:

@@ -9,14 +9,15 @@ import pytest
 from analysis import claims
 from analysis.claims import CLAIMS, Part, digest
 from analysis.rare_tokens import shuffled_labels
-from analysis.runs import connect, read_sweeps, tracking_uri, trial_runs
+from analysis.runs import read_sweeps
 from analysis.verdicts import judge
 from gptcore.records import PRIMARY
+from helpers.store import store_in
 
 
 @pytest.fixture(scope="module")
 def sweep(finished_sweep):
-    return read_sweeps(tracking_uri(finished_sweep), ["small"], None, finished_sweep / "cache")
+    return read_sweeps(store_in(finished_sweep), ["small"], None, finished_sweep / "cache")
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -152,8 +153,7 @@ def test_a_flip_is_looked_for_where_calibration_predicts_one(sweep):
 
 def test_unused_rows_are_those_of_the_tokens_table(sweep, finished_sweep):
     found = values_of("unused_rows_move", sweep)["displacement"]
-    client = connect(tracking_uri(finished_sweep))
-    runs = trial_runs(client)
+    runs = store_in(finished_sweep).trial_runs()
     for key, moved in zip(
         CLAIMS["unused_rows_move"].measure(sweep).filter(part="displacement")["trial_key"],
         found,
@@ -216,8 +216,7 @@ def test_with_shuffled_labels_no_claim_on_rare_tokens_is_supported(sweep):
     def verdicts(tables):
         values = {name: claim.measure(tables) for name, claim in on_rare_tokens.items()}
         return [
-            found["verdict"]
-            for found in judge(on_rare_tokens, values, trials, general=False).values()
+            found.verdict for found in judge(on_rare_tokens, values, trials, general=False).values()
         ]
 
     assert verdicts(planted) == ["supported"] * 3

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from analysis.depth_gradient import depth_gradient, gradient_tau, layer_growth, looked_at
+from analysis.depth_gradient import at_report_steps, depth_gradient, gradient_tau, layer_growth
 
 
 def weights(growth_of_runs, start=0.02):
@@ -90,8 +90,8 @@ def test_tau_is_null_where_it_is_undefined(growth):
     assert gradient_tau(frame, ["trial_key"])["tau"].to_list() == [None]
 
 
-def test_some_steps_and_each_runs_last_are_looked_at():
+def test_some_steps_and_each_runs_last_are_at_report_steps():
     frame = pl.DataFrame({"trial_key": ["a"] * 4 + ["b"] * 3, "step": [0, 50, 60, 120, 0, 50, 100]})
-    assert looked_at(frame).rows() == [
+    assert at_report_steps(frame).rows() == [
         ("a", 50, False), ("a", 120, True), ("b", 50, False), ("b", 100, True),
     ]  # fmt: skip

@@ -1,8 +1,10 @@
 import polars as pl
 
-from analysis.findings import of_seeds, with_scheme
-from analysis.runs import read_sweeps, tracking_uri
+from analysis.findings import of_seeds
+from analysis.frames import with_scheme
+from analysis.runs import read_sweeps
 from gptcore.config import TrialConfig
+from helpers.store import store_in
 
 
 def test_runs_of_one_seed_count_once():
@@ -38,7 +40,7 @@ def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
 
 
 def test_what_tells_no_configurations_apart_makes_no_scheme(two_sweeps):
-    sweep = read_sweeps(tracking_uri(two_sweeps), ["one"], None, two_sweeps / "cache")
+    sweep = read_sweeps(store_in(two_sweeps), ["one"], None, two_sweeps / "cache")
     trials = sweep.trials.with_columns(
         pl.Series("train.device", ["cpu", "auto"]), pl.Series("probes.every", [1, 2])
     )

@@ -5,12 +5,13 @@ import json
 import polars as pl
 import pytest
 
+from analysis.power import power
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
 from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
-from sweeps.plan import make_plan, power
+from sweeps.plan import make_plan
 from sweeps.presets import PRESETS
 from tracking.store import StoreAddress
 
@@ -208,7 +209,7 @@ def test_a_plan_says_what_its_seeds_can_decide():
     def said(seeds):
         space = {**{key: [value] for key, value in TINY.items()}, "init.seed": [*range(seeds)]}
         plan = make_plan("n", "p", [{**space, "init.scheme": ["model5", "gpt2"]}])
-        return "\n".join(power(plan))
+        return "\n".join(power(plan.trials.values()))
 
     few = said(2)
     assert "2 seeds in every configuration, 14 claims:" in few

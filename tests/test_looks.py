@@ -1,8 +1,9 @@
-"""Sweeps that are looked at while they grow: the schedule, its error rate, and the real thing."""
+"""Interim analyses: their schedule, their error rate, and sweeps that grow until decided."""
 
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -10,23 +11,19 @@ import pytest
 from test_verdicts import null_numbers, trials, values
 
 from analysis.claims import CLAIMS
+from analysis.decisions import ALPHA, SUPPORTED, UNDERPOWERED, p_value
 from analysis.interim import (
-    ALPHA,
-    MOST_LOOKS,
-    is_over,
-    level,
-    plan_looks,
+    MAX_ANALYSES,
+    InterimPlan,
+    plan_interim,
+    remaining_alpha,
     schedule,
     spent,
-    standing,
     supportable,
-    take,
-    waiting,
 )
 from analysis.report import main as report
-from analysis.runs import tracking_uri
-from analysis.stats import holm
-from analysis.verdicts import SUPPORTED, UNDERPOWERED, judge, p_value
+from analysis.stats import Estimate, SpreadEstimate, holm
+from analysis.verdicts import Finding, PartFinding, judge
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start
 from helpers.store import make_sweep
@@ -34,96 +31,146 @@ from helpers.trials import TINY, flags
 from sweeps.launch import main
 from sweeps.plan import seeds_of, with_more_seeds
 from sweeps.presets import PRESETS
+from tracking.store import store_address
 
 BUDGETS = [(1, 2), (2, 4), (2, 7), (4, 12), (2, 16), (2, 20), (8, 40), (2, 60), (50, 100), (9, 9)]
 
 
 @pytest.mark.parametrize(("given", "most"), BUDGETS)
-def test_a_schedule_spends_the_whole_error_once_and_ends_at_its_budget(given, most):
-    looks = schedule(given, most)
-    sizes = [look["seeds"] for look in looks]
-    assert sum(look["alpha"] for look in looks) == pytest.approx(ALPHA, abs=1e-12)
-    assert min(look["alpha"] for look in looks) > 0
+def test_a_schedule_spends_the_error_rate_once_and_ends_at_the_maximum(given, most):
+    planned = schedule(given, most)
+    sizes = [one.seeds for one in planned]
+    assert sum(one.alpha for one in planned) == pytest.approx(ALPHA, abs=1e-12)
+    assert min(one.alpha for one in planned) > 0
     assert sizes == sorted(set(sizes))
     assert sizes[0] >= given
     assert sizes[-1] == most
-    assert len(looks) <= MOST_LOOKS
-    assert schedule(given, most) == looks
+    assert len(planned) <= MAX_ANALYSES
+    assert schedule(given, most) == planned
 
 
 @pytest.mark.parametrize(("given", "most"), BUDGETS)
-def test_every_look_but_the_last_can_support_all_that_the_budget_can(given, most):
+def test_every_analysis_but_the_last_can_support_all_that_the_maximum_can(given, most):
     wanted = supportable(most, ALPHA)
     first, *later = schedule(given, most)
-    for look in [first, *later[:-1]]:
-        assert wanted <= supportable(look["seeds"], look["alpha"])
-    if first["seeds"] > given:
-        fewer = first["seeds"] - 1
+    for one in [first, *later[:-1]]:
+        assert wanted <= supportable(one.seeds, one.alpha)
+    if first.seeds > given:
+        fewer = first.seeds - 1
         assert not wanted <= supportable(fewer, spent(fewer / most))
 
 
 def test_spending_is_lan_and_demets_function_after_pocock():
-    """Their levels of five equally spaced looks at 5% (Lan & DeMets 1983, alpha_3*)."""
+    """Their alphas of five equally spaced analyses at 5% (Lan & DeMets 1983, alpha_3*)."""
     assert spent(0) == 0
     assert spent(1) == pytest.approx(ALPHA)
     cumulative = [spent(share / 5) for share in range(1, 6)]
     assert cumulative == pytest.approx([0.0148, 0.0262, 0.0354, 0.0432, 0.05], abs=5e-5)
 
 
+NO_NUMBERS = Finding(
+    verdict=UNDERPOWERED,
+    verdict_with_diverged=UNDERPOWERED,
+    course=None,
+    p=None,
+    p_with_diverged=None,
+    runs=0,
+    diverged=0,
+    seeds=0,
+    seeds_left_out=0,
+    configurations=0,
+    parts={},
+)
+
+
 def found(**verdicts):
-    return {name: {"verdict": verdicts.get(name, UNDERPOWERED)} for name in CLAIMS}
+    return {name: replace(NO_NUMBERS, verdict=verdicts.get(name, UNDERPOWERED)) for name in CLAIMS}
 
 
-def test_a_decided_claim_keeps_its_verdict_and_open_ones_go_on():
-    record = plan_looks(range(60), 2, [])
-    assert set(waiting(record)) == set(CLAIMS)
-    record = take(record, found(order="contradicted", rare_flips="not measured"))
-    assert record["looks"][0]["decided"] == ["order"]
-    assert set(waiting(record)) == set(CLAIMS) - {"order", "rare_flips"}
-    record = take(record, found(order=SUPPORTED, widening=SUPPORTED))
-    stands = standing(record)
-    assert (stands["order"]["verdict"], stands["order"]["look"]) == ("contradicted", 1)
-    assert (stands["widening"]["verdict"], stands["widening"]["look"]) == (SUPPORTED, 2)
-    assert (stands["order"]["alpha"], stands["widening"]["alpha"]) == tuple(
-        look["alpha"] for look in record["schedule"][:2]
+def test_a_decided_claim_keeps_its_verdict_and_undecided_ones_go_on():
+    plan = plan_interim(range(60), 2, [])
+    assert set(plan.undecided()) == set(CLAIMS)
+    plan = plan.with_findings(found(order="contradicted", rare_flips="not measured"))
+    assert plan.made[0].decided == ("order",)
+    assert set(plan.undecided()) == set(CLAIMS) - {"order", "rare_flips"}
+    plan = plan.with_findings(found(order=SUPPORTED, widening=SUPPORTED))
+    current = plan.current_findings()
+    assert (current["order"].verdict, current["order"].analysis) == ("contradicted", 1)
+    assert (current["widening"].verdict, current["widening"].analysis) == (SUPPORTED, 2)
+    assert (current["order"].alpha, current["widening"].alpha) == tuple(
+        planned.alpha for planned in plan.schedule[:2]
     )
-    assert not is_over(record)
-    assert is_over(take(record, found(**dict.fromkeys(CLAIMS, "not supported"))))
+    assert not plan.is_over
+    assert plan.with_findings(found(**dict.fromkeys(CLAIMS, "not supported"))).is_over
     for _ in range(3):
-        record = take(record, found())
-    assert is_over(record)
-    assert waiting(record)
+        plan = plan.with_findings(found())
+    assert plan.is_over
+    assert plan.undecided()
 
 
-def test_a_claim_that_the_budget_cannot_support_holds_up_nothing():
-    record = plan_looks(range(4), 2, [])
-    assert "order" not in record["waits_for"]
-    assert is_over(take(record, found(**dict.fromkeys(record["waits_for"], SUPPORTED))))
+def test_a_sweep_does_not_wait_for_a_claim_that_its_maximum_cannot_support():
+    plan = plan_interim(range(4), 2, [])
+    assert "order" not in plan.waits_for
+    assert plan.with_findings(found(**dict.fromkeys(plan.waits_for, SUPPORTED))).is_over
 
 
-def test_what_is_judged_beside_the_looks_is_judged_at_what_they_leave():
-    records = [take(plan_looks(range(most), 2, []), found()) for most in (40, 60)]
-    alphas = [record["schedule"][0]["alpha"] for record in records]
-    assert level([]) == ALPHA
-    assert level(records[:1]) == alphas[0]
-    assert level(records) == pytest.approx(alphas[0] * alphas[1] / ALPHA)
-    # The level of whichever looks two sweeps end at, over all of them, is the error once.
-    schedules = [[record["schedule"][: k + 1] for k in range(5)] for record in records]
+def test_other_verdicts_have_the_alpha_that_the_interim_analyses_leave():
+    plans = [plan_interim(range(most), 2, []).with_findings(found()) for most in (40, 60)]
+    alphas = [plan.schedule[0].alpha for plan in plans]
+    assert remaining_alpha([]) == ALPHA
+    assert remaining_alpha(plans[:1]) == alphas[0]
+    assert remaining_alpha(plans) == pytest.approx(alphas[0] * alphas[1] / ALPHA)
+    # Its sum over all pairs of analyses at which two sweeps may end is the error rate.
+    (analysis,) = plans[0].made
     ends = [
-        level([{"schedule": one, "looks": one}, {"schedule": two, "looks": two}])
-        for one in schedules[0][: len(records[0]["schedule"])]
-        for two in schedules[1]
+        [replace(plan, made=(analysis,) * (k + 1)) for k in range(len(plan.schedule))]
+        for plan in plans
     ]
-    assert sum(ends) == pytest.approx(ALPHA)
+    total = sum(remaining_alpha([one, two]) for one in ends[0] for two in ends[1])
+    assert total == pytest.approx(ALPHA)
+
+
+def test_what_is_stored_of_interim_analyses_is_read_as_it_was():
+    """looks.json keeps its keys and their order, for sweeps that are older than this code."""
+    estimate = {"seeds": 2, "value": 1.0, "low": None, "high": None}
+    spread = {**estimate, "sd": 0.5}
+    part = {
+        "over_configs": None, "configurations": 1, "seeds_left_out": 0, "over_seeds": spread,
+        "estimate": estimate, "p": 0.25, "verdict": UNDERPOWERED, "decides": True,
+    }  # fmt: skip
+    finding = {
+        "verdict": UNDERPOWERED, "verdict_with_diverged": UNDERPOWERED, "course": None, "p": 0.25,
+        "p_with_diverged": 0.25, "runs": 2, "diverged": 0, "seeds": 2, "seeds_left_out": 0,
+        "configurations": 1, "parts": {"tau": part}, "p_holm": 0.5, "p_holm_with_diverged": 0.5,
+        "seeds_needed": 5, "would_be": SUPPORTED,
+    }  # fmt: skip
+    stored = {
+        "seeds": [0, 1, 2], "trials": ["a", "b"], "claims_digest": "d",
+        "waits_for": ["depth_gradient"],
+        "schedule": [{"seeds": 2, "alpha": 0.03}, {"seeds": 3, "alpha": 0.02}],
+        "looks": [
+            {"seeds": 2, "alpha": 0.03, "decided": ["order"],
+             "findings": {"depth_gradient": finding,
+                          "order": {**finding, "parts": {"o": {**part, "over_configs": spread}}}}}
+        ],
+    }  # fmt: skip
+    plan = InterimPlan.from_json(stored)
+    assert json.dumps(plan.to_json()) == json.dumps(stored)
+    found = plan.made[0].findings["order"].parts["o"]
+    assert found == PartFinding(
+        over_configs=SpreadEstimate(**spread), configurations=1, seeds_left_out=0,
+        over_seeds=SpreadEstimate(**spread), estimate=Estimate(**estimate), p=0.25,
+        verdict=UNDERPOWERED, decides=True,
+    )  # fmt: skip
 
 
 @pytest.mark.full
-def test_null_sweeps_followed_over_all_looks_seldom_support_anything(capsys):
-    """All claims at once, 1,000 sweeps of up to 60 seeds, all five looks: at most 5% have any claim
-    supported, at any look, that is not true."""
+def test_null_sweeps_with_all_interim_analyses_seldom_support_anything(capsys):
+    """All claims at once, 1,000 sweeps of up to 60 seeds, all five analyses: at most 5% have any
+    claim supported, at any analysis, that is not true."""
     rng, sweeps, wrong, naive = np.random.default_rng(0), 1000, 0, 0
-    runs, planned = trials(60), plan_looks(range(60), 2, [])
-    assert len(planned["schedule"]) == MOST_LOOKS
+    runs, planned = trials(60), plan_interim(range(60), 2, [])
+    assert len(planned.schedule) == MAX_ANALYSES
     for _ in range(sweeps):
         numbers = {
             name: {part: null_numbers(rule, rng, 1, 60) for part, rule in claim.parts.items()}
@@ -133,25 +180,25 @@ def test_null_sweeps_followed_over_all_looks_seldom_support_anything(capsys):
             name: pl.concat([values(runs, some, part) for part, some in parts.items()])
             for name, parts in numbers.items()
         }
-        supported = looked = False
-        for look in planned["schedule"]:
+        supported = below = False
+        for one in planned.schedule:
             p_values = [
                 max(
-                    p_value(CLAIMS[name].rule(part), some[: look["seeds"]].tolist())
+                    p_value(CLAIMS[name].rule(part), some[: one.seeds].tolist())
                     for part, some in parts.items()
                     if CLAIMS[name].rule(part).decides
                 )
                 for name, parts in numbers.items()
             ]
             least = min(holm(p_values))
-            looked |= least < ALPHA
-            if least < look["alpha"]:  # or no claim can be supported
-                judged = judge(CLAIMS, frames, runs.head(look["seeds"]), alpha=look["alpha"])
-                supported |= SUPPORTED in [one["verdict"] for one in judged.values()]
+            below |= least < ALPHA
+            if least < one.alpha:  # or no claim can be supported
+                judged = judge(CLAIMS, frames, runs.head(one.seeds), alpha=one.alpha)
+                supported |= SUPPORTED in [finding.verdict for finding in judged.values()]
         wrong += supported
-        naive += looked
+        naive += below
     with capsys.disabled():
-        print(f"\n{wrong} of {sweeps} null sweeps over five looks; {naive} had p < 0.05 at a look")
+        print(f"\n{wrong} of {sweeps} null sweeps over five analyses; {naive} had p < 0.05 at one")
     assert wrong <= 0.05 * sweeps
 
 
@@ -166,7 +213,7 @@ def planted(rule, rng, n_seeds):
 
 
 @pytest.mark.full
-def test_planted_effects_are_found_before_the_budget_is_spent(capsys):
+def test_planted_effects_are_found_before_the_maximum_of_seeds(capsys):
     rng, sweeps, most, taken, supported = np.random.default_rng(0), 20, 60, [], 0
     runs = trials(most)
     for _ in range(sweeps):
@@ -176,14 +223,12 @@ def test_planted_effects_are_found_before_the_budget_is_spent(capsys):
             )
             for name, one in CLAIMS.items()
         }
-        record = plan_looks(range(most), 2, [])
-        while not is_over(record):
-            look = record["schedule"][len(record["looks"])]
-            record = take(
-                record, judge(CLAIMS, frames, runs.head(look["seeds"]), alpha=look["alpha"])
-            )
-        taken.append(record["looks"][-1]["seeds"])
-        supported += sum(one["verdict"] == SUPPORTED for one in standing(record).values())
+        plan = plan_interim(range(most), 2, [])
+        while not plan.is_over:
+            one = plan.schedule[len(plan.made)]
+            plan = plan.with_findings(judge(CLAIMS, frames, runs.head(one.seeds), alpha=one.alpha))
+        taken.append(plan.made[-1].seeds)
+        supported += sum(one.verdict == SUPPORTED for one in plan.current_findings().values())
     share = supported / (sweeps * len(CLAIMS))
     with capsys.disabled():
         print(f"\n{np.mean(taken):.1f} seeds on average of {most}; {share:.2f} of claims supported")
@@ -235,7 +280,7 @@ def findings_of(folder):
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
-    """A sweep run until decided, with up to four seeds; -> its folder and what it printed."""
+    """A sweep run until decided, with up to four seeds: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("grown")
     code, output = run(folder, "--until-decided", "4")
     assert code == 0, output
@@ -245,8 +290,8 @@ def grown(tmp_path_factory):
 @pytest.mark.full
 def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
     folder, output = grown
-    assert "looks at 2, 3, 4 seeds, levels 0.031, 0.01, 0.0086; 0 taken" in output
-    assert "look 1 of 3, 2 seeds, level 0.031: decided " in output
+    assert "interim analyses at 2, 3, 4 seeds, alpha 0.031, 0.01, 0.0086; 0 made" in output
+    assert "interim analysis 1 of 3, 2 seeds, alpha 0.031: decided " in output
     findings = findings_of(folder)
     looks, here = findings["looks"], findings["claims"]["here"]
     last = looks["taken"][-1]
@@ -266,7 +311,7 @@ def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
             assert one["verdict"] in (UNDERPOWERED, "not measured")
             assert one["look"] == len(looks["taken"])
     page = (folder / "runs" / "reports" / "grows" / "report.html").read_text()
-    assert '<h3 id="looks">Looks</h3>' in page
+    assert '<h3 id="interim-analyses">Interim analyses</h3>' in page
     assert "Seeds were added until claims were decided" in page
     summary = (folder / "runs" / "reports" / "grows" / "summary.md").read_text()
     assert "Seeds were added until claims were decided" in summary
@@ -281,13 +326,13 @@ def test_running_it_again_starts_nothing_and_another_plan_is_refused(grown, caps
     output = capsys.readouterr().out
     assert ", 0 missing" in output
     assert "Ray:" not in output
-    assert "look 1 of 3" not in output
+    assert "interim analysis 1 of 3" not in output
     assert findings_of(folder) == before
     for arguments, says in (
-        (["--until-decided", "5"], "is followed by looks at 2, 3, 4 seeds, not 2, 3, 4, 5"),
+        (["--until-decided", "5"], "has interim analyses at 2, 3, 4 seeds, not 2, 3, 4, 5"),
         (["--until-decided", "4", "--init.scheme", "gpt2"], "with other trials than these"),
-        ([], "go on with --until-decided 4"),
-        (["--dry-run"], "go on with --until-decided 4"),
+        ([], "continue it with --until-decided 4"),
+        (["--dry-run"], "continue it with --until-decided 4"),
     ):
         assert main("doc", PRESETS, [*wanted, *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -296,21 +341,21 @@ def test_running_it_again_starts_nothing_and_another_plan_is_refused(grown, caps
 
 
 @pytest.mark.full
-def test_a_part_of_a_grown_sweep_is_judged_at_the_level_that_is_left(grown, tmp_path):
+def test_a_part_of_a_grown_sweep_is_judged_at_the_alpha_that_is_left(grown, tmp_path):
     folder, _ = grown
     wanted = ["--runs-dir", str(folder / "runs"), "--name", "grows", "--out", str(tmp_path)]
     assert report([*wanted, "--where", "init.seed < 2"]) == 0
     findings = json.loads((tmp_path / "findings.json").read_text())
     assert findings["looks"] is None
     assert findings["claims"]["alpha"] == findings_of(folder)["claims"]["alpha"] < ALPHA
-    assert any("looked at while seeds were added" in note for note in findings["notes"])
+    assert any("judged while seeds were added" in note for note in findings["notes"])
 
 
 @pytest.mark.full
-def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
+def test_a_sweep_that_is_killed_goes_through_the_same_analyses(grown, tmp_path):
     process = drive(tmp_path, "--until-decided", "4")
     for line in process.stdout:
-        if line.startswith("look 1 of 3"):
+        if line.startswith("interim analysis 1 of 3"):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -318,15 +363,15 @@ def test_a_sweep_that_is_killed_goes_through_the_same_looks(grown, tmp_path):
     assert len(findings_of(tmp_path)["looks"]["taken"]) == 1
     code, output = run(tmp_path, "--until-decided", "4")
     assert code == 0, output
-    assert "; 1 taken" in output
-    assert "look 1 of 3" not in output
+    assert "; 1 made" in output
+    assert "interim analysis 1 of 3" not in output
     again, whole = findings_of(tmp_path), findings_of(grown[0])
     assert again["looks"] == whole["looks"]
     assert again["claims"] == whole["claims"]
 
 
-def test_a_sweep_that_was_run_plainly_takes_no_looks(tmp_path, capsys):
-    make_sweep(tracking_uri(tmp_path), tmp_path, "grows", [{"init.seed": 0}], base=TINY)
+def test_a_sweep_that_was_run_without_gets_no_interim_analyses(tmp_path, capsys):
+    make_sweep(store_address(tmp_path).uri, tmp_path, "grows", [{"init.seed": 0}], base=TINY)
     wanted = ["--runs-dir", str(tmp_path), *KNOBS, "--until-decided", "4"]
     assert main("doc", PRESETS, wanted) == 2
     assert "sweep grows was run without --until-decided" in capsys.readouterr().err

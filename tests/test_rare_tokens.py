@@ -2,8 +2,9 @@ import polars as pl
 import pytest
 
 from analysis.rare_tokens import ORDERS, group_changes, orders_hold, shuffled_labels
-from analysis.runs import read_sweeps, tracking_uri
+from analysis.runs import read_sweeps
 from gptcore.records import PRIMARY
+from helpers.store import store_in
 
 
 def token_groups(ends, start=-10.8):
@@ -61,7 +62,7 @@ def test_orders_hold_or_fail_as_planted():
 
 
 def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
-    sweep = read_sweeps(tracking_uri(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
+    sweep = read_sweeps(store_in(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
     shuffled = shuffled_labels(sweep, 1)
     by = ["trial_key", "step", "mask"]
     rows, dealt = (one.tables["token_groups"] for one in (sweep, shuffled))

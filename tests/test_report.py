@@ -7,13 +7,14 @@ import polars as pl
 import pytest
 
 from analysis.claims import CLAIMS
+from analysis.decisions import NOT_MEASURED, UNDERPOWERED
 from analysis.figures import FIGURES
 from analysis.report import SECTIONS, main
-from analysis.runs import READ, tracking_uri
-from analysis.verdicts import NOT_MEASURED, UNDERPOWERED
+from analysis.runs import READ
 from gptcore.records import PRIMARY
 from helpers.store import make_sweep
 from helpers.trials import TINY
+from tracking.store import store_address
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,8 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
         (["--claims", "order", "ordre"], "there is no claim ordre: the claims are init_table, "),
         (["--shuffle-labels", "-1"], "a seed is a whole number from 0, not '-1'"),
         (["--shuffle-labels", "x"], "a seed is a whole number from 0, not 'x'"),
-        (["--where", "init.scheme = gpt2"], "(a text stands in quotes), not"),
-        (["--out", ""], "--out takes a folder for the report's files, not the current one"),
+        (["--where", "init.scheme = gpt2"], "(texts are in quotes), not"),
+        (["--out", ""], "--out takes a folder for the files of the report, not the current folder"),
         (["--where", "init.scheme = 'none'"], "is true of none of the 6 trials"),
         (["--where", "init.shceme = 'gpt2'"], "takes a condition on knobs such as"),
         (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
@@ -269,7 +270,7 @@ def test_a_sweep_over_bytes_says_what_cannot_be_measured(tmp_path, capsys):
         for seed in (0, 1)
         for subset in ("all", "0-0.5")
     ]
-    make_sweep(tracking_uri(tmp_path), tmp_path, "over-bytes", knobs, base=TINY)
+    make_sweep(store_address(tmp_path).uri, tmp_path, "over-bytes", knobs, base=TINY)
     assert main(["--runs-dir", str(tmp_path)]) == 0
     folder = tmp_path / "reports" / "over-bytes"
     found = json.loads((folder / "findings.json").read_text())["claims"]["here"]

@@ -6,13 +6,15 @@ import sqlite3
 import pytest
 
 from analysis.claims import CLAIMS
-from analysis.runs import tracking_uri, trial_status
-from analysis.verdicts import ALPHA, CONTRADICTED, judge_part
+from analysis.counterexamples import distance, seeds_to_contradict, sentences
+from analysis.decisions import ALPHA, CONTRADICTED
+from analysis.verdicts import judge_part
 from gptcore.config import TrialConfig
 from helpers.driving import kill, outcome, start, wait_for
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
-from sweeps.search import distance, largest_trial, main, seeds_to_contradict, sentences
+from sweeps.search import largest_trial, main
+from tracking.store import store_address, trial_status
 
 SEARCHED = ("init.scheme", "init.std", "init.gain", "init.cut", "init.nu", "optim.lr")
 
@@ -51,7 +53,7 @@ BAD = [
     (["best", "--model.n_layer", "1..x"], "model.n_layer takes a whole number >= 1, not 'x'"),
     (
         ["best", "--init.scheme", "gpt2", "--init.std", "0.01..0.1"],
-        "init.std is taken by nothing that may be suggested: leave it out",
+        "init.std is a parameter of no scheme or optimiser in this search: leave it out",
     ),
     (["refute", "--claim", "rare_flips"], "invalid choice: 'rare_flips'"),
     (
@@ -92,17 +94,17 @@ def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(n
         for value in (-3.0, -0.2, 0.0, 0.02, 0.2, 1.0, 3.0):
             value = float(value > 0) if rule.centre == "share" else value
             runs = [(seed, "", value) for seed in range(seeds)]
-            contradicts = judge_part(rule, runs, False, alpha)["verdict"] == CONTRADICTED
+            contradicts = judge_part(rule, runs, False, alpha).verdict == CONTRADICTED
             assert contradicts == (distance(rule, value) < 0), (name, value)
             if seeds > 2 and contradicts:
                 one_less = judge_part(rule, runs[1:], False, alpha)
-                assert one_less["verdict"] != CONTRADICTED
+                assert one_less.verdict != CONTRADICTED
 
 
 def test_a_claim_that_no_trial_has_a_number_for_is_not_measured():
     """As of rare tokens over bytes: that nothing was found would read as evidence for it."""
     assert sentences("rare_falls", [], 30, measured=0) == [
-        "rare_falls: not measured, for none of 30 trials has the number for it"
+        "rare_falls: not measured, because none of 30 trials has the number for it"
     ]
     assert sentences("rare_falls", [], 30, measured=1) == [
         "rare_falls: no counterexample found in 30 trials"
@@ -134,7 +136,7 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     states = {one["state"] for one in found["trials"]}
     assert states <= {"complete", "pruned"}
     assert "complete" in states
-    runs = runs_of(tracking_uri(runs_dir))
+    runs = runs_of(store_address(runs_dir).uri)
     assert len(runs) == 12
     for one in found["trials"]:
         run_of_trial = runs[one["trial_key"]]
@@ -150,9 +152,9 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
     started = {run.info.run_id for run in runs.values()}
     code, output = run(runs_dir, *arguments)
     assert (code, "Ray:" in output) == (0, False), output
-    assert {run.info.run_id for run in runs_of(tracking_uri(runs_dir)).values()} == started
+    assert {run.info.run_id for run in runs_of(store_address(runs_dir).uri).values()} == started
     code, output = run(runs_dir, *arguments, "--metric", "loss/probe")
-    assert (code, "asks something else already (of differ)" in output) == (2, True), output
+    assert (code, "already has another question (of differ)" in output) == (2, True), output
 
 
 def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
@@ -168,7 +170,7 @@ def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
     found = json.loads((runs_dir / "reports" / "unused_rows_move" / "search.json").read_text())
     (find,) = found["finds"]
     assert (find["knobs"], find["verdict"], find["seeds"]) == ({"optim.lr": 1e-8}, CONTRADICTED, 2)
-    runs = runs_of(tracking_uri(runs_dir)).values()
+    runs = runs_of(store_address(runs_dir).uri).values()
     seeds = [run.data.params["init.seed"] for run in runs]
     assert sorted(seeds) == ["0", "0", "1", "2"]
     assert (runs_dir / "reports" / "unused_rows_move" / "report.html").exists()

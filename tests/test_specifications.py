@@ -7,14 +7,15 @@ import polars as pl
 import pytest
 
 from analysis.claims import CLAIMS
-from analysis.findings import trials_to_judge, with_scheme
-from analysis.runs import read_sweeps, tracking_uri
+from analysis.frames import trials_to_judge, with_scheme
+from analysis.runs import read_sweeps
 from analysis.specifications import SPECIFIED, specifications
+from helpers.store import store_in
 
 
 @pytest.fixture(scope="module")
 def sweep(finished_sweep):
-    found = read_sweeps(tracking_uri(finished_sweep), ["small"], None, finished_sweep / "cache")
+    found = read_sweeps(store_in(finished_sweep), ["small"], None, finished_sweep / "cache")
     return replace(found, trials=with_scheme(found.trials))
 
 
@@ -25,10 +26,11 @@ def specified(sweep):
 
 @pytest.mark.parametrize("claim", SPECIFIED)
 def test_every_combination_of_choices_is_there_once(claim, specified):
-    found = [tuple(one[choice] for choice in SPECIFIED[claim].choices) for one in specified[claim]]
+    choices = SPECIFIED[claim].choices
+    found = [tuple(one.choices[choice] for choice in choices) for one in specified[claim]]
     options = [list(dict.fromkeys(column)) for column in zip(*found, strict=True)]
     assert all(len(some) > 1 for some in options[:2])
-    assert len(options) == len(SPECIFIED[claim].choices)
+    assert len(options) == len(choices)
     assert sorted(found) == sorted(product(*options))
 
 
@@ -46,20 +48,22 @@ def test_every_combination_of_choices_is_there_once(claim, specified):
     ],
 )  # fmt: skip
 def test_the_claim_itself_is_one_of_them(claim, part, choices, sweep, specified):
-    (one,) = (one for one in specified[claim] if choices.items() <= one.items())
+    (one,) = (one for one in specified[claim] if choices.items() <= one.choices.items())
     by_seed = (
         CLAIMS[claim].measure(sweep).filter(part=part)
         .join(sweep.trials.select("trial_key", "init.seed"), on="trial_key")
         .group_by("init.seed").agg(pl.col("value").mean())
     )  # fmt: skip
-    assert one["value"] == pytest.approx(by_seed["value"].mean())
-    assert one["seeds"] == by_seed.height
+    assert one.estimate.value == pytest.approx(by_seed["value"].mean())
+    assert one.estimate.seeds == by_seed.height
 
 
 def test_a_baseline_shifts_what_it_says(sweep, specified):
-    rows = [one for one in specified["rare_falls"] if one["mask"] == "none"]
+    rows = [one for one in specified["rare_falls"] if one.choices["mask"] == "none"]
     by_baseline = {
-        one["baseline"]: one["value"] for one in rows if one["group"] == "all that occur once"
+        one.choices["baseline"]: one.estimate.value
+        for one in rows
+        if one.choices["group"] == "all that occur once"
     }
     level = by_baseline["-ln V"] - by_baseline["the untrained level"]
     # -(ln V + d std^2 / 2) lies below -ln V: what stands above the lower stands less below.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.stats import mean_interval, median_interval, share_interval
+from analysis.stats import Estimate, mean_interval, median_interval, share_interval
 
 SAMPLES = 2000
 # Four standard errors of a coverage of 95% over this many samples.
@@ -14,7 +14,7 @@ SLACK = 4 * (0.95 * 0.05 / SAMPLES) ** 0.5
 def coverage(estimate, draw, truth, size):
     rng = np.random.default_rng(0)
     found = [estimate(draw(rng, size).tolist()) for _ in range(SAMPLES)]
-    return np.mean([one["low"] <= truth <= one["high"] for one in found])
+    return np.mean([one.low <= truth <= one.high for one in found])
 
 
 @pytest.mark.parametrize("size", [3, 8, 30])
@@ -38,16 +38,11 @@ def test_the_interval_of_a_share_covers_it(share):
 
 
 def test_no_interval_is_made_up_where_seeds_are_too_few():
-    assert mean_interval([1.0]) == {"seeds": 1, "value": 1.0, "low": None, "high": None}
-    assert median_interval([1.0] * 5)["low"] is None
-    assert median_interval([1.0, 2, 3, 4, 5, 9]) == {
-        "seeds": 6,
-        "value": 3.5,
-        "low": 1.0,
-        "high": 9,
-    }
+    assert mean_interval([1.0]) == Estimate(seeds=1, value=1.0, low=None, high=None)
+    assert median_interval([1.0] * 5).low is None
+    assert median_interval([1.0, 2, 3, 4, 5, 9]) == Estimate(seeds=6, value=3.5, low=1.0, high=9)
     for estimate in (mean_interval, median_interval, share_interval):
-        assert estimate([]) == {"seeds": 0, "value": None, "low": None, "high": None}
+        assert estimate([]) == Estimate(seeds=0, value=None, low=None, high=None)
 
 
 def test_the_order_of_runs_does_not_matter():
@@ -59,4 +54,4 @@ def test_the_order_of_runs_does_not_matter():
 def test_the_interval_of_a_share_is_wilsons():
     wilson = stats.binomtest(3, 8).proportion_ci(0.95, method="wilson")
     found = share_interval([1.0] * 3 + [0.0] * 5)
-    assert (found["low"], found["high"]) == pytest.approx((wilson.low, wilson.high))
+    assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high))

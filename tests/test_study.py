@@ -1,5 +1,7 @@
 """What a study suggests, and what it makes of answers."""
 
+from dataclasses import replace
+
 import pytest
 
 from gptcore.config import InputError, TrialConfig
@@ -11,14 +13,16 @@ from sweeps.searching.study import (
     PARAMETERS,
     Range,
     Searcher,
+    SearchQuestion,
     Suggestions,
     answered,
     open_study,
     parse_domain,
     suggested,
 )
+from tracking.recorder import Job
 
-QUESTION = {"goal": "best", "of": "loss/val", "knobs": {}}
+QUESTION = SearchQuestion(goal="best", of="loss/val", knobs={})
 DOMAINS = {**PARAMETERS, "init.scheme": list(INIT_SCHEMES), "optim.lr": Range(1e-4, 1e-2)}
 LONG = TrialConfig.from_flat({**TINY, "train.steps": 900, "probes.text_every": 50})
 
@@ -30,9 +34,9 @@ def study_in(folder, question=QUESTION):
 def suggestions(study, trials=4, done=(), answer=lambda key: 1.0, domains=DOMAINS):
     def prepare(config):
         key = config.key("digest")
-        return {"key": key, "params": config.to_flat()}, key in done
+        return Job(key, "a trial", config.to_flat(), {}), key in done
 
-    common = {"store": {}, "metric": "loss/val"}
+    common = {"recording": None, "metric": "loss/val"}
     pruned = []
     asked = Suggestions(
         study, trials, domains, prepare, answer, lambda *told: pruned.append(told), common
@@ -167,7 +171,7 @@ def test_what_was_given_up_once_is_not_begun_again(tmp_path):
         asked.on_trial_complete(name, {"step": 50})
     while asked.suggest("c") != Searcher.FINISHED:
         asked.on_trial_complete("c", {"status": "failed"})
-    assert len(asked.jobs) == len({job["key"] for job in asked.jobs})
+    assert len(asked.jobs) == len({job.key for job in asked.jobs})
     assert len(answered(asked.study)) == 8
     assert not asked.errors
 
@@ -185,8 +189,8 @@ def test_what_is_raised_is_kept_for_whoever_runs_the_search(tmp_path):
 def test_another_question_under_the_same_name_is_refused(tmp_path):
     study_in(tmp_path)
     study_in(tmp_path)
-    with pytest.raises(InputError, match=r"search s asks something else already \(of differ\)"):
-        study_in(tmp_path, {**QUESTION, "of": "loss/train"})
+    with pytest.raises(InputError, match=r"search s already has another question \(of differ\)"):
+        study_in(tmp_path, replace(QUESTION, of="loss/train"))
 
 
 def test_a_damaged_file_is_named_and_left_as_it_is(tmp_path):

@@ -9,21 +9,18 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from analysis.claims import CLAIMS, Claim, Part
-from analysis.stats import Estimate, holm, mean_interval, sign_flip_p
-from analysis.verdicts import (
+from analysis.decisions import (
     CONTRADICTED,
     NOT_MEASURED,
     NOT_SUPPORTED,
     SUPPORTED,
     UNDERPOWERED,
-    compare,
     decide,
-    detectable,
-    judge,
-    judge_part,
-    least_seeds,
     p_value,
 )
+from analysis.power import detectable, least_seeds
+from analysis.stats import Estimate, holm, mean_interval, sign_flip_p
+from analysis.verdicts import compare, judge, judge_part
 
 NUMBERS = [0.02, -0.01, 0.05, 0.03, 0.01, 0.04]
 ABOVE = Part(centre="mean", low=1.0, against=0.0)
@@ -92,26 +89,26 @@ def test_a_verdict_says_where_the_interval_lies(rule, low, high, verdict):
 
 def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
     noise = np.random.default_rng(0).normal(0, 0.1, 8)
-    assert verdict_of(ABOVE, 2 + noise)["verdict"] == SUPPORTED
-    assert verdict_of(ABOVE, 0.5 + noise)["verdict"] == NOT_SUPPORTED
-    assert verdict_of(ABOVE, -2 + noise)["verdict"] == CONTRADICTED
-    assert verdict_of(WITHIN, 0.1 * noise)["verdict"] == SUPPORTED
-    assert verdict_of(Part(centre="share", low=0.8, null=0.5), np.ones(30))["verdict"] == SUPPORTED
+    assert verdict_of(ABOVE, 2 + noise).verdict == SUPPORTED
+    assert verdict_of(ABOVE, 0.5 + noise).verdict == NOT_SUPPORTED
+    assert verdict_of(ABOVE, -2 + noise).verdict == CONTRADICTED
+    assert verdict_of(WITHIN, 0.1 * noise).verdict == SUPPORTED
+    assert verdict_of(Part(centre="share", low=0.8, null=0.5), np.ones(30)).verdict == SUPPORTED
 
 
 def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
     found = verdict_of(replace(ABOVE, centre="median"), [2.0, 2.1, 1.9])
-    assert found["verdict"] == UNDERPOWERED  # three seeds that agree have p = 1 / 8
-    assert found["p"] == 1 / 8
-    assert found["seeds_needed"] == 5  # 2^-5 < 0.05
-    assert found["would_be"] == SUPPORTED
+    assert found.verdict == UNDERPOWERED  # three seeds that agree have p = 1 / 8
+    assert found.p == 1 / 8
+    assert found.seeds_needed == 5  # 2^-5 < 0.05
+    assert found.would_be == SUPPORTED
     wide = verdict_of(ABOVE, [3.0, 0.5, 1.2, 2.6, -0.4, 1.9])
-    assert wide["verdict"] == UNDERPOWERED
+    assert wide.verdict == UNDERPOWERED
     mean, sd = (
         np.mean([3.0, 0.5, 1.2, 2.6, -0.4, 1.9]),
         np.std([3, 0.5, 1.2, 2.6, -0.4, 1.9], ddof=1),
     )
-    assert wide["seeds_needed"] == pytest.approx((2.04 * sd / (mean - 1)) ** 2, rel=0.05)
+    assert wide.seeds_needed == pytest.approx((2.04 * sd / (mean - 1)) ** 2, rel=0.05)
 
 
 def test_many_claims_need_more_seeds_than_one():
@@ -126,9 +123,9 @@ def test_many_claims_need_more_seeds_than_one():
         runs,
         general=False,
     )
-    assert alone["it"]["verdict"] == SUPPORTED
-    assert {found["verdict"] for found in among.values()} == {UNDERPOWERED}
-    assert {found["seeds_needed"] for found in among.values()} == {8}  # 10 * 2^-8 < 0.05
+    assert alone["it"].verdict == SUPPORTED
+    assert {found.verdict for found in among.values()} == {UNDERPOWERED}
+    assert {found.seeds_needed for found in among.values()} == {8}  # 10 * 2^-8 < 0.05
 
 
 def test_what_holds_for_one_configuration_of_two_does_not_hold_in_general():
@@ -136,9 +133,9 @@ def test_what_holds_for_one_configuration_of_two_does_not_hold_in_general():
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.normal(6, 0.1, 10), rng.normal(0, 0.1, 10)])
     found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
-    assert found["parts"]["x"]["over_seeds"]["low"] > 1  # for these two, on average, it does
-    assert found["verdict"] == UNDERPOWERED
-    assert found["configurations"] == 2
+    assert found.parts["x"].over_seeds.low > 1  # for these two, on average, it does
+    assert found.verdict == UNDERPOWERED
+    assert found.configurations == 2
 
 
 def test_every_part_of_a_claim_has_to_hold():
@@ -146,18 +143,18 @@ def test_every_part_of_a_claim_has_to_hold():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
     found = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": both}, runs)["it"]
-    assert [found["parts"][part]["verdict"] for part in "xy"] == [SUPPORTED, CONTRADICTED]
-    assert found["verdict"] == CONTRADICTED
+    assert [found.parts[part].verdict for part in "xy"] == [SUPPORTED, CONTRADICTED]
+    assert found.verdict == CONTRADICTED
 
 
 def test_a_diverged_run_counts_against_the_claim_in_the_worst_case():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 9)
     found = verdict_of(ABOVE, numbers[:8])
-    assert (found["verdict"], found["verdict_with_diverged"]) == (SUPPORTED, SUPPORTED)
+    assert (found.verdict, found.verdict_with_diverged) == (SUPPORTED, SUPPORTED)
     runs = trials(11, diverged=[("only", seed) for seed in (3, 8, 10)])
     found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers[:8])}, runs)["it"]
-    assert (found["verdict"], found["diverged"]) == (SUPPORTED, 3)
-    assert found["verdict_with_diverged"] == UNDERPOWERED
+    assert (found.verdict, found.diverged) == (SUPPORTED, 3)
+    assert found.verdict_with_diverged == UNDERPOWERED
 
 
 def test_the_worst_case_is_corrected_with_its_own_p():
@@ -167,8 +164,8 @@ def test_the_worst_case_is_corrected_with_its_own_p():
     numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 8))
     names = [f"claim {i}" for i in range(12)]
     found = judge(dict.fromkeys(names, claim(x=rule)), dict.fromkeys(names, numbers), runs)
-    assert {one["verdict"] for one in found.values()} == {SUPPORTED}
-    assert {one["verdict_with_diverged"] for one in found.values()} == {UNDERPOWERED}
+    assert {one.verdict for one in found.values()} == {SUPPORTED}
+    assert {one.verdict_with_diverged for one in found.values()} == {UNDERPOWERED}
 
 
 def test_seeds_that_not_every_configuration_has_are_left_out():
@@ -177,12 +174,12 @@ def test_seeds_that_not_every_configuration_has_are_left_out():
     numbers = runs.select("trial_key", part=pl.lit("x"), value=value)
     rule = Part(centre="mean", low=0.0)
     found = judge({"it": claim(x=rule)}, {"it": numbers}, runs, general=False)["it"]
-    assert found["parts"]["x"]["estimate"]["value"] == -4.0  # of both, and not of a alone
-    assert (found["seeds"], found["seeds_left_out"]) == (1, 11)
-    assert found["verdict"] == UNDERPOWERED
+    assert found.parts["x"].estimate.value == -4.0  # of both, and not of a alone
+    assert (found.seeds, found.seeds_left_out) == (1, 11)
+    assert found.verdict == UNDERPOWERED
     disjoint = runs.filter((pl.col("config") == "b") | (pl.col("seed") > 0))
     found = judge({"it": claim(x=rule)}, {"it": numbers}, disjoint, general=False)["it"]
-    assert found["verdict"] == NOT_MEASURED
+    assert found.verdict == NOT_MEASURED
 
 
 def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
@@ -193,9 +190,9 @@ def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
         {"it": values(runs, numbers), "other": values(runs, numbers).head(0)},
         runs,
     )
-    assert found["other"]["verdict"] == NOT_MEASURED
-    assert found["it"]["p_holm"] == found["it"]["p"]
-    assert found["it"]["verdict"] == SUPPORTED
+    assert found["other"].verdict == NOT_MEASURED
+    assert found["it"].p_holm == found["it"].p
+    assert found["it"].verdict == SUPPORTED
 
 
 def test_a_claim_is_not_supported_by_some_of_its_parts():
@@ -203,11 +200,11 @@ def test_a_claim_is_not_supported_by_some_of_its_parts():
     runs = trials(6)
     numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 6))
     judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
-    assert judged["parts"]["x"]["verdict"] == SUPPORTED
-    assert judged["verdict"] == judged["verdict_with_diverged"] == NOT_MEASURED
-    assert judged["p"] is judged["p_holm"] is None  # so it costs the other claims nothing
+    assert judged.parts["x"].verdict == SUPPORTED
+    assert judged.verdict == judged.verdict_with_diverged == NOT_MEASURED
+    assert judged.p is judged.p_holm is None  # so it costs the other claims nothing
     beside = claim(x=ABOVE, y=replace(ABOVE, decides=False))
-    assert judge({"it": beside}, {"it": numbers}, runs)["it"]["verdict"] == SUPPORTED
+    assert judge({"it": beside}, {"it": numbers}, runs)["it"].verdict == SUPPORTED
 
 
 def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured():
@@ -219,15 +216,15 @@ def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured(
         {"it": numbers, "other": numbers.with_columns(part=pl.lit("x"))},
         runs,
     )
-    assert judged["it"]["verdict"] == NOT_MEASURED
-    assert list(judged["it"]["parts"]) == ["beside"]
+    assert judged["it"].verdict == NOT_MEASURED
+    assert list(judged["it"].parts) == ["beside"]
 
 
 def test_a_claim_fails_by_one_of_its_parts_whatever_the_others():
     runs = trials(6)
     numbers = values(runs, -2 + np.random.default_rng(0).normal(0, 0.1, 6))
     judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
-    assert judged["verdict"] == CONTRADICTED
+    assert judged.verdict == CONTRADICTED
 
 
 def test_the_order_of_runs_does_not_matter():
@@ -273,7 +270,7 @@ def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seed
             for name, one in CLAIMS.items()
         }
         found = judge(CLAIMS, numbers, runs)
-        wrong += any(one["verdict"] == SUPPORTED for one in found.values())
+        wrong += any(one.verdict == SUPPORTED for one in found.values())
     with capsys.disabled():
         print(f"\n{n_configs} configurations x {n_seeds} seeds: {wrong} of {sweeps} null sweeps")
     assert wrong <= 0.05 * sweeps
@@ -289,8 +286,8 @@ def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, 
         effects = rng.normal(0, 0.7, (n_configs, 1)) + rng.normal(0, 0.7, (1, n_seeds))
         numbers = (2 + effects + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
         runs = [(*name, number) for name, number in zip(names, numbers.tolist(), strict=True)]
-        estimate = judge_part(rule, runs, general=True)["estimate"]
-        covered += estimate["low"] <= 2 <= estimate["high"]
+        estimate = judge_part(rule, runs, general=True).estimate
+        covered += estimate.low <= 2 <= estimate.high
     with capsys.disabled():
         print(f"\n{n_configs} x {n_seeds}: {covered / sweeps:.3f} of intervals in general cover")
     # Four standard errors below; the run's own effect is counted twice, so it is a little wide.
@@ -304,8 +301,8 @@ def test_an_interval_in_general_stays_where_its_number_can_be():
     for centre, numbers in (("share", config >= 3), ("median", 2.0 * (config >= 3) - 1)):
         numbers = runs.select("trial_key", part=pl.lit("x"), value=numbers.cast(float))
         rule = claim(x=Part(centre=centre, low=0.8))
-        found = judge({"it": rule}, {"it": numbers}, runs)["it"]["parts"]["x"]
-        low, high = found["estimate"]["low"], found["estimate"]["high"]
+        found = judge({"it": rule}, {"it": numbers}, runs)["it"].parts["x"]
+        low, high = found.estimate.low, found.estimate.high
         if centre == "share":
             assert 0 <= low < 0.25 < high <= 1
         else:  # four configurations are too few for a median's interval
@@ -327,15 +324,15 @@ def test_schemes_are_compared_on_the_same_seed_and_subset():
     trials = runs.drop("value").with_columns(pl.lit(0).alias("corpus.data_seed"))
     found = compare(claim(x=ABOVE), numbers, trials, "a")
     differences = [0.5, 1.0, 1.5, 2.0]  # seeds differ by 10, schemes within a seed by little
-    assert found["x"]["b"]["value"] == pytest.approx(np.mean(differences))
-    assert found["x"]["b"]["seeds"] == 4
-    assert found["x"]["b"]["p"] == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    assert found["x"]["b"].value == pytest.approx(np.mean(differences))
+    assert found["x"]["b"].seeds == 4
+    assert found["x"]["b"].p == pytest.approx(ttest_1samp(differences, 0).pvalue)
     assert list(found["x"]) == ["b"]
     # Shares and medians come in steps, and differences of a few of them are soon all alike.
     ranks = compare(claim(x=replace(ABOVE, centre="share")), numbers, trials, "a")
-    assert ranks["x"]["b"]["p"] == 2 * 2**-4
+    assert ranks["x"]["b"].p == 2 * 2**-4
     alike = numbers.with_columns(value=pl.col("trial_key").str.starts_with("b").cast(float))
-    assert compare(claim(x=ABOVE), alike, trials, "a")["x"]["b"]["p"] == 2 * 2**-4
+    assert compare(claim(x=ABOVE), alike, trials, "a")["x"]["b"].p == 2 * 2**-4
 
 
 def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
@@ -349,7 +346,7 @@ def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
         found = sum(
             judge({"it": claim(x=rule)}, {"it": values(runs, rng.normal(effect, 1, 8))}, runs)[
                 "it"
-            ]["verdict"]
+            ].verdict
             == SUPPORTED
             for _ in range(sweeps)
         )
@@ -378,7 +375,7 @@ def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
                 parts.append(values(runs, share if rule.centre == "share" else noise, label))
             numbers[name] = pl.concat(parts)
         found = judge(CLAIMS, numbers, runs, general=False)
-        return {name for name, one in found.items() if one["verdict"] == SUPPORTED}
+        return {name for name, one in found.items() if one.verdict == SUPPORTED}
 
     least = least_seeds(CLAIMS)
     assert set(least.values()) == {2, 8, 16}
@@ -422,7 +419,7 @@ def test_p_of_a_mean_is_students_and_agrees_with_its_interval():
     assert p_value(rule, NUMBERS) == pytest.approx(
         ttest_1samp(NUMBERS, 0, alternative="greater").pvalue
     )
-    assert (p_value(rule, NUMBERS) < 0.025) == (mean_interval(NUMBERS)["low"] > 0)
+    assert (p_value(rule, NUMBERS) < 0.025) == (mean_interval(NUMBERS).low > 0)
     assert p_value(rule, [1.0]) == 1.0
     assert p_value(rule, [1.0, 1.0]) == 0.25  # they say nothing of how they vary
     assert p_value(rule, [0.0, 0.0]) == 1.0
@@ -434,9 +431,9 @@ def test_a_part_that_does_not_decide_is_reported_and_decides_nothing():
     both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
     rules = {"x": ABOVE, "y": replace(ABOVE, decides=False)}
     found = judge({"it": claim(**rules)}, {"it": both}, runs)["it"]
-    assert found["parts"]["y"]["verdict"] == CONTRADICTED
+    assert found.parts["y"].verdict == CONTRADICTED
     alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
-    assert (found["verdict"], found["p_holm"]) == (SUPPORTED, alone["p_holm"])
+    assert (found.verdict, found.p_holm) == (SUPPORTED, alone.p_holm)
 
 
 @pytest.mark.parametrize(
@@ -448,4 +445,4 @@ def test_what_was_there_and_is_gone_is_transient_or_reversed(first, last, says):
     numbers = pl.concat([values(runs, first + noise, "at 1"), values(runs, last + noise, "last")])
     rule = Part(centre="median", low=0.0)
     found = judge({"it": replace(claim(**{"*": rule}), course=True)}, {"it": numbers}, runs)
-    assert found["it"]["course"] == says
+    assert found["it"].course == says

@@ -1,4 +1,4 @@
-"""The trials that a search tries: suggested by a study, run as those of a sweep, then judged."""
+"""Run the trials of a search: a study suggests them, a session runs and records them."""
 
 from __future__ import annotations
 
@@ -41,17 +41,14 @@ FIGURES: dict[str, Callable[[optuna.Study], Any]] = {
     "history": optuna.visualization.matplotlib.plot_optimization_history,
     "importances": optuna.visualization.matplotlib.plot_param_importances,
 }
-METRICS = ("loss/val", "loss/probe", "loss/train")
-REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
-"""The claims that one trial alone has a number for."""
 SHOWN = 10
-"""Trials in the table that a search ends with."""
+"""How many trials the table at the end of a search has."""
 FEW = 20
-"""Trials that say little of what mattered."""
+"""With fewer trials, importances are rough."""
 
 
 class SearchRunner:
-    """The trials of a study, as those of a sweep."""
+    """Runs the trials of a study as the trials of a sweep."""
 
     def __init__(
         self,
@@ -61,6 +58,15 @@ class SearchRunner:
         domains: Mapping[str, Domain],
         notes: tuple[str, ...],
     ) -> None:
+        """Read the trials that the study has suggested before.
+
+        Args:
+            session: the session of the sweep that has the search's name.
+            study: suggests trials.
+            question: what the search asks.
+            domains: what each knob may be.
+            notes: what the user should know of how the search came about.
+        """
         self.session, self.study, self.question, self.domains = session, study, question, domains
         known = [
             TrialConfig.from_flat(one.user_attrs["params"])
@@ -73,8 +79,13 @@ class SearchRunner:
             session.name, question.goal, self.trials, self.corpora, notes, searched=varied
         )
 
-    def go_on(self, trials: int, largest: TrialConfig) -> bool:
-        """Try more, until there are so many trials; -> whether stopped."""
+    def run_trials(self, trials: int, largest: TrialConfig) -> bool:
+        """Run trials until the study has enough. Return whether the user stopped it.
+
+        Args:
+            trials: how many trials the study is to have in all.
+            largest: a trial that needs as much as any that may be suggested.
+        """
         left = trials - len(answered(self.study))
         self.session.console.print(
             f"search {self.session.name}: {trials} trials, {trials - max(0, left)} done"
@@ -97,7 +108,7 @@ class SearchRunner:
             return run_search(suggestions, batches[0], run)
 
     def prepared(self, config: TrialConfig) -> tuple[Job, bool]:
-        """A suggested trial as a job of this sweep; -> also whether it has been run already."""
+        """Make a suggested trial a job of this sweep. Return it, and whether it was run before."""
         trials, corpora = checked([config])
         ((key, _),) = trials.items()
         if key not in self.trials:
@@ -114,8 +125,11 @@ class SearchRunner:
             close_run(self.session.store, run, "pruned", why)
 
     def answer(self, key: str) -> float | None:
-        """What a trial that has been run is worth, the less the better; None where it diverged or
-        has no such number."""
+        """Return the value of a trial that was run, which the study minimises.
+
+        It is the metric, or for a claim the distance of the trial from contradicting it. It is None
+        where the trial diverged or has no such number.
+        """
         run = self.session.store.find_run("trial", trial_key=key)
         if trial_status(run) != "finished":
             return None
@@ -128,7 +142,7 @@ class SearchRunner:
         )
 
     def numbers(self, keys: Sequence[str]) -> list[tuple[str, str, float]]:
-        """(trial key, part, value) of the numbers that decide the claim, of finished trials."""
+        """Return (trial key, part, value) of finished trials, for parts that decide the claim."""
         session, claim = self.session, CLAIMS[self.question.of]
         try:
             sweep = read_sweeps(
@@ -141,12 +155,17 @@ class SearchRunner:
         return [(key, part, value) for key, part, value in rows if claim.rule(part).decides]
 
     def complete(self) -> list[FrozenTrial]:
-        """The trials of the study that have a value."""
+        """Return the trials of the study that have a value."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
-    def contrary(self, most: int) -> list[FrozenTrial]:
-        """The trials whose numbers lie on the other side of what the claim says, farthest first;
-        and all that were tried again before, when the study had fewer trials."""
+    def contradicting(self, most: int) -> list[FrozenTrial]:
+        """Return trials that contradict the claim, and that are to be tested on fresh seeds.
+
+        Trials that were chosen before, when the study had fewer trials, stay chosen.
+
+        Args:
+            most: how many trials to choose now, those that are farthest from the claim.
+        """
         by_key = {one.user_attrs["trial_key"]: one for one in self.complete() if one.values[0] < 0}
         farthest = sorted(by_key, key=lambda key: by_key[key].values[0])[:most]
         keys = list(dict.fromkeys([*self.study.user_attrs.get("tried_again", []), *farthest]))
@@ -154,32 +173,34 @@ class SearchRunner:
         return [by_key[key] for key in keys]
 
     def fresh_seeds(self, one: FrozenTrial, seeds: int) -> list[TrialConfig]:
-        """The trial's configuration with the seeds that follow its own."""
+        """Return a trial's configuration with the seeds that follow the seed of the trial."""
         config = TrialConfig.from_flat(one.user_attrs["params"])
         return [
             replace(config, init=replace(config.init, seed=config.init.seed + 1 + i))
             for i in range(seeds)
         ]
 
-    def on_fresh_seeds(self, contrary: Sequence[FrozenTrial], seeds: int) -> list[str]:
-        """Add the trials of some configurations on fresh seeds to the plan; -> their keys."""
+    def add_fresh_seeds(self, contradicting: Sequence[FrozenTrial], seeds: int) -> list[str]:
+        """Add trials of some configurations on fresh seeds to the plan. Return their keys."""
         trials, corpora = checked(
-            config for one in contrary for config in self.fresh_seeds(one, seeds)
+            config for one in contradicting for config in self.fresh_seeds(one, seeds)
         )
         self.trials |= trials
         self.corpora |= corpora
         return list(trials)
 
-    def confirmed(self, contrary: Sequence[FrozenTrial], seeds: int) -> list[Counterexample]:
-        """Return of each configuration its verdict on fresh seeds."""
+    def judged_on_fresh_seeds(
+        self, contradicting: Sequence[FrozenTrial], seeds: int
+    ) -> list[Counterexample]:
+        """Judge each configuration on fresh seeds."""
         claim, found = CLAIMS[self.question.of], []
-        for one in contrary:
+        for one in contradicting:
             trials, _ = checked(self.fresh_seeds(one, seeds))
             numbers = [
                 (trials[key].init.seed, part, value)
                 for key, part, value in self.numbers(list(trials))
             ]
-            verdict, judged, parts = judge_on_fresh_seeds(claim, numbers, len(contrary))
+            verdict, judged, parts = judge_on_fresh_seeds(claim, numbers, len(contradicting))
             found.append(
                 Counterexample(
                     trial_key=one.user_attrs["trial_key"],
@@ -193,15 +214,15 @@ class SearchRunner:
         return found
 
     def knobs_of(self, one: FrozenTrial) -> dict[str, Scalar]:
-        """What was suggested for a trial, as it was run."""
+        """Return the knobs that were suggested for a trial, with the values that it ran with."""
         params = one.user_attrs.get("params", {})
         suggested = [knob for knob in self.plan.searched if knob in one.params and params]
         return {knob: params[knob] for knob in in_order(suggested)}
 
     def table(self) -> Table:
-        """The best trials of the study, best first."""
+        """Return a table of the best trials of the study, best first."""
         of = self.question.of
-        value = of if self.question.goal == "best" else "beyond contradiction"
+        value = of if self.question.goal == "best" else "distance from contradicting"
         counts = Counter(one.state.name.lower() for one in answered(self.study))
         said = ", ".join(f"{count} {state}" for state, count in counts.items())
         table = Table("trial", value, "suggested", title=f"{of}: the best of {said}")
@@ -211,18 +232,24 @@ class SearchRunner:
         return table
 
     def write(self, finds: Sequence[Counterexample] | None) -> list[Path]:
-        """search.json with every trial, and Optuna's figures where there are trials enough, into
-        the report's folder; -> the files."""
+        """Write search.json and Optuna's figures into the report's folder. Return the files.
+
+        There are figures where at least two trials have different values.
+
+        Args:
+            finds: the configurations that were tested on fresh seeds, None for `best`.
+        """
         folder = self.session.runs_dir / "reports" / self.session.name
         complete = self.complete()
         importances: dict[str, float] = {}
         files = []
         if len({one.values[0] for one in complete}) > 1:
             if len(complete) < FEW:
-                # Optuna would warn of each parameter in turn.
+                # Optuna would print a warning for each parameter.
                 warnings.filterwarnings("ignore", category=UserWarning, module="optuna")
                 self.session.console.print(
-                    f"importances rest on {len(complete)} trials: they are rough", soft_wrap=True
+                    f"importances are rough, because there are only {len(complete)} trials",
+                    soft_wrap=True,
                 )
             importances = optuna.importance.get_param_importances(self.study)
             for name, draw in FIGURES.items():
@@ -243,7 +270,7 @@ class SearchRunner:
                 for one in answered(self.study)
             ],
             "importances": importances,
-            **({} if finds is None else {"finds": [asdict(find) for find in finds]}),
+            **({} if finds is None else {"finds": [find.to_json() for find in finds]}),
         }
         files.append(folder / "search.json")
         write_atomically(files[-1], lambda file: file.write_text(json.dumps(text, indent=1)))

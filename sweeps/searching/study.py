@@ -1,8 +1,8 @@
-"""A search as Optuna sees it: what may be suggested, what was found, in a file that outlives it.
+"""The Optuna study of a search: which values a knob may have, which are suggested, and the results.
 
-The study lives in RUNS_DIR/optuna.db. A driver that was killed leaves suggestions that nobody has
-answered; the next one takes those up first. A suggestion becomes an ordinary trial with its key, so
-one that any sweep has run is answered from its run.
+The study is in RUNS_DIR/optuna.db. A driver that was killed leaves suggestions without a result,
+and the next driver runs those first. A suggestion becomes an ordinary trial with a key. If any
+sweep has run a trial with this key, its result is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.search import Searcher
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,8 +35,8 @@ from gptcore.optimizers import OPTIMIZERS
 from tracking.recorder import Job
 
 REDUCTION = 3
-"""Of the trials that reach a rung of ASHA one in so many goes on to the next, which is as many
-times as far."""
+"""The reduction factor of ASHA: one in so many trials continues to the next rung, which is at so
+many times the step."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -44,13 +44,14 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, drawn on a log scale where they span a factor of ten."""
+    """Numbers from low to high, on a log scale if they span a factor of ten."""
 
     low: float
     high: float
 
     @property
     def log(self) -> bool:
+        """Whether numbers are drawn on a log scale."""
         return self.low > 0 and self.high >= 10 * self.low
 
     def __str__(self) -> str:
@@ -58,12 +59,12 @@ class Range:
 
 
 Domain = Range | Sequence[Scalar]
-"""What a knob may be: a range, or one of some values."""
+"""The values that a knob may have: a range, or a list of values."""
 
 
 @dataclass(frozen=True)
 class SearchQuestion:
-    """What a search asks; a study answers one question alone."""
+    """What a search asks. A study has one question."""
 
     goal: str  # best or refute
     of: str  # the metric that is made small, or the claim
@@ -76,16 +77,20 @@ PARAMETERS: dict[str, Domain] = {
     "init.cut": Range(1.0, 3.0),
     "init.nu": Range(2.5, 30.0),
 }
-"""Of the init schemes that take them."""
+"""The parameters of init schemes."""
 
 
 def is_fixed(domain: Domain) -> bool:
-    """Whether there is nothing to choose."""
+    """Whether there is only one value."""
     return not isinstance(domain, Range) and len(set(domain)) == 1
 
 
 def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
-    """What was typed for a knob: `0.001..0.1` is a range, else values. Raises InputError."""
+    """Parse what was typed for a knob: a range such as `0.001..0.1`, or values.
+
+    Raises:
+        InputError: this is neither.
+    """
     low, dots, high = texts[0].partition("..")
     if len(texts) > 1 or not dots or knob_type(knob) not in (int, float):
         return [parse_value(knob, text) for text in texts]
@@ -97,7 +102,12 @@ def parse_domain(knob: str, texts: Sequence[str]) -> Domain:
 
 
 def takes(knob: str, flat: Mapping[str, Scalar]) -> bool:
-    """Whether a trial that is so far `flat` takes the knob: not every scheme or optimiser does."""
+    """Whether a trial has the knob. Some knobs are parameters of some schemes or optimisers.
+
+    Args:
+        knob: its dotted key.
+        flat: the knobs of the trial so far.
+    """
     for chooser, registry in (("init.scheme", INIT_SCHEMES), ("optim.name", OPTIMIZERS)):
         section = chooser.partition(".")[0]
         takers = [
@@ -111,12 +121,12 @@ def takes(knob: str, flat: Mapping[str, Scalar]) -> bool:
 
 
 def in_order(knobs: Iterable[str]) -> list[str]:
-    """The knobs, those first that decide which others a trial takes."""
+    """Sort knobs, so that the scheme and the optimiser come before their parameters."""
     return sorted(knobs, key=lambda knob: knob not in ("init.scheme", "optim.name"))
 
 
-def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
-    """The knobs that the study suggests for a trial; numbers have three digits, as people write."""
+def suggested(trial: optuna.Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
+    """Return the knobs that the study suggests for a trial. Numbers are rounded to three digits."""
     flat: dict[str, Scalar] = {}
     for knob in in_order(domains):
         domain = domains[knob]
@@ -137,10 +147,18 @@ def suggested(trial: Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
 def open_study(
     runs_dir: Path, name: str, question: SearchQuestion, largest: TrialConfig
 ) -> optuna.Study:
-    """The study of this name, which is minimised, made if it is new.
+    """Open the study of a search, or make it.
 
-    The first rung is where the fixed texts are read for the first time after the start, or later.
-    Raises InputError where it asks another question, or its file is damaged.
+    The first rung is not before the first step, after the start, at which the fixed texts are read.
+
+    Args:
+        runs_dir: the runs folder.
+        name: of the search.
+        question: what the search asks.
+        largest: a trial with the largest value of each knob.
+
+    Raises:
+        InputError: the study has another question, or its file is damaged.
     """
     file, wanted = runs_dir / "optuna.db", json.loads(json.dumps(asdict(question)))
     try:
@@ -148,13 +166,13 @@ def open_study(
             storage=f"sqlite:///{file}",
             study_name=name,
             load_if_exists=True,
-            # ASHA (Li et al. 2020, arXiv:1810.05934), which Optuna calls by its synchronous name.
+            # ASHA (Li et al. 2020, arXiv:1810.05934): Optuna uses the name of the synchronous form.
             pruner=optuna.pruners.SuccessiveHalvingPruner(
                 min_resource=max(largest.probes.text_every, largest.train.steps // REDUCTION**2),
                 reduction_factor=REDUCTION,
             ),
         )
-        # Another seed for each start, or a study that goes on would draw what it drew before.
+        # With the same seed, a study that continues would draw what it drew before.
         study.sampler = optuna.samplers.TPESampler(
             seed=len(study.get_trials(deepcopy=False)), multivariate=True, group=True
         )
@@ -167,19 +185,16 @@ def open_study(
     if asked is not None and asked != wanted:
         differs = [key for key in wanted if wanted[key] != asked.get(key)]
         raise InputError(
-            f"search {name} asks something else already ({', '.join(differs)} differ): "
+            f"search {name} already has another question ({', '.join(differs)} differ): "
             "take another --name"
         )
     return study
 
 
 class Suggestions(Searcher):
-    """What Tune asks for the next trial, and tells how one went.
+    """Suggests trials to Ray Tune, and gets their results from it.
 
-    `prepare` makes a job of a suggested trial, and says whether it has been run already; `answer`
-    gives the value of a finished trial by its key, None where it has none; `prune` is told the key
-    of a trial that is given up, and why. Tune keeps to itself what is raised in here, so it is put
-    into `errors` for whoever runs it.
+    Tune hides errors that are raised in here, so they are collected in `errors`.
     """
 
     def __init__(
@@ -192,27 +207,39 @@ class Suggestions(Searcher):
         prune: Callable[[str, str], None],
         common: Mapping[str, Any],
     ) -> None:
+        """Find suggestions that an earlier driver left without a result.
+
+        Args:
+            study: the Optuna study.
+            trials: how many trials the study is to have.
+            domains: the values that each knob may have.
+            prepare: makes a job of a suggested trial, and says whether it was run before.
+            answer: gives the value of a finished trial by key, None where it has none.
+            prune: closes the run of a trial, by key, with the reason why it is pruned.
+            common: the same entries for every trial's config in Tune.
+        """
         super().__init__()
         self.study, self.trials, self.domains = study, trials, domains
         self.prepare, self.answer, self.prune = prepare, answer, prune
         self.common = common
         self.jobs: list[Job] = []
         self.errors: list[Exception] = []
-        self.asked: dict[str, Trial] = {}  # that run, by Tune's id
-        self.keys: dict[str, str] = {}  # of these, by Tune's id
+        self.asked: dict[str, optuna.Trial] = {}  # trials that are running, by Tune's id
+        self.keys: dict[str, str] = {}  # their keys, by Tune's id
         self.unanswered = [
-            Trial(study, one._trial_id)  # Optuna gives one that can be answered only as it suggests
+            # A trial that Optuna lists cannot get a result; one with its id can.
+            optuna.Trial(study, one._trial_id)
             for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         ]
         self.prunes = Pruning(self)
 
     @property
     def left(self) -> int:
-        """How many trials the study may still have answered."""
+        """How many trials are left to run."""
         return self.trials - len(answered(self.study))
 
     def suggest(self, trial_id: str) -> Any:
-        """The next job that has to be run: what is known already is answered at once."""
+        """Return the next trial to run. A trial with a known result is answered here."""
         try:
             while trial := self._next():
                 if job := self._job(trial):
@@ -223,15 +250,16 @@ class Suggestions(Searcher):
             self.errors.append(error)
         return Searcher.FINISHED
 
-    def _next(self) -> Trial | None:
+    def _next(self) -> optuna.Trial | None:
+        """Return the next suggestion, None where the study has enough trials."""
         if self.unanswered:
             return self.unanswered.pop(0)
         if len(self.study.get_trials(deepcopy=False)) < self.trials:
             return self.study.ask()
         return None
 
-    def _job(self, trial: Trial) -> Job | None:
-        """The job of a suggestion; None where it could be answered at once."""
+    def _job(self, trial: optuna.Trial) -> Job | None:
+        """Return the job of a suggestion, None where its result is known."""
         try:
             job, is_done = self.prepare(TrialConfig.from_flat(suggested(trial, self.domains)))
         except InputError as error:
@@ -244,9 +272,9 @@ class Suggestions(Searcher):
         if is_done:
             self._tell_value(trial, key)
         elif key in before:
-            self._tell(trial, before[key], "suggested before, and did not finish then either")
+            self._tell(trial, before[key], "suggested before, and did not finish")
         elif key in self.keys.values():
-            self._tell(trial, TrialState.FAIL, "suggested twice at a time")
+            self._tell(trial, TrialState.FAIL, "suggested while the same trial runs")
         else:
             return job
         return None
@@ -254,6 +282,10 @@ class Suggestions(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        """Give the study the result of a trial, unless the user stopped it (Ctrl-C).
+
+        A trial that was stopped has no result, and the next driver runs it.
+        """
         trial, key = self.asked.pop(trial_id), self.keys.pop(trial_id)
         status = (result or {}).get("status")
         try:
@@ -266,46 +298,51 @@ class Suggestions(Searcher):
                 why = f"pruned at step {self.prunes.pruned[trial_id]}"
                 self.prune(key, why)
                 self._tell(trial, TrialState.PRUNED, why)
-            # Else Ctrl-C: it is not answered, and the next driver takes it up.
         except Exception as raised:
             self.errors.append(raised)
 
-    def _tell_value(self, trial: Trial, key: str) -> None:
+    def _tell_value(self, trial: optuna.Trial, key: str) -> None:
+        """Give the study the value of a trial that was run."""
         value = self.answer(key)
         if value is not None and math.isfinite(value):
             self.study.tell(trial, value)
-        else:  # as bad as can be, and no value to learn from
+        else:  # it counts as worse than every trial with a value
             self._tell(trial, TrialState.PRUNED, "diverged, or has no such number")
 
-    def _tell(self, trial: Trial, state: TrialState, why: str) -> None:
+    def _tell(self, trial: optuna.Trial, state: TrialState, why: str) -> None:
+        """Tell the study that a trial ended without a value."""
         trial.set_user_attr("why", why)
         self.study.tell(trial, state=state)
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        """Accept the metric and mode that Tune sets, which are not used."""
         return True
 
     def save_to_dir(self, *_: Any, **__: Any) -> None:
-        """The study's own file has it all."""
+        """Save nothing: the study's file has everything."""
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Tune saves: the study's file has it."""
         return {}
 
 
 class Pruning(tune.Stopper):
-    """Ends the trials that the study's pruner gives up."""
+    """Stops the trials that the study's pruner rejects."""
 
     def __init__(self, suggestions: Suggestions) -> None:
         self.suggestions = suggestions
-        self.pruned: dict[str, int] = {}  # the step, by Tune's id
+        self.pruned: dict[str, int] = {}  # the last step, by Tune's id
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Report a value of a trial to the study. Return whether the trial is to be stopped."""
         trial = self.suggestions.asked.get(trial_id)
         if trial is None or "value" not in result:
             return False
         try:
             frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
-            told = result["step"] in frozen.intermediate_values  # by the driver before this one
-            if told or result["step"] == frozen.user_attrs["params"]["train.steps"]:
+            # An earlier driver may have reported this step.
+            is_reported = result["step"] in frozen.intermediate_values
+            if is_reported or result["step"] == frozen.user_attrs["params"]["train.steps"]:
                 return False
             trial.report(result["value"], result["step"])
             if trial.should_prune():
@@ -315,12 +352,14 @@ class Pruning(tune.Stopper):
         return trial_id in self.pruned
 
     def stop_all(self) -> bool:
+        """Never stop all trials."""
         return False
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Tune saves: the study's file has it."""
         return {}
 
 
 def answered(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials of the study that have ended."""
+    """Return the trials of the study that have ended."""
     return [one for one in study.get_trials(deepcopy=False) if one.state.is_finished()]

@@ -1,0 +1,145 @@
+"""Compute what the report shows of each run: one frame for each statistic."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
+from analysis.measures import changes_of, closed_form, growth_of, init_errors, rare_by_size
+from analysis.rare_tokens import orders_hold, primary
+from analysis.runs import RunTables, read_some
+from gptcore.config import compared_knobs, spelling, varying_knobs
+from gptcore.tokenizer import spell
+
+SEEDS_OF_LARGE_TABLES = 4
+"""Tables that are too large to read for all runs are read for this many seeds."""
+TOKENS_FOLLOWED = 12
+
+
+def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
+    """Add a column `scheme` to the trials: the configurations that are never averaged.
+
+    It is init.scheme, followed by every other knob of COMPARED_KNOBS that the sweep varies, such as
+    `model5, optim.name sgd`. Intervals and lines are over the seeds of one scheme.
+    """
+    scheme, *others = compared_knobs(varying_knobs(trials.to_dicts()))
+    labels = [f"{knob} " + pl.col(knob).map_elements(spelling, pl.String) for knob in others]
+    return trials.with_columns(scheme=pl.concat_str(scheme, *labels, separator=", "))
+
+
+def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
+    """Add columns scheme, subset and seed of each row's trial. The order of rows stays."""
+    trials = sweep.trials.select("trial_key", "scheme", subset="corpus.subset", seed="init.seed")
+    return frame.join(trials, on="trial_key", maintain_order="left")
+
+
+def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
+    """Select what analysis.verdicts needs of the trials.
+
+    The column `config` is the configuration: a scheme and a subset.
+    """
+    return sweep.trials.select(
+        "trial_key", "status", "scheme", "corpus.subset", "corpus.data_seed", "optim.name",
+        config=pl.concat_str("scheme", "corpus.subset", separator=", "), seed="init.seed",
+    )  # fmt: skip
+
+
+def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
+    """Compute all statistics of runs.
+
+    Returns:
+        By name the frame of each statistic, with the columns of with_trial. A frame is empty where
+        the sweep has no such numbers. The frame `left_out` names runs whose large tables cannot be
+        read.
+    """
+    growth, changes = growth_of(sweep, "qkv"), changes_of(sweep)
+    log_probs = primary(sweep.tables["token_groups"].lazy()).collect()
+    frames = {
+        "layer_growth": growth,
+        "depth_gradient": depth_gradient(growth),
+        "tau_over_steps": gradient_tau(growth.filter(pl.col("step") > 0), ["trial_key", "step"]),
+        "group_changes": changes,
+        "group_orders": orders_hold(changes),
+        "init_errors": init_errors(sweep),
+        "group_log_probs": log_probs.join(closed_form(sweep), on="trial_key"),
+        "rare_by_size": rare_by_size(sweep),
+    }
+    frames["histograms"], no_histograms = histograms(sweep)
+    frames["same_tokens"], no_tokens = same_tokens(sweep)
+    left_out = [*no_histograms.items(), *no_tokens.items()]
+    frames["left_out"] = pl.DataFrame(
+        left_out, schema={"trial_key": pl.String, "why": pl.String}, orient="row"
+    )
+    return {name: with_trial(frame, sweep) for name, frame in frames.items()}
+
+
+def runs_of_lowest_seeds(sweep: RunTables, seeds: int) -> pl.DataFrame:
+    """Select the finished trials of the lowest seeds of each scheme and subset."""
+    finished = sweep.trials.filter(pl.col("trial_key").is_in(list(sweep.folders)))
+    rank = pl.col("init.seed").rank("dense").over("scheme", "corpus.subset")
+    return finished.filter(rank <= seeds)
+
+
+def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Read the histograms of one run of each scheme, on the first subset.
+
+    Returns:
+        One row for each bin that is not empty: trial_key, layer, step, low and high (its edges),
+        density (the share of elements in it, divided by its width). And by trial key, why a run
+        cannot be read.
+    """
+    one = runs_of_lowest_seeds(sweep, 1).unique("scheme", keep="first", maintain_order=True)
+    columns = ("step", "layer", "edges", "counts")
+    rows, unreadable = read_some("histograms", sweep, one["trial_key"].to_list(), *columns)
+    if rows.is_empty():
+        return rows, unreadable
+    inner = rows.select(
+        "trial_key", "layer", "step",
+        low=pl.col("edges").list.head(pl.col("edges").list.len() - 1),
+        high=pl.col("edges").list.tail(pl.col("edges").list.len() - 1),
+        # The first and the last count are of elements outside of the edges.
+        count=pl.col("counts").list.slice(1, pl.col("counts").list.len() - 2),
+        size=pl.col("counts").list.sum(),
+    )  # fmt: skip
+    bins = inner.explode("low", "high", "count").filter(pl.col("count") > 0)
+    width = pl.col("high") - pl.col("low")
+    density = pl.col("count") / pl.col("size") / width
+    return bins.select("trial_key", "layer", "step", "low", "high", density=density), unreadable
+
+
+def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Follow tokens that one subset never uses and another uses often, in runs of one scheme.
+
+    Returns:
+        One row for each run and token: trial_key, token, text, count (in the text that the run
+        trains on), log_prob (at its last step). And by trial key, why a run cannot be read.
+    """
+    some = runs_of_lowest_seeds(sweep, SEEDS_OF_LARGE_TABLES)
+    some = some.filter(pl.col("scheme") == some["scheme"].first())
+    if some["corpus.subset"].n_unique() < 2:
+        return pl.DataFrame(schema={"trial_key": pl.String}), {}
+    keys = some["trial_key"].to_list()
+    rows, unreadable = read_some("tokens", sweep, keys, "step", "count", "log_prob_masked")
+    if rows.is_empty():
+        return rows, unreadable
+    tokens = (
+        last_steps(rows)
+        .select(
+            "trial_key",
+            "count",
+            log_prob="log_prob_masked",
+            token=pl.int_ranges(pl.col("count").list.len()),
+        )
+        .explode("token", "count", "log_prob")
+    )
+    followed = (
+        tokens.group_by("token")
+        .agg(least=pl.col("count").min(), most=pl.col("count").max())
+        .filter(least=0)
+        .sort("most", "token", descending=[True, False])
+        .head(TOKENS_FOLLOWED)
+    )
+    tokenizer = str(some["corpus.tokenizer"].first())  # all runs of one scheme have the same
+    text = pl.col("token").map_elements(lambda token: spell(tokenizer, token), pl.String)
+    followed_tokens = tokens.join(followed.select("token"), on="token").with_columns(text=text)
+    return followed_tokens, unreadable
