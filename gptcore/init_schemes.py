@@ -1,13 +1,14 @@
-"""How the weights start: one short function a scheme.
+"""Initialisation schemes, one short function each, and the code that draws the weights.
 
-A scheme says, for the place of a weight in the model, which distribution it is drawn from; drawing
-is done in one place for all of them. It is asked once for every weight matrix and embedding, for
-Q, K and V each, and its keyword parameters are config keys (`std` is `init.std`). Biases start at
-0 and LayerNorms at the identity under every scheme.
+A scheme returns, for the place of a weight in the model, the distribution of its initial values. It
+is called once for every weight matrix and embedding, and for Q, K and V separately. Its keyword
+parameters are config keys: `std` is `init.std`. Under every scheme biases are 0, and LayerNorms the
+identity.
 
-Under weight tying the token embedding and the head are one tensor, which `model.apply` visits
-twice: as the embedding `wte`, then as the Linear `head`. What stays is what a scheme says of the
-head.
+With tying, the token embedding and the head are one tensor, which `model.apply` visits twice: first
+as the embedding `wte`, then as the Linear `head`. The second draw replaces the first, so that the
+rule for the head counts. If a docstring does not mention tying, both have the same rule. If it
+gives a std without a distribution, the distribution is normal.
 """
 
 from __future__ import annotations
@@ -26,176 +27,167 @@ from gptcore.records import InitRow
 
 
 class Place(NamedTuple):
-    """Where in the model a weight stands."""
+    """The place of a weight in the model."""
 
     kind: str  # q k v proj fc mlp_proj, wte wpe head
-    fan_in: int  # columns: inputs of a Linear, width of an embedding
-    fan_out: int  # rows: outputs of a Linear, entries of an embedding
+    fan_in: int  # columns: the inputs of a Linear, the width of an embedding
+    fan_out: int  # rows: the outputs of a Linear, the entries of an embedding
     layer: int | None  # None outside the blocks
     n_layer: int
     d_model: int
-    tied: bool  # whether head and token embedding are one tensor
+    tied: bool  # whether the head and the token embedding are one tensor
 
     @property
     def embeds(self) -> bool:
+        """Whether this is the token or the position embedding."""
         return self.kind in ("wte", "wpe")
 
     @property
     def ends_branch(self) -> bool:
-        """Whether its output is added to the residual stream."""
+        """Whether the output of this weight is added to the residual stream."""
         return self.kind in ("proj", "mlp_proj")
 
 
 class Draw(NamedTuple):
-    """A distribution with mean 0: its name in DRAWS, its standard deviation, its shape."""
+    """A distribution with mean 0."""
 
-    shape: str
+    shape: str  # a name in DRAWS
     std: float
-    parameter: float = math.nan  # of the shapes that have one
+    parameter: float = math.nan  # `cut` of truncated_normal, `nu` of student_t
 
 
 ZERO = Draw("constant", 0.0)
 
 
 def model5(place: Place) -> Draw:
-    """Linear N(0, 0.02); embeddings Xavier normal, std sqrt(2 / (entries + width)).
+    """Linear: std 0.02. Embeddings: Xavier normal, std sqrt(2 / (entries + width)).
 
     "Train Model 5 with weight initialisations", experiment A. Tying: the head is a Linear, so the
-    token embedding ends at 0.02, not at Xavier's; only the position embedding keeps Xavier.
+    token embedding gets 0.02, and only the position embedding is Xavier normal.
     """
     return xavier_normal(place, gain=1.0) if place.embeds else Draw("normal", 0.02)
 
 
 def normal(place: Place, std: float) -> Draw:
-    """N(0, std) everywhere, embeddings included. Tying: embedding and head agree."""
+    """Every weight: normal with `std`."""
     return Draw("normal", std)
 
 
 def truncated_normal(place: Place, std: float, cut: float) -> Draw:
-    """A normal cut at +-`cut` of its own standard deviations, scaled so that `std` is what is left.
+    """Every weight: normal, cut at +-`cut` of its own stds; `std` is the std after the cut.
 
-    std^2 = sigma^2 (1 - 2 cut phi(cut) / (2 Phi(cut) - 1)), sigma the parent's; the same variance
-    as `normal`, without its tails. Tying: embedding and head agree.
+    With sigma the std before the cut: std^2 = sigma^2 (1 - 2 cut phi(cut) / (2 Phi(cut) - 1)). It
+    has the variance of `normal`, but not its tails.
     """
     return Draw("truncated_normal", std, cut)
 
 
 def uniform(place: Place, std: float) -> Draw:
-    """U(-a, a) with a = sqrt(3) std: the variance of `normal`, no tails at all.
-
-    Tying: embedding and head agree.
-    """
+    """Every weight: uniform in +-sqrt(3) std, with the variance of `normal`, and no tails."""
     return Draw("uniform", std)
 
 
 def student_t(place: Place, std: float, nu: float) -> Draw:
-    """Student's t with `nu` degrees of freedom, scaled by std sqrt((nu - 2) / nu).
+    """Every weight: Student's t with `nu` degrees of freedom, times std sqrt((nu - 2) / nu).
 
-    The variance of `normal`, heavier tails: excess kurtosis 6 / (nu - 4). For nu <= 4 that is
-    infinite, and the std of a single tensor scatters far around `std`: by half at 2.1, a tenth at
-    2.5, a twentieth at 3. Tying: embedding and head agree.
+    It has the variance of `normal`, and heavier tails: the excess kurtosis is 6 / (nu - 4). For
+    nu <= 4 that is infinite, and the std of a single tensor varies around `std`: by 50 % at nu 2.1,
+    by 10 % at 2.5, by 5 % at 3.
     """
     return Draw("student_t", std, nu)
 
 
 def laplace(place: Place, std: float) -> Draw:
-    """Laplace with scale std / sqrt(2): the variance of `normal`, excess kurtosis 3.
-
-    Tying: embedding and head agree.
-    """
+    """Every weight: Laplace with scale std / sqrt(2), so that the excess kurtosis is 3."""
     return Draw("laplace", std)
 
 
 def rademacher(place: Place, std: float) -> Draw:
-    """+std or -std, each with probability 1/2: the variance of `normal`, excess kurtosis -2.
-
-    Tying: embedding and head agree.
-    """
+    """Every weight: +std or -std with equal probability, so that the excess kurtosis is -2."""
     return Draw("rademacher", std)
 
 
 def torch_default(place: Place) -> Draw:
-    """What PyTorch does unasked: Linear U(+-1 / sqrt(fan_in)), std 1 / sqrt(3 fan_in).
+    """The defaults of PyTorch. Linear: uniform in +-1 / sqrt(fan_in). Embeddings: std 1.
 
-    Linear's is kaiming_uniform_ with a = sqrt(5) (torch.nn.Linear.reset_parameters); its biases,
-    which PyTorch draws from the same interval, start at 0 here as under every scheme. Embeddings
-    are N(0, 1). Tying: the token embedding ends as the head's Linear, only the position embedding
-    keeps N(0, 1).
+    For a Linear that is kaiming_uniform_ with a = sqrt(5) (torch.nn.Linear.reset_parameters), whose
+    std is 1 / sqrt(3 fan_in). PyTorch draws its biases from the same interval; here they are 0, as
+    under every scheme. Tying: the token embedding gets the rule of a Linear, and only the position
+    embedding has std 1.
     """
     return Draw("normal", 1.0) if place.embeds else Draw("uniform", (3 * place.fan_in) ** -0.5)
 
 
 def xavier_normal(place: Place, gain: float) -> Draw:
-    """std gain sqrt(2 / (fan_in + fan_out)), embeddings included.
+    """Every weight: normal with std gain sqrt(2 / (fan_in + fan_out)).
 
-    Glorot & Bengio 2010. Tying: embedding and head are the same matrix, and so agree.
+    Glorot & Bengio 2010.
     """
     return Draw("normal", gain * math.sqrt(2 / (place.fan_in + place.fan_out)))
 
 
 def xavier_uniform(place: Place, gain: float) -> Draw:
-    """The std of xavier_normal, drawn from U(+-gain sqrt(6 / (fan_in + fan_out))).
+    """Every weight: uniform in +-gain sqrt(6 / (fan_in + fan_out)), the std of xavier_normal.
 
-    Glorot & Bengio 2010. Tying: embedding and head agree.
+    Glorot & Bengio 2010.
     """
     return xavier_normal(place, gain)._replace(shape="uniform")
 
 
 def kaiming_normal(place: Place) -> Draw:
-    """std sqrt(2 / fan_in), fan_in the columns of the weight, for embeddings too.
+    """Every weight: normal with std sqrt(2 / fan_in), where fan_in is the number of columns.
 
-    He et al. 2015. Tying: embedding and head agree on sqrt(2 / d_model).
+    He et al. 2015.
     """
     return Draw("normal", math.sqrt(2 / place.fan_in))
 
 
 def kaiming_uniform(place: Place) -> Draw:
-    """The std of kaiming_normal, drawn from U(+-sqrt(6 / fan_in)).
+    """Every weight: uniform in +-sqrt(6 / fan_in), the std of kaiming_normal.
 
-    He et al. 2015. Tying: embedding and head agree.
+    He et al. 2015.
     """
     return kaiming_normal(place)._replace(shape="uniform")
 
 
 def lecun_normal(place: Place) -> Draw:
-    """std sqrt(1 / fan_in), fan_in the columns of the weight, for embeddings too.
+    """Every weight: normal with std sqrt(1 / fan_in), where fan_in is the number of columns.
 
-    LeCun et al. 1998, *Efficient BackProp*. Tying: embedding and head agree on 1 / sqrt(d_model).
+    LeCun et al. 1998, *Efficient BackProp*.
     """
     return Draw("normal", math.sqrt(1 / place.fan_in))
 
 
 def lecun_uniform(place: Place) -> Draw:
-    """The std of lecun_normal, drawn from U(+-sqrt(3 / fan_in)).
+    """Every weight: uniform in +-sqrt(3 / fan_in), the std of lecun_normal.
 
-    LeCun et al. 1998. Tying: embedding and head agree.
+    LeCun et al. 1998.
     """
     return lecun_normal(place)._replace(shape="uniform")
 
 
 def orthogonal(place: Place, gain: float) -> Draw:
-    """`gain` times orthonormal rows or columns, whichever are fewer.
+    """Every weight: `gain` times a random matrix with orthonormal rows or columns.
 
-    std gain / sqrt(max(fan_in, fan_out)). Saxe et al. 2014. Tying: one matrix with orthonormal
-    columns, drawn again for the head.
+    The rows are orthonormal if there are fewer rows than columns, else the columns. The std is
+    gain / sqrt(max(fan_in, fan_out)). Saxe et al. 2014.
     """
     return Draw("orthogonal", gain / math.sqrt(max(place.fan_in, place.fan_out)))
 
 
 def gpt2(place: Place) -> Draw:
-    """N(0, 0.02) everywhere; projections into the residual stream 0.02 / sqrt(2 n_layer).
+    """Std 0.02; projections into the residual stream 0.02 / sqrt(2 n_layer).
 
-    Radford et al. 2019, section 2.3. Tying: embedding and head agree on 0.02.
+    Radford et al. 2019, section 2.3.
     """
     return Draw("normal", 0.02 / math.sqrt(2 * place.n_layer) if place.ends_branch else 0.02)
 
 
 def per_depth(place: Place) -> Draw:
-    """N(0, 0.02); projections into the residual stream 0.02 / sqrt(2 (layer + 1)), layer from 0.
+    """Std 0.02; projections into the residual stream 0.02 / sqrt(2 (layer + 1)), layer from 0.
 
-    The later the block, the smaller its branches: torchtitan's `depth_init` (Liang et al. 2024),
-    after Zhang et al. 2019, who scale every matrix of a block. Tying: embedding and head agree on
-    0.02.
+    Later blocks have smaller branches. This is `depth_init` of torchtitan (Liang et al. 2024),
+    after Zhang et al. 2019, who scale every matrix of a block.
     """
     if place.ends_branch:
         assert place.layer is not None
@@ -204,10 +196,10 @@ def per_depth(place: Place) -> Draw:
 
 
 def small_init(place: Place) -> Draw:
-    """std sqrt(2 / (5 d_model)); projections into the residual stream 2 / (n_layer sqrt(d_model)).
+    """Std sqrt(2 / (5 d_model)); projections into the residual stream 2 / (n_layer sqrt(d_model)).
 
-    Nguyen & Salazar 2019, section 2.2; the projections by Wang & Komatsuzaki 2021 (GPT-J) and
-    Black et al. 2022 (GPT-NeoX). Tying: embedding and head agree.
+    Nguyen & Salazar 2019, section 2.2. The rule for the projections is that of Wang & Komatsuzaki
+    2021 (GPT-J) and Black et al. 2022 (GPT-NeoX).
     """
     if place.ends_branch:
         return Draw("normal", 2 / (place.n_layer * math.sqrt(place.d_model)))
@@ -215,38 +207,39 @@ def small_init(place: Place) -> Draw:
 
 
 def t_fixup(place: Place) -> Draw:
-    """Xavier normal, with V and everything behind it times 0.67 n_layer^(-1/4).
+    """Xavier normal; all weights of a block except Q and K are scaled by 0.67 n_layer^(-1/4).
 
-    Embeddings are N(0, 1 / sqrt(d_model)) times (9 n_layer)^(-1/4). Huang et al. 2020, section 3.2,
-    the encoder's factor, since a block here has an encoder's two branches; they also leave out
-    LayerNorm, which stays here. Tying: the head keeps the embedding's rule; untied, it is Xavier.
+    Embeddings: std 1 / sqrt(d_model), scaled by (9 n_layer)^(-1/4). Huang et al. 2020, section 3.2.
+    The factor is that of their encoder, because a block here has two branches, like an encoder's.
+    They also remove LayerNorm, which is kept here. Tying: the head has the rule of the embedding;
+    an untied head is Xavier normal.
     """
     if place.embeds or (place.kind == "head" and place.tied):
         return Draw("normal", place.d_model**-0.5 * (9 * place.n_layer) ** -0.25)
-    behind_v = place.kind not in ("q", "k", "head")
-    return xavier_normal(place, gain=0.67 * place.n_layer**-0.25 if behind_v else 1.0)
+    scaled = place.kind not in ("q", "k", "head")
+    return xavier_normal(place, gain=0.67 * place.n_layer**-0.25 if scaled else 1.0)
 
 
 def deepnet(place: Place) -> Draw:
-    """Xavier normal, with V and everything behind it times beta = (8 n_layer)^(-1/4).
+    """Xavier normal; all weights of a block except Q and K are scaled by beta = (8 n_layer)^(-1/4).
 
-    Embeddings, and the head tied or not, are N(0, 1 / sqrt(d_model)), of which the paper says
-    nothing. Wang et al. 2022, figure 2, a decoder alone; made for `model.norm deepnet`, which
-    scales the residual stream by their alpha.
+    Wang et al. 2022, figure 2, the values for a model that has only a decoder. It is made for
+    `model.norm deepnet`, which scales the residual stream by their alpha. Embeddings and the head,
+    tied or not, have std 1 / sqrt(d_model); the paper gives no rule for them.
     """
     if place.embeds or place.kind == "head":
         return Draw("normal", place.d_model**-0.5)
-    behind_v = place.kind not in ("q", "k")
-    return xavier_normal(place, gain=(8 * place.n_layer) ** -0.25 if behind_v else 1.0)
+    scaled = place.kind not in ("q", "k")
+    return xavier_normal(place, gain=(8 * place.n_layer) ** -0.25 if scaled else 1.0)
 
 
 def mup(place: Place) -> Draw:
-    """Hidden weights std sqrt(1 / fan_in); Q and the head 0; embeddings N(0, 1).
+    """Hidden weights: std sqrt(1 / fan_in). Q and the head: 0. Embeddings: std 1.
 
-    The initial state of Yang et al. 2022, table 8 and appendix D.2, without what is no init: rates
-    by width, attention divided by the width of a head, a multiplier on the logits. Tying: one
-    tensor cannot be 0 and embed, so both embeddings and the head are N(0, 1 / sqrt(d_model)), at
-    which a normalised stream has logits of variance 1 at any width.
+    Yang et al. 2022, table 8 and appendix D.2. Not included is what is no initialisation: learning
+    rates by width, attention divided by the width of a head, and a multiplier on the logits. Tying:
+    a token embedding cannot be 0, so embeddings and head have std 1 / sqrt(d_model). Normalised
+    hidden states then give logits of variance 1 at any width.
     """
     if place.kind == "q" or (place.kind == "head" and not place.tied):
         return ZERO
@@ -256,19 +249,22 @@ def mup(place: Place) -> Draw:
 
 
 def zero_residual(place: Place) -> Draw:
-    """N(0, 0.02); projections into the residual stream exactly 0: blocks begin as identities.
+    """Std 0.02; projections into the residual stream are 0, so that each block is the identity.
 
-    Zhang et al. 2019 (Fixup); the effect of Bachlechner et al. 2020 (ReZero), whose zero is a gate.
-    Tying: embedding and head agree on 0.02.
+    Zhang et al. 2019 (Fixup). Bachlechner et al. 2020 (ReZero) have the same effect by a gate that
+    is 0.
     """
     return ZERO if place.ends_branch else Draw("normal", 0.02)
 
 
 def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
-    """Set every parameter of the model; -> what each tensor was drawn from.
+    """Set every parameter of the model.
 
-    Each draw has a generator of its own, seeded by the tensor's name and `config.seed`, so that
-    two schemes differ by their rule alone and a model with more layers begins like one with fewer.
+    Each tensor is drawn with a separate generator, seeded by its name and `config.seed`. So two
+    schemes differ in their rules only, and the first layers do not depend on the number of layers.
+
+    Returns:
+        The distribution of each tensor.
     """
     scheme = INIT_SCHEMES[config.scheme]
     parameters = {name: getattr(config, name) for name in parameters_of(scheme)}
@@ -278,9 +274,9 @@ def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
     @torch.no_grad()
     def set_own_parameters(module: nn.Module) -> None:
         for part in parts_of(names[module], module):
-            if part.kind == "qkv":  # set through its three parts
+            if part.kind == "qkv":  # set by way of q, k and v
                 continue
-            if part.values.dim() == 1:  # biases, and what a LayerNorm scales by
+            if part.values.dim() == 1:  # biases, and the weights of LayerNorms
                 part.values.fill_(1.0 if part.kind == "ln_weight" else 0.0)
                 draw = ZERO
             else:
@@ -299,7 +295,7 @@ def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
                 fresh = torch.empty_like(part.values, device="cpu")
                 DRAWS[draw.shape](fresh, draw, generator)
                 part.values.copy_(fresh)
-            # A tied head is the embedding: the later visit is the one that stays.
+            # A tied head is the token embedding, whose row this one replaces.
             tensor, kind = (
                 ("wte", "wte") if model.tied and part.kind == "head" else (part.name, part.kind)
             )
@@ -312,7 +308,7 @@ def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
 
 
 def check_init(config: InitConfig) -> None:
-    """Raise InputError for an unknown scheme, or a parameter given to one that does not take it."""
+    """Raise InputError for an unknown scheme, or a parameter that the scheme does not take."""
     check_choice("init", config, "scheme", INIT_SCHEMES)
 
 
@@ -327,10 +323,10 @@ def _normal(tensor: Tensor, draw: Draw, generator: torch.Generator) -> None:
 def _truncated_normal(tensor: Tensor, draw: Draw, generator: torch.Generator) -> None:
     cut = draw.parameter
     density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
-    parent = draw.std / math.sqrt(1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))
+    sigma = draw.std / math.sqrt(1 - 2 * cut * density / math.erf(cut / math.sqrt(2)))
     nn.init.trunc_normal_(
-        tensor, std=parent, a=-cut * parent, b=cut * parent, generator=generator
-    )  # its bounds are absolute
+        tensor, std=sigma, a=-cut * sigma, b=cut * sigma, generator=generator
+    )  # a and b are values, not numbers of sigmas
 
 
 def _uniform(tensor: Tensor, draw: Draw, generator: torch.Generator) -> None:
@@ -340,7 +336,7 @@ def _uniform(tensor: Tensor, draw: Draw, generator: torch.Generator) -> None:
 
 def _student_t(tensor: Tensor, draw: Draw, generator: torch.Generator) -> None:
     nu = draw.parameter
-    rng = np.random.default_rng(generator.initial_seed())  # PyTorch's own takes no generator
+    rng = np.random.default_rng(generator.initial_seed())  # PyTorch's StudentT takes no generator
     scale = draw.std * math.sqrt((nu - 2) / nu)
     tensor.copy_(torch.from_numpy(rng.standard_t(nu, size=tuple(tensor.shape))) * scale)
 

@@ -227,7 +227,7 @@ def test_the_book_is_downloaded_once(book, serve, empty_cache, monkeypatch):
 
 def test_a_page_that_is_not_the_book_is_not_kept(serve, empty_cache, monkeypatch):
     monkeypatch.setattr(corpus, "GULLIVER_URL", serve(b"<html>please log in</html>"))
-    with pytest.raises(CorpusUnavailable, match="does not send Gulliver's Travels: put Project"):
+    with pytest.raises(CorpusUnavailable, match="does not send Gulliver's Travels: save Project"):
         load("gulliver")
     assert not empty_cache.exists()
 
