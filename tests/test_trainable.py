@@ -65,7 +65,7 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(
     )
     run = store.trial_runs()["planned"]
     assert run.info.status == "FAILED"
-    assert "is not the driver's" in run.data.tags["reason"]
+    assert run.data.tags["reason"] == told[0].reason
     assert [file.path for file in store.client.list_artifacts(run.info.run_id)] == ["failure.txt"]
 
 

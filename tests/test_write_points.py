@@ -181,7 +181,7 @@ POINTS = {
         ({"status": "FINISHED", "checkpoint": 8},),
     ),
     "after the checkpoint's end": Point(
-        after(trainable, "forget"),
+        after(trainable, "delete_checkpoint"),
         ({"status": "FINISHED", "checkpoint": None},),
     ),
     "between the checkpoints of an array": Point(
