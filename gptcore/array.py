@@ -215,7 +215,7 @@ class _VmappedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        raise NotImplementedError("this attention works under vmap alone")
+        raise NotImplementedError("this attention works only under vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -99,8 +99,8 @@ class ModelConfig:
     tied: bool = knob(True, "whether the output head and the token embedding share their weight")
     norm: str = knob(
         "pre",
-        "LayerNorm before each branch (pre), after its sum (post), or after its sum with DeepNet's "
-        "scaled residual (deepnet)",
+        "LayerNorm before each branch (pre), after each residual sum (post), or after each sum "
+        "with the scaled residual of DeepNet (deepnet)",
         choices=("pre", "post", "deepnet"),
     )
 

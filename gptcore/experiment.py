@@ -40,7 +40,7 @@ def check_trial(config: TrialConfig, preloaded_texts: Texts = NO_TEXTS) -> Corpu
 
 
 def check_knobs(config: TrialConfig) -> None:
-    """Raise InputError for what check_trial refuses, as far as no text is needed."""
+    """Check the scheme, the optimiser and their knobs. Raises InputError if one is wrong."""
     check_init(config.init)
     check_optim(config.optim)
 
@@ -168,7 +168,7 @@ TIMED_STEPS = 5
 
 
 def _prepare(trial: Trial, preloaded_texts: Texts) -> Member:
-    """Build a trial at its first step or at its checkpoint, and log the rows of no step."""
+    """Build a trial at step 0 or at its checkpoint, and log the rows that belong to no step."""
     config, corpus = trial.config, check_trial(trial.config, preloaded_texts)
     device, checkpoint = device_of(config), None
     if trial.file:

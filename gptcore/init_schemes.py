@@ -236,7 +236,7 @@ def deepnet(place: Place) -> Draw:
 def mup(place: Place) -> Draw:
     """Hidden weights: std sqrt(1 / fan_in). Q and the head: 0. Embeddings: std 1.
 
-    Yang et al. 2022, table 8 and appendix D.2. Not included is what is no initialisation: learning
+    Yang et al. 2022, table 8 and appendix D.2. Left out is what is not initialisation: learning
     rates by width, attention divided by the width of a head, and a multiplier on the logits. Tying:
     a token embedding cannot be 0, so embeddings and head have std 1 / sqrt(d_model). Normalised
     hidden states then give logits of variance 1 at any width.
@@ -295,7 +295,7 @@ def initialise(model: GPT, config: InitConfig) -> list[InitRow]:
                 fresh = torch.empty_like(part.values, device="cpu")
                 DRAWS[draw.shape](fresh, draw, generator)
                 part.values.copy_(fresh)
-            # A tied head is the token embedding, whose row this one replaces.
+            # A tied head is the token embedding: this row replaces the one of the embedding.
             tensor, kind = (
                 ("wte", "wte") if model.tied and part.kind == "head" else (part.name, part.kind)
             )

@@ -34,6 +34,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return what attention adds to the residual stream, [B, T, D]."""
         q, k, v = self.heads(self.qkv(x_BTD))
         y_BHTC = self.attend(q, k, v, is_causal=True)
         return self.proj(y_BHTC.transpose(1, 2).flatten(2))
@@ -53,6 +54,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.d_model, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return what the MLP adds to the residual stream, [B, T, D]."""
         return self.proj(F.gelu(self.fc(x_BTD)))
 
 
@@ -75,6 +77,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the residual stream after the block, [B, T, D]."""
         for norm, branch in ((self.ln_1, self.attn), (self.ln_2, self.mlp)):
             if self.pre:
                 x_BTD = x_BTD + branch(norm(x_BTD))

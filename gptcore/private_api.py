@@ -1,6 +1,6 @@
 """The parts of PyTorch that its documentation does not promise, all in one module.
 
-Each use has its reason. All were checked against PyTorch 2.13.0 and 2.11.0.
+Each use has its reason. They are the same in PyTorch 2.13.0, which is installed, and 2.11.0.
 tests/test_gptcore_private_api.py fails, with a sentence, when another version changes one of them.
 """
 

@@ -1,4 +1,4 @@
-"""Trials that train side by side: each as it would be alone, whatever becomes of the others."""
+"""Trials that train together as an array: each gives what it gives alone."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,13 +19,13 @@ from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Trunks go through vmap on a CPU as well, but where a test is of what a CPU does by itself."""
+    """Run trunks under vmap on a CPU too, except where a test turns it off again."""
     monkeypatch.setitem(array.USES_VMAP, "cpu", True)
 
 
 @pytest.fixture
 def trio(tiny):
-    """Three trials that differ in all they may, of a vocabulary of several of a CPU's tiles."""
+    """Three trials that differ in all they may, with a vocabulary of several tiles of a CPU."""
     tiny = with_knobs(tiny, model__vocab_size=2500)
     return [
         with_knobs(tiny, init__scheme="model5"),
@@ -48,7 +48,7 @@ def together(configs, files=None):
 
 
 def assert_alike(found, expected):
-    """Losses within 1e-5, stds within 1e-4 of themselves, every row there."""
+    """Assert equal losses within 1e-5, stds within a relative 1e-4, and as many rows."""
     assert found.result.status == expected.result.status
     assert found.result.steps == expected.result.steps
     assert set(found.rows) == set(expected.rows)
@@ -109,7 +109,7 @@ def test_an_array_stays_with_its_trials_for_200_steps(trio, capsys):
             )
 
 
-def test_one_that_diverges_leaves_the_others_alone(trio):
+def test_a_diverging_trial_does_not_change_the_others(trio):
     wild = with_knobs(trio[1], init__std=1e18, init__scheme="normal")
     recorders = together([trio[0], wild, trio[2]])
     expected = undisturbed(wild)
@@ -119,7 +119,9 @@ def test_one_that_diverges_leaves_the_others_alone(trio):
     assert recorders[1].result.reason == expected.result.reason
 
 
-def test_one_that_diverges_at_the_last_step_leaves_the_others_their_own_errors(trio, monkeypatch):
+def test_a_trial_that_diverges_at_the_last_step_does_not_change_the_errors_of_others(
+    trio, monkeypatch
+):
     configs = [with_knobs(config, train__precision="bf16-head") for config in trio]
     has_diverged = train.Member.has_diverged
 
@@ -138,16 +140,16 @@ def test_one_that_diverges_at_the_last_step_leaves_the_others_their_own_errors(t
 
 @pytest.fixture
 def saved(trio, tmp_path, monkeypatch):
-    """The trio, saved at every step, and where."""
+    """The trio, saved at every step, and the checkpoint files."""
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", float("inf"))
     configs = [with_knobs(config, train__checkpoint_seconds=0.0) for config in trio]
     return configs, [tmp_path / f"{k}.pt" for k in range(3)]
 
 
-@pytest.mark.parametrize("who", [0, 2])  # the first to be told of a step, and the last
-def test_an_array_that_was_cut_off_ends_like_one_that_was_not(saved, who):
+@pytest.mark.parametrize("interrupted", [0, 2])  # the first to log a step, and the last
+def test_an_array_that_was_cut_off_ends_like_one_that_was_not(saved, interrupted):
     configs, files = saved
-    recorders = [CutAt(3 if k == who else 99) for k in range(3)]
+    recorders = [CutAt(3 if k == interrupted else 99) for k in range(3)]
     with pytest.raises(Cut):
         run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
     assert {torch.load(file, weights_only=False)["step"] for file in files} == {3}
@@ -167,7 +169,7 @@ def test_an_array_goes_on_that_was_killed_while_it_saved_its_beginning(saved):
 def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
     tiny, tmp_path, monkeypatch
 ):
-    """A clock that the saving of a trial moves on by a second, and a step by ten."""
+    """Use a clock on which a save takes one second, and a step ten."""
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 0.01)
     now, saved_at = [0.0], []
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
@@ -238,7 +240,7 @@ def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
     )
 
 
-def test_trials_that_cannot_go_together_are_told_by_which_knobs(trio):
+def test_trials_that_cannot_train_together_are_refused_with_the_knobs(trio):
     assert conflicting_knobs(trio) == []
     trio[1] = with_knobs(trio[1], optim__lr=0.5, model__n_layer=1)
     with pytest.raises(InputError, match=r"they differ in model\.n_layer, optim\.lr"):
@@ -246,7 +248,7 @@ def test_trials_that_cannot_go_together_are_told_by_which_knobs(trio):
 
 
 @pytest.mark.parametrize("precision", ["bf16-head", "bf16"])
-def test_less_precision_is_opted_for_and_its_error_is_told(trio, precision):
+def test_less_precision_is_opt_in_and_its_error_is_reported(trio, precision):
     configs = [with_knobs(config, train__precision=precision) for config in trio]
     for found, config, exact in zip(together(configs), configs, trio, strict=True):
         expected = undisturbed(exact)
@@ -272,7 +274,7 @@ def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
 
 
 def step_without_values(config):
-    """A step on tensors that have a shape and no values; raises where one of these is asked for."""
+    """Run a step on tensors without values; it raises if a value is read."""
     workspace.cache_clear()
     try:
         with FakeTensorMode():
@@ -287,7 +289,7 @@ def step_without_values(config):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("precision", array.DTYPES)
 def test_a_step_in_a_gpus_tiles_asks_for_no_value(monkeypatch, name, precision):
-    """So a GPU is never waited for. What goes through vmap has no values to be asked for."""
+    """So the CPU never waits for the GPU. Under vmap no value can be read anyway."""
     words = TrialConfig.from_flat(WORDS)  # a vocabulary of many tiles
     config = with_knobs(words, optim__name=name, train__precision=precision)
     monkeypatch.setitem(CHUNK_AND_TILE, "cpu", CHUNK_AND_TILE["cuda"])

@@ -1,4 +1,4 @@
-"""A trial that is cut off anywhere and begins again ends with the very rows of one that was not."""
+"""A trial that is interrupted and continues ends with the rows of one that was not."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tiny, tmp_path):
 
 
 def test_saving_takes_its_small_share_of_the_time(tiny, tmp_path, monkeypatch):
-    """A clock that a saving moves on by a second, and a step by ten."""
+    """Use a clock on which a save takes one second, and a step ten."""
     monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 0.01)
     now, saved_at = [0.0], []
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
@@ -187,7 +187,7 @@ def test_rows_of_another_schema_are_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_two_processes_that_save_one_trial_do_not_meet(tiny, tmp_path):
-    """As `--debug` beside a sweep may: each file is whole, whoever was last."""
+    """As `--debug` and a sweep may do at one time: the file is complete, whoever wrote last."""
     state = ModelArray([GPT(tiny.model)], tiny.optim).state(0)
     ones = [Checkpoint(tmp_path / "key.pt", {}, pause=0.0) for _ in range(2)]
     with ThreadPoolExecutor() as pool:

@@ -158,12 +158,12 @@ def test_replacing_a_part_checks_the_whole():
         ("00", "takes all, or layers in ascending order"),
     ],
 )
-def test_a_probe_on_a_layer_that_is_not_there_is_refused(layers, says):
+def test_a_probe_on_a_layer_that_does_not_exist_is_refused(layers, says):
     with pytest.raises(InputError, match=says):
         TrialConfig.from_flat({"probes.layers": layers})
 
 
-def test_probes_look_at_all_layers_or_those_named():
+def test_probes_measure_all_layers_or_the_given_ones():
     assert TrialConfig().probed_layers() == [0, 1, 2, 3, 4, 5]
     assert TrialConfig.from_flat({"probes.layers": "0,5"}).probed_layers() == [0, 5]
 

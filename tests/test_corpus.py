@@ -33,7 +33,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve():
-    """Serve bytes from a real server on loopback; -> a function from bytes to an address."""
+    """Return a function that serves bytes on loopback, and returns their address."""
     servers = []
 
     def start(body):

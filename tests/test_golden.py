@@ -1,9 +1,9 @@
-"""Three tiny trials whose numbers are checked in: a change that moves them is meant, or a mistake.
+"""Three tiny trials whose numbers are checked in: only an intended change may move them.
 
     python tests/test_golden.py    # writes golden.json anew; raise EXPERIMENT_VERSION with it
 
-Another CPU or build of PyTorch rounds otherwise, hence the tolerances, which are far below what a
-change of the arithmetic would do.
+Another CPU or build of PyTorch rounds differently. The tolerances allow that, and are far below the
+effect of a change in the arithmetic.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Formulas are written out here anew, so that a slip in a scheme shows."""
+"""Every formula is written here a second time, so that a mistake in a scheme shows."""
 
 import itertools
 from math import sqrt
@@ -218,7 +218,7 @@ def test_the_seed_alone_decides_the_draw(scheme):
     assert not torch.equal(first.blocks[0].attn.qkv.weight, first.blocks[1].attn.qkv.weight)
 
 
-def test_q_k_and_v_are_drawn_apart():
+def test_q_k_and_v_are_drawn_separately():
     model, _ = built("orthogonal")
     for part in model.blocks[0].attn.qkv.weight.chunk(3):
         assert torch.allclose(part @ part.T, torch.eye(64), atol=1e-5)

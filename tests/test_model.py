@@ -137,7 +137,7 @@ def test_the_head_adds_its_gradient_to_that_of_the_weight():
 
 @pytest.mark.parametrize("vocabulary", [1000, 50257])  # one tile and many
 @pytest.mark.parametrize("scale", [1.0, 200.0])
-def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_what_is_told(scale, vocabulary):
+def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_reported(scale, vocabulary):
     generator = torch.Generator().manual_seed(1)
     weight = 0.1 * torch.randn(vocabulary, 16, generator=generator)
     hidden = scale * torch.randn(30, 12, 16, generator=generator)

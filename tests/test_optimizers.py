@@ -17,7 +17,7 @@ SHAPE = ModelConfig(d_model=16, n_layer=1, n_head=2, context=8)
 
 
 def trained(name, steps=5, **knobs):
-    """A model after some updates on one batch of few ids, and its token rows before them."""
+    """Return a model after updates on one batch, its token rows before them, and the losses."""
     model = GPT(SHAPE)
     initialise(model, InitConfig())
     array = ModelArray([model], OptimConfig(name=name, **knobs))
@@ -55,8 +55,11 @@ def test_adam_moves_unused_rows_as_far_as_any_and_the_others_hardly():
 
 
 def moved_by(name, updates=6, **knobs):
-    """Every parameter of an untied model after updates by given gradients; -> (values, starts,
-    the gradients of each update)."""
+    """Update an untied model by given gradients.
+
+    Returns:
+        Its parameters, their values before, and the gradients of each update, by name.
+    """
     model = GPT(ModelConfig(d_model=16, n_layer=1, n_head=2, context=8, tied=False))
     initialise(model, InitConfig())
     array = ModelArray([model], OptimConfig(name=name, **knobs))

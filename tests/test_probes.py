@@ -98,7 +98,7 @@ def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     assert seen(3) == set()
 
 
-def test_only_the_layers_named_are_looked_at(moment):
+def test_only_the_given_layers_are_measured(moment):
     second = replace(moment, layers=[1])
     for probe in ("weights", "spectra", "histograms", "activations"):
         assert {row.layer for row in rows_of(probe, second)} <= {None, 1}

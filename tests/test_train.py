@@ -1,4 +1,4 @@
-"""The loop, and gptcore.experiment, the door to it: what a trial leaves, and that it repeats."""
+"""The training loop, run by gptcore.experiment: its rows, its result, and that it repeats."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def test_the_same_config_gives_bitwise_the_same_rows(tiny):
     assert first.rows == again.rows
 
 
-def test_looking_more_often_changes_nothing(tiny):
+def test_probing_more_often_changes_nothing(tiny):
     seldom = run(replace(tiny, probes=replace(tiny.probes, every=1000, text_every=1000)))
     often = run(replace(tiny, probes=replace(tiny.probes, every=1, text_every=1)))
     assert seldom.rows["training"] == often.rows["training"]
@@ -62,7 +62,7 @@ def test_every_control_makes_a_trial_that_finishes(tiny, name, norm, tied):
     assert {row.kind for row in recorder.rows["init"]} == kinds - {"qkv"}
 
 
-def test_probes_keep_to_the_layers_and_the_windows_that_are_asked_for(tiny):
+def test_probes_measure_only_the_given_layers_and_windows(tiny):
     rows = run(with_knobs(tiny, probes__layers="1", corpus__windows=2)).rows
     for table in ("weights", "updates", "spectra", "histograms", "activations", "attention"):
         assert {row.layer for row in rows[table]} <= {None, 1}, table
@@ -133,7 +133,7 @@ def test_training_learns(tiny):
     assert losses[-1] < losses[0] - 2
 
 
-def test_the_untrained_model_stands_at_the_closed_form():
+def test_the_untrained_model_is_at_the_closed_form():
     """-(ln V + d std^2 / 2): hidden states of unit variance meet rows of variance std^2."""
     from math import log
 
@@ -164,7 +164,7 @@ def test_a_loss_that_is_nan_from_the_start_is_a_result_too(tiny):
 
 
 def test_batches_follow_the_data_seed_alone(tiny):
-    """Schemes and seeds are compared on identical batches, seen here by what the mask leaves in."""
+    """Schemes and seeds are compared on identical batches: the masks leave the same tokens."""
 
     def left_in(**knobs):
         rows = run(with_knobs(tiny, **knobs)).rows["token_groups"]

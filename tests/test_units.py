@@ -4,15 +4,15 @@ from gptcore.units import clock, size
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0:00"), (9.4, "0:09"), (249.6, "4:10"), (3909, "1:05:09")]
+    ("seconds", "text"), [(0, "0:00"), (9.4, "0:09"), (249.6, "4:10"), (3909, "1:05:09")]
 )
-def test_a_time_is_said_in_minutes_and_hours(seconds, said):
-    assert clock(seconds) == said
+def test_durations_are_written_in_minutes_and_hours(seconds, text):
+    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("count", "said"),
+    ("count", "text"),
     [(0, "0 B"), (12, "12 B"), (720e6, "720 MB"), (1.234e9, "1.23 GB"), (5e12, "5 TB")],
 )
-def test_bytes_are_said_in_units_of_a_thousand(count, said):
-    assert size(count) == said
+def test_sizes_are_written_in_units_of_a_thousand(count, text):
+    assert size(count) == text
