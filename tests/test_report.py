@@ -58,6 +58,77 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
     assert by_subset["all"]["never_used"] == change  # its only subset
 
 
+ESTIMATE = ["seeds", "value", "low", "high"]
+FINDING = [
+    "verdict", "verdict_with_diverged", "course", "p", "p_with_diverged", "runs", "diverged",
+    "seeds", "seeds_left_out", "configurations", "parts", "p_holm", "p_holm_with_diverged",
+    "seeds_needed", "would_be",
+]  # fmt: skip
+KEYS = {
+    "": [
+        "sweep", "notes", "trials", "looks", "claims", "depth_gradient", "rare_tokens",
+        "comparisons", "specifications", "runs",
+    ],
+    "trials": ["finished", "diverged", "failed", "unreadable", "unfinished"],
+    "claims": ["digest", "standing", "alpha", "here", "in_general", "by"],
+    "claims.here.*": FINDING,
+    "claims.in_general.*": FINDING,
+    "claims.by.*.*.*": FINDING,
+    "claims.here.*.parts.*": [
+        "over_configs", "configurations", "seeds_left_out", "over_seeds", "estimate", "p",
+        "verdict", "decides",
+    ],
+    "claims.here.*.parts.*.over_seeds": [*ESTIMATE, "sd"],
+    "claims.here.*.parts.*.estimate": ESTIMATE,
+    "claims.in_general.*.parts.*.over_configs": [*ESTIMATE, "sd"],
+    "depth_gradient.*": [
+        "runs", "tau", "tau_of_runs", "first_layer_widest", "widest_layer_of_runs",
+        "median_growth_by_layer", "median_growth",
+    ],
+    "depth_gradient.*.tau": ESTIMATE,
+    "rare_tokens.*": [
+        "runs", "measured_on", "groups", "change_by_subset", "never_below_rare_below_common",
+        "never_below_singletons_below_common",
+    ],
+    "rare_tokens.*.groups.*": [
+        "start", "end", "change", "logit_change", "log_z_change", "excess"
+    ],
+    "rare_tokens.*.groups.*.*": ESTIMATE,
+    "rare_tokens.*.never_below_rare_below_common": ESTIMATE,
+    "comparisons": ["reference", "claims"],
+    "comparisons.claims.*.*.*": [*ESTIMATE, "p", "p_holm"],
+    "specifications.*": ["verdicts", "by_choice", "all"],
+    "specifications.depth_gradient.all.*": ["weight", "measure", "step", *ESTIMATE, "verdict"],
+    "specifications.rare_falls.all.*": [
+        "mask", "group", "step", "baseline", *ESTIMATE, "verdict"
+    ],
+    "specifications.rare_falls.by_choice": ["mask", "group", "step", "baseline"],
+    "runs.*": [
+        "trial_key", "init.scheme", "init.seed", "optim.lr", "status", "reason", "last_loss", "tau",
+        "widest_layer",
+    ],
+}  # fmt: skip
+"""The keys of findings.json by path, in their order: other programs read them."""
+
+
+def at_path(value, path):
+    """Every value at a path of keys; `*` stands for all of them."""
+    if not path:
+        return [value]
+    key, _, rest = path.partition(".")
+    if key != "*":
+        return at_path(value[key], rest)
+    every = value.values() if isinstance(value, dict) else value
+    return [found for one in every for found in at_path(one, rest)]
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_the_keys_of_the_findings_and_their_order_stay(built, path):
+    found = at_path(json.loads((built / "findings.json").read_text()), path)
+    assert found
+    assert [list(one) for one in found] == [KEYS[path]] * len(found)
+
+
 def test_the_findings_are_those_of_the_rows(report):
     findings = json.loads((report / "findings.json").read_text())
     trials = pl.read_parquet(report / "trials.parquet").filter(pl.col("init.scheme") == "gpt2")

@@ -170,6 +170,10 @@ def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
     found = json.loads((runs_dir / "reports" / "unused_rows_move" / "search.json").read_text())
     (find,) = found["finds"]
     assert (find["knobs"], find["verdict"], find["seeds"]) == ({"optim.lr": 1e-8}, CONTRADICTED, 2)
+    assert list(find) == ["trial_key", "knobs", "distance", "seeds", "verdict", "parts"]
+    assert list(find["parts"]["displacement"]) == [
+        "over_configs", "configurations", "seeds_left_out", "over_seeds", "estimate", "p", "verdict"
+    ]  # fmt: skip
     runs = runs_of(store_address(runs_dir).uri).values()
     seeds = [run.data.params["init.seed"] for run in runs]
     assert sorted(seeds) == ["0", "0", "1", "2"]
