@@ -6,11 +6,10 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, CONTRADICTED, INTERVALS, combined, decide, only_bound
-from analysis.jsonable import to_json
+from analysis.jsonable import JsonObject, to_json
 from analysis.sentences import format_estimate
 from analysis.verdicts import PartFinding, judge_part
 from gptcore.config import Scalar, spelling
@@ -30,9 +29,9 @@ class Counterexample:
     verdict: str
     parts: Mapping[str, PartFinding]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the entry of search.json. There, all parts decide, and do not say so."""
-        entry: dict[str, Any] = to_json(self)
+        entry: JsonObject = to_json(self)
         for part in entry["parts"].values():
             del part["decides"]
         return entry

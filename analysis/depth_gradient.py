@@ -107,4 +107,5 @@ def _signs(runs: pl.Series) -> NDArray[np.float64]:
     values = runs.explode().to_numpy().astype(float).reshape(len(runs), -1)
     # The growth of a layer whose std was 0 at step 0 is infinite.
     known = np.where(np.isfinite(values), values, np.nan)
-    return np.sign(known[:, :, None] - known[:, None, :])
+    signs: NDArray[np.float64] = np.sign(known[:, :, None] - known[:, None, :])
+    return signs

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 import polars.selectors as cs
 
 from analysis import plots
+from analysis.jsonable import JsonObject
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Figure:
 
     section: str  # a key of analysis.report.SECTIONS
     frame: str  # the name of the frame that is drawn, and of its Parquet file
-    draw: Callable[[pl.DataFrame], Any]  # gives None where the frame has nothing to show
+    draw: Callable[[pl.DataFrame], plots.Chart | None]  # None where there is nothing to show
     caption: str
 
 
@@ -90,7 +90,7 @@ FIGURES: dict[str, Figure] = {
 }  # fmt: skip
 
 
-def drawn(frames: Mapping[str, pl.DataFrame]) -> dict[str, dict[str, Any]]:
+def drawn(frames: Mapping[str, pl.DataFrame]) -> dict[str, JsonObject]:
     """Draw the figures for which there are numbers. Return their Vega-Lite by name."""
     specs = {}
     for name, figure in FIGURES.items():

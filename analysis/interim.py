@@ -18,13 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mlflow.entities import Run
 
 from analysis.claims import CLAIMS, digest
 from analysis.decisions import ALPHA, NOT_MEASURED, UNDERPOWERED
-from analysis.jsonable import KEY, to_json
+from analysis.jsonable import KEY, JsonObject, to_json
 from analysis.power import least_seeds
 from analysis.runs import RunTables
 from analysis.stats import Estimate, SpreadEstimate
@@ -70,7 +69,7 @@ class InterimPlan:
     made: tuple[InterimAnalysis, ...] = field(default=(), metadata={KEY: "looks"})
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> InterimPlan:
+    def from_json(cls, stored: JsonObject) -> InterimPlan:
         """Read what to_json gave."""
         return cls(
             seeds=tuple(stored["seeds"]),
@@ -91,9 +90,9 @@ class InterimPlan:
             ),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the contents of looks.json."""
-        stored: dict[str, Any] = to_json(self)
+        stored: JsonObject = to_json(self)
         return stored
 
     @property
@@ -250,12 +249,12 @@ def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | No
     return plans[0] if is_one and sweep.claims_digest == digest() else None
 
 
-def _finding_from_json(stored: Mapping[str, Any]) -> Finding:
+def _finding_from_json(stored: JsonObject) -> Finding:
     parts = {name: _part_from_json(part) for name, part in stored["parts"].items()}
     return Finding(**{**stored, "parts": parts})
 
 
-def _part_from_json(stored: Mapping[str, Any]) -> PartFinding:
+def _part_from_json(stored: JsonObject) -> PartFinding:
     over_configs = stored["over_configs"]
     estimates = {
         "over_seeds": SpreadEstimate(**stored["over_seeds"]),

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file, as json.load gives it and json.dump takes it."""
 KEY = "json_key"
 FLAT = {"json_flat": True}
 
@@ -18,7 +20,7 @@ FLAT = {"json_flat": True}
 def to_json(value: object) -> Any:
     """Turn dataclasses, mappings and sequences into dicts and lists, at every depth."""
     if is_dataclass(value):
-        found: dict[str, Any] = {}
+        found: JsonObject = {}
         for field in fields(value):
             part = to_json(getattr(value, field.name))
             if FLAT.items() <= field.metadata.items():

@@ -25,6 +25,9 @@ GREY = "#767676"
 ERROR = CLAIMS["init_table"].rule("largest error of a kind").high or 0.0
 TAU = CLAIMS["depth_gradient"].rule("tau").low or 0.0
 
+Chart = Any
+"""A chart of Altair, which has a type for each way to combine charts."""
+
 alt.data_transformers.disable_max_rows()
 
 FROM_THE_DATA = alt.Scale(zero=False, nice=False)
@@ -67,7 +70,7 @@ def _scheme() -> alt.Color:
     )
 
 
-def _one_scheme(frame: pl.DataFrame) -> Any:
+def _one_scheme(frame: pl.DataFrame) -> Chart:
     """Make a list from which to choose one of several schemes. The other schemes are dimmed."""
     schemes = frame["scheme"].unique(maintain_order=True).to_list()
     if len(schemes) < 2:
@@ -80,7 +83,7 @@ def _one_scheme(frame: pl.DataFrame) -> Any:
 
 def _band_and_line(
     frame: pl.DataFrame, x: str, y_title: str, y_scale: alt.Scale = FROM_THE_DATA
-) -> Any:
+) -> Chart:
     """Draw the rows of over_runs as lines with bands, against the column `x`."""
     one = _one_scheme(frame)
     tooltip: list[Any] = [
@@ -103,13 +106,13 @@ def _band_and_line(
     return alt.layer(band, line).add_params(one).properties(width=220, height=160)
 
 
-def _rules(axis: str, *at: float, **style: Any) -> Any:
+def _rules(axis: str, *at: float, **style: Any) -> Chart:
     """Draw grey lines across a chart, at values of x or y."""
     rules = alt.Chart(pl.DataFrame({"at": at})).mark_rule(color=GREY, **style)
     return rules.encode(**{axis: "at:Q"})
 
 
-def fig_init_errors(errors: pl.DataFrame) -> Any:
+def fig_init_errors(errors: pl.DataFrame) -> Chart:
     """Draw the error of each kind's std at step 0: a dot for each run, and the claim's margin."""
     runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
         x=alt.X("error:Q", title="std at step 0 against the scheme's", axis=alt.Axis(format="+%")),
@@ -123,7 +126,7 @@ def fig_init_errors(errors: pl.DataFrame) -> Any:
     return alt.layer(margin, runs).properties(width=460)
 
 
-def fig_qkv_std(growth: pl.DataFrame) -> Any:
+def fig_qkv_std(growth: pl.DataFrame) -> Chart:
     """Draw the std of the merged QKV weight over steps: a panel for each layer."""
     frame = over_runs(growth, "layer", "step", "std")
     return _band_and_line(frame, "step", "std of QKV (log scale)", LOG).facet(
@@ -131,13 +134,13 @@ def fig_qkv_std(growth: pl.DataFrame) -> Any:
     )
 
 
-def fig_growth_by_layer(growth: pl.DataFrame) -> Any:
+def fig_growth_by_layer(growth: pl.DataFrame) -> Chart:
     """Draw the growth of the QKV std at the last step against depth."""
     frame = over_runs(last_steps(growth), "layer", "growth")
     return _band_and_line(frame, "layer", "d(log std) of QKV").properties(width=460, height=260)
 
 
-def fig_tau_of_runs(gradients: pl.DataFrame) -> Any:
+def fig_tau_of_runs(gradients: pl.DataFrame) -> Chart:
     """Draw tau of every run at its last step, and the median of each scheme and subset."""
     base = alt.Chart(gradients.drop_nulls("tau")).encode(
         y=alt.Y("scheme:N", title=None, axis=alt.Axis(labelLimit=0)), yOffset="subset:N"
@@ -154,14 +157,14 @@ def fig_tau_of_runs(gradients: pl.DataFrame) -> Any:
     return alt.layer(bounds, runs, median).properties(width=460)
 
 
-def fig_tau_over_steps(tau: pl.DataFrame) -> Any:
+def fig_tau_over_steps(tau: pl.DataFrame) -> Chart:
     """Draw tau over depth at every step that was recorded."""
     frame = over_runs(tau, "step", "tau")
     scale = alt.Scale(domain=[-1, 1])
     return _band_and_line(frame, "step", "tau over depth", scale).properties(width=460, height=260)
 
 
-def fig_histograms(bins: pl.DataFrame) -> Any:
+def fig_histograms(bins: pl.DataFrame) -> Chart:
     """Draw the distribution of the QKV weights of each layer, with a slider over the steps."""
     steps = bins["step"].unique().sort().to_list()
     gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
@@ -189,7 +192,7 @@ def fig_histograms(bins: pl.DataFrame) -> Any:
     )  # fmt: skip
 
 
-def fig_group_log_probs(token_groups: pl.DataFrame) -> Any:
+def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
     """Draw the mean log-prob of each token group over steps.
 
     Grey lines are the log-probs of an untrained model (dotted) and of a calibrated one (dashed).
@@ -214,7 +217,7 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Any:
     )  # fmt: skip
 
 
-def fig_rare_by_size(changes: pl.DataFrame) -> Any:
+def fig_rare_by_size(changes: pl.DataFrame) -> Chart | None:
     """Draw the change of rare tokens against the number of tokens that a run trains on.
 
     A dashed line is the change that calibration predicts.
@@ -242,7 +245,7 @@ def fig_rare_by_size(changes: pl.DataFrame) -> Any:
     return alt.layer(_rules("y", 0.0), predicted, means, runs).properties(width=460, height=260)
 
 
-def fig_same_tokens(tokens: pl.DataFrame) -> Any:
+def fig_same_tokens(tokens: pl.DataFrame) -> Chart:
     """Draw the log-prob of tokens against their count in the text: a panel for each token."""
     return (
         alt.Chart(tokens)
@@ -262,7 +265,7 @@ def fig_same_tokens(tokens: pl.DataFrame) -> Any:
     )  # fmt: skip
 
 
-def fig_mechanism(changes: pl.DataFrame) -> Any:
+def fig_mechanism(changes: pl.DataFrame) -> Chart:
     """Draw the change of each group's log-prob, as means over the runs of a scheme.
 
     Bars are what the logit adds and what log Z adds. A tick is both together.
@@ -297,7 +300,7 @@ def fig_mechanism(changes: pl.DataFrame) -> Any:
     )
 
 
-def fig_specifications(specified: pl.DataFrame) -> Any:
+def fig_specifications(specified: pl.DataFrame) -> Chart:
     """Draw the estimate and interval of every specification, in ascending order, above its choices.
 
     Args:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from mlflow.entities import Run
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
+from analysis.jsonable import JsonObject
 from gptcore.config import KNOBS, InputError, TrialConfig
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, artifact_folder, named_runs, trial_status
@@ -145,7 +145,7 @@ def read_sweeps(
     )
 
 
-def _trials(plans: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> pl.DataFrame:
+def _trials(plans: Sequence[JsonObject], runs: Mapping[str, Run]) -> pl.DataFrame:
     """Make RunTables.trials of the plans.
 
     Args:

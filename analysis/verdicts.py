@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import TypeVar
 
 import polars as pl
 from scipy import stats
@@ -40,6 +40,8 @@ from analysis.stats import Estimate, SpreadEstimate, holm, mean_interval, sign_f
 
 Run = tuple[int, str, float]
 """The seed, the configuration and the number of one run."""
+Unit = TypeVar("Unit", int, str)
+"""The name of a unit: a seed, or a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,9 +232,9 @@ def judge_part(
     )
 
 
-def _unit_means(values: Sequence[tuple[Any, float]]) -> list[float]:
+def _unit_means(values: Sequence[tuple[Unit, float]]) -> list[float]:
     """Average (unit, value) pairs over each unit. Return the means in the order of units."""
-    by_unit: defaultdict[Any, list[float]] = defaultdict(list)
+    by_unit: defaultdict[Unit, list[float]] = defaultdict(list)
     for unit, value in values:
         by_unit[unit].append(value)
     return [fmean(by_unit[unit]) for unit in sorted(by_unit)]
