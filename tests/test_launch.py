@@ -28,9 +28,9 @@ def runs_dir(tmp_path):
 BAD = [
     (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
     (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take one of model5"),
-    (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 takes no init.std"),
+    (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 does not take init.std"),
     (["--preset", "optimizer", "--optim.name", "adamw"], "--preset optimizer sets optim.name"),
-    (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd takes no optim.beta1"),
+    (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd does not take optim.beta1"),
     (["--optim.warmup", "200"], "optim.warmup must be below train.steps"),
     (["--corpus.name", "moby"], "corpus.name 'moby' is neither a corpus (gulliver, pydocs) nor"),
     (["--corpus.subset", "part-5"], "corpus.subset 'part-5' is unknown"),
