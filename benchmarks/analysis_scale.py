@@ -1,12 +1,16 @@
-"""How long does a report of many trials take, and how much memory?
+"""How long does a report of many trials take, and how much memory does it need?
 
     python benchmarks/analysis_scale.py [--trials 200 2000 10000] [--history 50]
 
-Makes one real trial (7 layers, 50 recorded steps), and a store in which it stands N times, each
-time as another scheme, seed and subset: rows of the store are copied, Parquet files are linked.
-Then it times reading, statistics and the whole report in seconds, each in a process of its own, and
-last the same frame of 50 runs through MLflow's own get_metric_history, as a ratio.
+Runs one real trial (7 layers, 50 recorded steps) and makes a store with N copies of it, each under
+another scheme, seed and subset. Rows of the store are copied, Parquet files are linked.
+
+Then it measures the seconds of reading, of the statistics, and of a complete report, each in a new
+process. At the end it compares reading the same numbers of 50 runs from Parquet and through
+MLflow's get_metric_history.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
@@ -21,17 +25,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gptcore.config import Scalar, TrialConfig
+
+if TYPE_CHECKING:  # MLflow takes seconds to import, and is measured with the rest
+    from tracking.store import Store
 
 SCHEMES = ["model5", "gpt2", "normal", "xavier_normal"]
 SUBSETS = ["all", "0-0.5"]
 
 
 def model_trial(**knobs: Scalar) -> TrialConfig:
-    """The trial that every other one is a copy of, but for some knobs."""
+    """Return the trial that is copied, with some knobs changed."""
     return TrialConfig.from_flat(
         {
             "model.n_layer": 7, "model.n_head": 2, "model.d_model": 16, "model.context": 16,
@@ -42,7 +50,7 @@ def model_trial(**knobs: Scalar) -> TrialConfig:
 
 
 def schemes_and_subsets(n_trials: int) -> dict[str, TrialConfig]:
-    """Trials of four schemes and two subsets, by keys that say only which is which."""
+    """Return trials of four schemes and two subsets, under keys that are counters."""
     combinations = itertools.product(range(n_trials), SUBSETS, SCHEMES)
     return {
         f"{i:012x}": model_trial(
@@ -52,26 +60,36 @@ def schemes_and_subsets(n_trials: int) -> dict[str, TrialConfig]:
     }
 
 
-def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) -> str:
-    """A runs folder with a finished sweep `scale` of these trials; -> the store's address.
+def store_in(folder: Path) -> Store:
+    """Return the store of a runs folder."""
+    from tracking.store import Store, store_address
 
-    Only the first `n_history` have the history of their metrics, which no report reads.
+    return Store(store_address(folder))
+
+
+def make_sweep(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) -> None:
+    """Make a runs folder with a finished sweep `scale` of some trials.
+
+    Args:
+        folder: the runs folder.
+        trials: by key.
+        n_history: only so many trials get the history of their metrics, which no report reads.
     """
     from analysis.claims import digest
-    from analysis.runs import connect, tracking_uri
     from gptcore.experiment import run_trial
-    from tracking.recorder import MlflowRecorder, SweepRun, open_experiment
+    from tracking.recorder import Job, MlflowRecorder
+    from tracking.sweep_run import SweepRun
 
-    uri = tracking_uri(folder)
-    client = connect(uri)
-    experiment_id = open_experiment(client, "scale", folder)
+    store = store_in(folder)
+    store.open()
+    experiment_id = store.open_experiment("scale", folder)
     config = model_trial()
-    tags = {"sweep": "scale"}
-    first = MlflowRecorder(uri, experiment_id, "first", "first", config.to_flat(), tags)
+    job = Job("first", "first", config.to_flat(), {"sweep": "scale"})
+    first = MlflowRecorder(store, experiment_id, job)
     run_trial(config, first)
-    with sqlite3.connect(folder / "mlflow.db") as store:
+    with sqlite3.connect(folder / "mlflow.db") as database:
         columns = {
-            table: [row[1] for row in store.execute(f"pragma table_info({table})")]
+            table: [row[1] for row in database.execute(f"pragma table_info({table})")]
             for table in ("runs", "params", "tags", "latest_metrics", "metrics")
         }
         for i, key in enumerate(trials):
@@ -88,7 +106,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
                 if table == "tags":
                     changed["value"] = f"case key when 'trial_key' then '{key}' else value end"
                 selected = ", ".join(changed.get(name, name) for name in names)
-                store.execute(
+                database.execute(
                     f"insert into {table} ({', '.join(names)}) select {selected} from {table} "
                     "where run_uuid = ?",
                     (first.run_id,),
@@ -97,48 +115,50 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
             for file in (folder / "artifacts" / first.run_id / "artifacts").glob("*.parquet"):
                 (artifacts / file.name).hardlink_to(file)
         for table in reversed(columns):
-            store.execute(f"delete from {table} where run_uuid = ?", (first.run_id,))
+            database.execute(f"delete from {table} where run_uuid = ?", (first.run_id,))
     plan = {
         "sweep": "scale", "tags": {}, "notes": [], "command": "", "claims_digest": digest(),
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }  # fmt: skip
-    SweepRun(client, experiment_id, plan, launched=1).end("FINISHED")
-    return uri
+    SweepRun(store, experiment_id, plan, launched=1).end("FINISHED")
 
 
-def time_phases(uri: str) -> dict[str, float]:
-    """Seconds of reading and of the statistics, verdicts among them."""
-    from analysis.findings import find, frames_of_runs, with_scheme
+def time_phases(folder: Path) -> dict[str, float]:
+    """Measure the seconds of reading a sweep, and of its statistics and verdicts."""
+    from analysis.findings import find
+    from analysis.frames import frames_of_runs, with_scheme
     from analysis.runs import read_sweeps
 
     start = time.perf_counter()
-    sweep = read_sweeps(uri, ["scale"], None, Path("unused"))
+    sweep = read_sweeps(store_in(folder), ["scale"], None, Path("unused"))
     read = time.perf_counter()
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     find(sweep, frames_of_runs(sweep))
     return {"reading": read - start, "statistics": time.perf_counter() - read}
 
 
-def time_report(uri: str) -> dict[str, float]:
-    """Seconds of the whole report, and the peak of this process' memory in GB."""
+def time_report(folder: Path) -> dict[str, float]:
+    """Measure the seconds of a complete report, and the peak memory of this process in GB."""
     from analysis.report import build_report
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        build_report(uri, ["scale"], Path(folder), Path(folder))
-        whole = time.perf_counter() - start
+        build_report(store_in(folder), ["scale"], Path(out), Path(out))
+        seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    return {"whole report": whole, "peak GB": peak}
+    return {"report": seconds, "peak GB": peak}
 
 
-def history_ratio(uri: str, n_history: int) -> tuple[float, float]:
-    """Seconds to read the QKV stds of some runs from Parquet, and through get_metric_history."""
+def time_history(folder: Path, n_history: int) -> tuple[float, float]:
+    """Measure the seconds of reading the QKV stds of some runs.
+
+    Returns:
+        The seconds from Parquet, and through MLflow's get_metric_history.
+    """
     import polars as pl
 
-    from analysis.runs import connect, trial_runs
-
-    client = connect(uri)
-    runs = sorted(trial_runs(client).items())[:n_history]
+    store = store_in(folder)
+    runs = sorted(store.trial_runs().items())[:n_history]
     start = time.perf_counter()
     files = [run.info.artifact_uri.removeprefix("file://") + "/weights.parquet" for _, run in runs]
     rows = pl.scan_parquet(files).filter(kind="qkv").select("layer", "step", "std").collect()
@@ -148,40 +168,40 @@ def history_ratio(uri: str, n_history: int) -> tuple[float, float]:
         point
         for _, run in runs
         for layer in range(7)
-        for point in client.get_metric_history(run.info.run_id, f"qkv_std/layer_{layer:02d}")
+        for point in store.client.get_metric_history(run.info.run_id, f"qkv_std/layer_{layer:02d}")
     ]
     assert len(points) == rows.height
     return parquet, time.perf_counter() - start
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="+", default=[200, 2000, 10_000])
     parser.add_argument("--history", type=int, default=50)
-    parser.add_argument(
-        "--time", nargs=2, help=argparse.SUPPRESS
-    )  # of one process: what, and where
+    # What a new process is to measure, and the runs folder.
+    parser.add_argument("--time", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.time:
-        what, uri = args.time
-        print(json.dumps({"phases": time_phases, "report": time_report}[what](uri)))
+        what, folder = args.time
+        print(json.dumps({"phases": time_phases, "report": time_report}[what](Path(folder))))
         return
     for n_trials in args.trials:
         folder = Path(tempfile.mkdtemp())
         try:
-            uri = make_store(folder, schemes_and_subsets(n_trials), args.history)
+            make_sweep(folder, schemes_and_subsets(n_trials), args.history)
             found = {}
             for what in ("phases", "report"):
                 timed = subprocess.run(
-                    [sys.executable, __file__, "--time", what, uri],
+                    [sys.executable, __file__, "--time", what, str(folder)],
                     check=True, stdout=subprocess.PIPE, text=True,
                 )  # fmt: skip
                 found |= json.loads(timed.stdout)
             line = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-            each = 1000 * found["whole report"] / n_trials
-            print(f"{n_trials:6d} trials: {line}; {each:.1f} ms a trial", flush=True)
+            each = 1000 * found["report"] / n_trials
+            print(f"{n_trials:6d} trials: {line}; {each:.1f} ms for each trial", flush=True)
             if n_trials == args.trials[0]:
-                parquet, history = history_ratio(uri, args.history)
+                parquet, history = time_history(folder, args.history)
                 print(
                     f"QKV stds of {args.history} runs: Parquet {parquet:.2f} s, "
                     f"get_metric_history {history:.1f} s: {history / parquet:.0f} times as long"

@@ -20,6 +20,7 @@ from analysis.claims import CLAIMS
 from analysis.counterexamples import Counterexample, distance, judge_on_fresh_seeds, spelled
 from analysis.runs import read_sweeps
 from gptcore.config import InputError, Scalar, TrialConfig
+from gptcore.corpus import Corpus
 from gptcore.files import write_atomically
 from sweeps.plan import Plan, checked, jobs_of
 from sweeps.searching.study import (
@@ -74,10 +75,7 @@ class SearchRunner:
             if "params" in one.user_attrs
         ]
         varied = tuple(knob for knob, domain in domains.items() if not is_fixed(domain))
-        self.trials, self.corpora = checked(known)
-        self.plan = Plan(
-            session.name, question.goal, self.trials, self.corpora, notes, searched=varied
-        )
+        self.plan = Plan(session.name, question.goal, *checked(known), notes, searched=varied)
 
     def run_trials(self, trials: int, largest: TrialConfig) -> bool:
         """Run trials until the study has enough. Return whether the user stopped it.
@@ -111,9 +109,8 @@ class SearchRunner:
         """Make a suggested trial a job of this sweep. Return it, and whether it was run before."""
         trials, corpora = checked([config])
         ((key, _),) = trials.items()
-        if key not in self.trials:
-            self.trials |= trials
-            self.corpora |= corpora
+        if key not in self.plan.trials:
+            self._add(trials, corpora)
             self.session.record(self.plan)
         run = self.session.store.find_run("trial", trial_key=key)
         (job,) = jobs_of(self.plan, [key])
@@ -185,9 +182,16 @@ class SearchRunner:
         trials, corpora = checked(
             config for one in contradicting for config in self.fresh_seeds(one, seeds)
         )
-        self.trials |= trials
-        self.corpora |= corpora
+        self._add(trials, corpora)
         return list(trials)
+
+    def _add(self, trials: Mapping[str, TrialConfig], corpora: Mapping[str, Corpus]) -> None:
+        """Add trials to the plan."""
+        self.plan = replace(
+            self.plan,
+            trials={**self.plan.trials, **trials},
+            corpora={**self.plan.corpora, **corpora},
+        )
 
     def judged_on_fresh_seeds(
         self, contradicting: Sequence[FrozenTrial], seeds: int

@@ -125,7 +125,7 @@ def in_order(knobs: Iterable[str]) -> list[str]:
     return sorted(knobs, key=lambda knob: knob not in ("init.scheme", "optim.name"))
 
 
-def suggested(trial: optuna.Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
+def suggested(optuna_trial: optuna.Trial, domains: Mapping[str, Domain]) -> dict[str, Scalar]:
     """Return the knobs that the study suggests for a trial. Numbers are rounded to three digits."""
     flat: dict[str, Scalar] = {}
     for knob in in_order(domains):
@@ -133,13 +133,17 @@ def suggested(trial: optuna.Trial, domains: Mapping[str, Domain]) -> dict[str, S
         if not takes(knob, flat):
             continue
         if not isinstance(domain, Range):
-            chosen = trial.suggest_categorical(knob, domain) if len(domain) > 1 else domain[0]
+            chosen = (
+                optuna_trial.suggest_categorical(knob, domain) if len(domain) > 1 else domain[0]
+            )
             assert chosen is not None
             flat[knob] = chosen
         elif knob_type(knob) is int:
-            flat[knob] = trial.suggest_int(knob, int(domain.low), int(domain.high), log=domain.log)
+            flat[knob] = optuna_trial.suggest_int(
+                knob, int(domain.low), int(domain.high), log=domain.log
+            )
         else:
-            value = trial.suggest_float(knob, domain.low, domain.high, log=domain.log)
+            value = optuna_trial.suggest_float(knob, domain.low, domain.high, log=domain.log)
             flat[knob] = min(max(float(f"{value:.3g}"), domain.low), domain.high)
     return flat
 
@@ -224,7 +228,7 @@ class Suggestions(Searcher):
         self.common = common
         self.jobs: list[Job] = []
         self.errors: list[Exception] = []
-        self.asked: dict[str, optuna.Trial] = {}  # trials that are running, by Tune's id
+        self.running: dict[str, optuna.Trial] = {}  # trials that are running, by Tune's id
         self.keys: dict[str, str] = {}  # their keys, by Tune's id
         self.unanswered = [
             # A trial that Optuna lists cannot get a result; one with its id can.
@@ -241,9 +245,9 @@ class Suggestions(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial to run. A trial with a known result is answered here."""
         try:
-            while trial := self._next():
-                if job := self._job(trial):
-                    self.asked[trial_id], self.keys[trial_id] = trial, job.key
+            while optuna_trial := self._next():
+                if job := self._job(optuna_trial):
+                    self.running[trial_id], self.keys[trial_id] = optuna_trial, job.key
                     self.jobs.append(job)
                     return {**self.common, "key": job.key, "batch": [job]}
         except Exception as error:
@@ -258,23 +262,25 @@ class Suggestions(Searcher):
             return self.study.ask()
         return None
 
-    def _job(self, trial: optuna.Trial) -> Job | None:
+    def _job(self, optuna_trial: optuna.Trial) -> Job | None:
         """Return the job of a suggestion, None where its result is known."""
         try:
-            job, is_done = self.prepare(TrialConfig.from_flat(suggested(trial, self.domains)))
+            job, is_done = self.prepare(
+                TrialConfig.from_flat(suggested(optuna_trial, self.domains))
+            )
         except InputError as error:
-            self._tell(trial, TrialState.FAIL, str(error))
+            self._tell(optuna_trial, TrialState.FAIL, str(error))
             return None
         key = job.key
         before = {one.user_attrs.get("trial_key"): one.state for one in answered(self.study)}
-        trial.set_user_attr("trial_key", key)
-        trial.set_user_attr("params", dict(job.params))
+        optuna_trial.set_user_attr("trial_key", key)
+        optuna_trial.set_user_attr("params", dict(job.params))
         if is_done:
-            self._tell_value(trial, key)
+            self._tell_value(optuna_trial, key)
         elif key in before:
-            self._tell(trial, before[key], "suggested before, and did not finish")
+            self._tell(optuna_trial, before[key], "suggested before, and did not finish")
         elif key in self.keys.values():
-            self._tell(trial, TrialState.FAIL, "suggested while the same trial runs")
+            self._tell(optuna_trial, TrialState.FAIL, "suggested while the same trial runs")
         else:
             return job
         return None
@@ -286,33 +292,33 @@ class Suggestions(Searcher):
 
         A trial that was stopped has no result, and the next driver runs it.
         """
-        trial, key = self.asked.pop(trial_id), self.keys.pop(trial_id)
+        optuna_trial, key = self.running.pop(trial_id), self.keys.pop(trial_id)
         status = (result or {}).get("status")
         try:
             if error or status == "failed":
-                trial.set_user_attr("failed", True)
-                self._tell(trial, TrialState.FAIL, "failed")
+                optuna_trial.set_user_attr("failed", True)
+                self._tell(optuna_trial, TrialState.FAIL, "failed")
             elif status:
-                self._tell_value(trial, key)
+                self._tell_value(optuna_trial, key)
             elif trial_id in self.prunes.pruned:
                 why = f"pruned at step {self.prunes.pruned[trial_id]}"
                 self.prune(key, why)
-                self._tell(trial, TrialState.PRUNED, why)
+                self._tell(optuna_trial, TrialState.PRUNED, why)
         except Exception as raised:
             self.errors.append(raised)
 
-    def _tell_value(self, trial: optuna.Trial, key: str) -> None:
+    def _tell_value(self, optuna_trial: optuna.Trial, key: str) -> None:
         """Give the study the value of a trial that was run."""
         value = self.answer(key)
         if value is not None and math.isfinite(value):
-            self.study.tell(trial, value)
+            self.study.tell(optuna_trial, value)
         else:  # it counts as worse than every trial with a value
-            self._tell(trial, TrialState.PRUNED, "diverged, or has no such number")
+            self._tell(optuna_trial, TrialState.PRUNED, "diverged, or has no such number")
 
-    def _tell(self, trial: optuna.Trial, state: TrialState, why: str) -> None:
+    def _tell(self, optuna_trial: optuna.Trial, state: TrialState, why: str) -> None:
         """Tell the study that a trial ended without a value."""
-        trial.set_user_attr("why", why)
-        self.study.tell(trial, state=state)
+        optuna_trial.set_user_attr("why", why)
+        self.study.tell(optuna_trial, state=state)
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         """Accept the metric and mode that Tune sets, which are not used."""
@@ -335,17 +341,17 @@ class Pruning(tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Report a value of a trial to the study. Return whether the trial is to be stopped."""
-        trial = self.suggestions.asked.get(trial_id)
-        if trial is None or "value" not in result:
+        optuna_trial = self.suggestions.running.get(trial_id)
+        if optuna_trial is None or "value" not in result:
             return False
         try:
-            frozen = self.suggestions.study.get_trials(deepcopy=False)[trial.number]
+            frozen = self.suggestions.study.get_trials(deepcopy=False)[optuna_trial.number]
             # An earlier driver may have reported this step.
             is_reported = result["step"] in frozen.intermediate_values
             if is_reported or result["step"] == frozen.user_attrs["params"]["train.steps"]:
                 return False
-            trial.report(result["value"], result["step"])
-            if trial.should_prune():
+            optuna_trial.report(result["value"], result["step"])
+            if optuna_trial.should_prune():
                 self.pruned[trial_id] = result["step"]
         except Exception as error:
             self.suggestions.errors.append(error)
