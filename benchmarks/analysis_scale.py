@@ -67,7 +67,7 @@ def store_in(folder: Path) -> Store:
     return Store(store_address(folder))
 
 
-def make_sweep(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) -> None:
+def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) -> None:
     """Make a runs folder with a finished sweep `scale` of some trials.
 
     Args:
@@ -189,7 +189,7 @@ def main() -> None:
     for n_trials in args.trials:
         folder = Path(tempfile.mkdtemp())
         try:
-            make_sweep(folder, schemes_and_subsets(n_trials), args.history)
+            make_store(folder, schemes_and_subsets(n_trials), args.history)
             found = {}
             for what in ("phases", "report"):
                 timed = subprocess.run(
