@@ -36,7 +36,7 @@ def test_a_second_press_leaves_at_once_with_all_that_was_started(between):
     assert (code, said[1:], told) == (
         130,
         ["first"],
-        "stopped at once: the same command goes on\n",
+        "stopped at once: run the same command again to continue\n",
     )
     stat = subprocess.run(["ps", "-o", "stat=", said[0]], capture_output=True, text=True)
     assert stat.stdout.strip()[:1] in ("", "Z")
