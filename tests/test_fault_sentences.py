@@ -57,7 +57,7 @@ def test_a_device_without_memory_says_how_much_it_has():
     error = raised(lambda: torch.empty(10**15, device="cuda"))
     assert re.fullmatch(
         r"out of memory on the device: CUDA out of memory\. Tried to allocate .*; PyTorch held "
-        r"[\d.]+ \w+ at most, the device has [\d.]+ [MG]B of [\d.]+ GB free",
+        r"at most [\d.]+ \w+, and [\d.]+ [MG]B of the device's [\d.]+ GB are free",
         fault_of_trial(error),
     )
 
