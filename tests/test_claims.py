@@ -128,8 +128,8 @@ def test_planted_changes_of_groups_are_found(sweep):
     assert found["never_suppressed"]["never - rare"] == pytest.approx([-2.0] * 4)
     assert found["common_at_random_or_above"]["common"] == pytest.approx([4.8] * 4)
     assert found["mask_matters"]["common, unmasked - masked"] == pytest.approx([1.0] * 4)
-    replicate, whole = values_of("order", sweep, token_groups=groups).items()
-    assert {replicate[0]: set(replicate[1]), whole[0]: set(whole[1])} == {
+    orders = values_of("order", sweep, token_groups=groups)
+    assert {name: set(numbers) for name, numbers in orders.items()} == {
         "never_below_rare_below_common": {1.0},
         "never_below_singletons_below_common": {0.0},
     }

@@ -12,10 +12,10 @@ def test_runs_of_one_seed_count_once():
     assert of_seeds(runs, "x") == [2.0, 5.0]
     assert of_seeds(runs.with_columns(x=pl.col("x") > 2), "x") == [0.5, 1.0]
     halves = runs.with_columns(pl.Series("subset", ["all", "0-0.5", "all", "all"]))
-    assert of_seeds(halves, "x") == [2.0]  # of seed 1 there is the whole text alone
+    assert of_seeds(halves, "x") == [2.0]  # seed 1 has the full text alone
 
 
-def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
+def test_knobs_that_vary_besides_seeds_and_subsets_are_in_the_scheme():
     trials = pl.DataFrame(
         {
             "init.scheme": ["model5", "model5", "gpt2"],
@@ -39,7 +39,7 @@ def test_what_a_sweep_varies_beside_seeds_and_subsets_is_told_apart():
     ]
 
 
-def test_what_tells_no_configurations_apart_makes_no_scheme(two_sweeps):
+def test_knobs_that_do_not_name_configurations_are_not_in_the_scheme(two_sweeps):
     sweep = read_sweeps(store_in(two_sweeps), ["one"], None, two_sweeps / "cache")
     trials = sweep.trials.with_columns(
         pl.Series("train.device", ["cpu", "auto"]), pl.Series("probes.every", [1, 2])

@@ -304,9 +304,9 @@ def test_a_sweep_gets_seeds_until_its_claims_are_decided(grown):
     }
     assert decided
     for name, one in here.items():
-        told = (one["verdict"], one["look"], one["alpha"], one["seeds"])
+        shown = (one["verdict"], one["look"], one["alpha"], one["seeds"])
         if name in decided:
-            assert told == decided[name]
+            assert shown == decided[name]
         else:
             assert one["verdict"] in (UNDERPOWERED, "not measured")
             assert one["look"] == len(looks["taken"])
@@ -365,9 +365,9 @@ def test_a_sweep_that_is_killed_goes_through_the_same_analyses(grown, tmp_path):
     assert code == 0, output
     assert "; 1 made" in output
     assert "interim analysis 1 of 3" not in output
-    again, whole = findings_of(tmp_path), findings_of(grown[0])
-    assert again["looks"] == whole["looks"]
-    assert again["claims"] == whole["claims"]
+    again, undisturbed = findings_of(tmp_path), findings_of(grown[0])
+    assert again["looks"] == undisturbed["looks"]
+    assert again["claims"] == undisturbed["claims"]
 
 
 def test_a_sweep_that_was_run_without_gets_no_interim_analyses(tmp_path, capsys):

@@ -55,28 +55,28 @@ def test_orders_hold_or_fail_as_planted():
     unknown = {**PLANTED, "common_100": None}
     changes = group_changes(token_groups({"as_said": PLANTED, "not": swapped, "null": unknown}))
     found = {row["trial_key"]: row for row in orders_hold(changes).to_dicts()}
-    replicate, whole = ORDERS
-    assert (found["as_said"][replicate], found["as_said"][whole]) == (True, True)
-    assert (found["not"][replicate], found["not"][whole]) == (False, True)
-    assert (found["null"][replicate], found["null"][whole]) == (None, None)
+    of_the_source, of_bins = ORDERS
+    assert (found["as_said"][of_the_source], found["as_said"][of_bins]) == (True, True)
+    assert (found["not"][of_the_source], found["not"][of_bins]) == (False, True)
+    assert (found["null"][of_the_source], found["null"][of_bins]) == (None, None)
 
 
-def test_shuffled_labels_deal_every_name_once_within_each_run(two_sweeps):
+def test_shuffled_labels_give_every_name_once_within_each_run(two_sweeps):
     sweep = read_sweeps(store_in(two_sweeps), ["one", "two"], None, two_sweeps / "cache")
     shuffled = shuffled_labels(sweep, 1)
     by = ["trial_key", "step", "mask"]
-    rows, dealt = (one.tables["token_groups"] for one in (sweep, shuffled))
-    assert dealt.group_by(*by, "group").len()["len"].unique().to_list() == [1]
+    rows, shuffled_rows = (one.tables["token_groups"] for one in (sweep, shuffled))
+    assert shuffled_rows.group_by(*by, "group").len()["len"].unique().to_list() == [1]
     assert (
-        dealt.sort(*by, "log_z", "mean_logprob").drop("group")
+        shuffled_rows.sort(*by, "log_z", "mean_logprob").drop("group")
         .equals(rows.sort(*by, "log_z", "mean_logprob").drop("group"))
     )  # fmt: skip
-    assert not dealt["group"].equals(rows["group"])
-    assert shuffled_labels(sweep, 1).tables["token_groups"].equals(dealt)
-    # A run keeps its deal from step to step, and from mask to mask.
-    joined = dealt.join(rows, on=[*by, "mean_logprob", "log_z", "excess"], suffix="_was")
+    assert not shuffled_rows["group"].equals(rows["group"])
+    assert shuffled_labels(sweep, 1).tables["token_groups"].equals(shuffled_rows)
+    # The names of a run are shuffled in the same way at every step and for every mask.
+    joined = shuffled_rows.join(rows, on=[*by, "mean_logprob", "log_z", "excess"], suffix="_was")
     masks = joined.drop_nulls("mean_logprob").filter(
-        pl.len().over(*by, "mean_logprob") == 1  # where numbers tell groups apart
+        pl.len().over(*by, "mean_logprob") == 1  # where numbers differ between groups
     )
     names = masks.group_by("trial_key", "group").agg(pl.col("group_was").n_unique())
     assert names["group_was"].to_list() == [1] * names.height

@@ -1,4 +1,4 @@
-"""The report as people meet it: in a browser, without a network."""
+"""The report in a browser, without a network."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_a_browser_draws_every_figure_without_a_network(two_sweeps, tmp_path, pa
     assert page.said == []
 
 
-def test_a_figure_tells_its_numbers_where_the_mouse_is(two_sweeps, tmp_path, page):
+def test_a_figure_shows_numbers_under_the_mouse(two_sweeps, tmp_path, page):
     assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), "--name", "one"]) == 0
     page.goto((tmp_path / "report.html").as_uri())
     mark = page.locator("#init_errors g.mark-symbol.role-mark path").first
@@ -51,7 +51,7 @@ def test_the_page_can_be_used_by_keyboard(two_sweeps, tmp_path, page):
     assert page.url.endswith("#verdicts")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.getAttribute('role')") == "region"
-    # The time-lapse: another step is another drawing.
+    # Another step of the slider gives another drawing.
     slider = page.locator("#histograms input[type=range]")
     before = page.locator("#histograms svg.marks").inner_html()
     slider.focus()

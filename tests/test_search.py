@@ -1,4 +1,4 @@
-"""Searches on Ray with a real study: what they find, and that they go on."""
+"""Searches on Ray with a real study: what they find, and that they continue."""
 
 import json
 import sqlite3
@@ -102,7 +102,7 @@ def test_a_number_beyond_its_distance_contradicts_and_the_seeds_suffice_for_it(n
 
 
 def test_a_claim_that_no_trial_has_a_number_for_is_not_measured():
-    """As of rare tokens over bytes: that nothing was found would read as evidence for it."""
+    """For example rare tokens over bytes. `none found` would look like evidence for the claim."""
     assert sentences("rare_falls", [], 30, measured=0) == [
         "rare_falls: not measured, because none of 30 trials has the number for it"
     ]
@@ -158,7 +158,7 @@ def test_the_best_is_found_once_by_a_search_that_was_killed(tmp_path):
 
 
 def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path):
-    """A learning rate of almost nothing contradicts that rows move; a plain one does not."""
+    """With a tiny learning rate rows hardly move, which contradicts the claim."""
     runs_dir = tmp_path / "runs"
     code, output = run(
         runs_dir, "refute", "--claim", "unused_rows_move", "--trials", "6", "--finds", "2",

@@ -1,4 +1,4 @@
-"""Every way to measure a claim's number that is offered, on real runs and on planted ones."""
+"""Every specification of a claim, on real runs and on planted numbers."""
 
 from dataclasses import replace
 from itertools import product
@@ -66,6 +66,6 @@ def test_a_baseline_shifts_what_it_says(sweep, specified):
         if one.choices["group"] == "all that occur once"
     }
     level = by_baseline["-ln V"] - by_baseline["the untrained level"]
-    # -(ln V + d std^2 / 2) lies below -ln V: what stands above the lower stands less below.
+    # -(ln V + d std^2 / 2) is below -ln V, so a number is further above the former.
     std = sweep.tables["init"].filter(kind="wte")["std"].to_numpy()
     assert level == pytest.approx(-(16 * (std**2) / 2).mean(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Planted truth: intervals cover what they are said to cover."""
+"""Intervals cover the true value at the rate that they promise."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_the_interval_of_a_share_covers_it(share):
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
-def test_no_interval_is_made_up_where_seeds_are_too_few():
+def test_there_is_no_interval_with_too_few_seeds():
     assert mean_interval([1.0]) == Estimate(seeds=1, value=1.0, low=None, high=None)
     assert median_interval([1.0] * 5).low is None
     assert median_interval([1.0, 2, 3, 4, 5, 9]) == Estimate(seeds=6, value=3.5, low=1.0, high=9)

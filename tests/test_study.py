@@ -1,4 +1,4 @@
-"""What a study suggests, and what it makes of answers."""
+"""What a study suggests, and what it records of results."""
 
 from dataclasses import replace
 
@@ -39,9 +39,15 @@ def suggestions(study, trials=4, done=(), answer=lambda key: 1.0, domains=DOMAIN
     common = {"recording": None, "metric": "loss/val"}
     pruned = []
     asked = Suggestions(
-        study, trials, domains, prepare, answer, lambda *told: pruned.append(told), common
+        study,
+        trials,
+        domains,
+        prepare,
+        answer,
+        lambda *key_and_why: pruned.append(key_and_why),
+        common,
     )
-    asked.told = pruned
+    asked.pruned = pruned
     return asked
 
 
@@ -95,7 +101,7 @@ def test_every_suggestion_is_a_trial_and_every_scheme_gets_its_parameters(tmp_pa
     assert len(seen) > len(INIT_SCHEMES) / 2
 
 
-def test_a_study_goes_on_where_it_was_and_takes_up_what_nobody_answered(tmp_path):
+def test_a_study_continues_and_first_runs_suggestions_without_a_result(tmp_path):
     first = suggestions(study_in(tmp_path), trials=4)
     jobs = [first.suggest(name)["batch"][0] for name in "ab"]
     first.on_trial_complete("a", {"status": "finished"})
@@ -156,12 +162,12 @@ def test_trials_that_fall_behind_are_pruned_at_a_rung_and_never_at_the_end(tmp_p
     assert asked.prunes.pruned == {"b": 300}
     key = asked.keys["b"]
     asked.on_trial_complete("b", {"step": 300})
-    assert asked.told == [(key, "pruned at step 300")]
+    assert asked.pruned == [(key, "pruned at step 300")]
     assert answered(asked.study)[0].state.name == "PRUNED"
     assert not asked.prunes("a", {"step": 100, "status": "finished"})
 
 
-def test_what_was_given_up_once_is_not_begun_again(tmp_path):
+def test_a_pruned_trial_is_not_run_again(tmp_path):
     domains = {"init.scheme": ["gpt2", "mup"]}
     asked = suggestions(study_in(tmp_path), trials=8, domains=domains)
     for name in "ab":
@@ -176,7 +182,7 @@ def test_what_was_given_up_once_is_not_begun_again(tmp_path):
     assert not asked.errors
 
 
-def test_what_is_raised_is_kept_for_whoever_runs_the_search(tmp_path):
+def test_an_error_is_kept_until_the_search_raises_it(tmp_path):
     def answer(key):
         raise OSError("no room")
 

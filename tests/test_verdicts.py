@@ -1,4 +1,4 @@
-"""Planted truth: what is not there is seldom found, what is there is found."""
+"""Verdicts on planted numbers: effects are found, and nothing is found where there is none."""
 
 import math
 from dataclasses import replace
@@ -196,28 +196,28 @@ def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
 
 
 def test_a_claim_is_not_supported_by_some_of_its_parts():
-    """Over bytes, for one, the unused fall; that they fall by more than the rare is not known."""
+    """Over bytes, for example, no token is rare, so unused minus rare tokens is not known."""
     runs = trials(6)
     numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 6))
     judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
     assert judged.parts["x"].verdict == SUPPORTED
     assert judged.verdict == judged.verdict_with_diverged == NOT_MEASURED
     assert judged.p is judged.p_holm is None  # so it costs the other claims nothing
-    beside = claim(x=ABOVE, y=replace(ABOVE, decides=False))
-    assert judge({"it": beside}, {"it": numbers}, runs)["it"].verdict == SUPPORTED
+    reported = claim(x=ABOVE, y=replace(ABOVE, decides=False))
+    assert judge({"it": reported}, {"it": numbers}, runs)["it"].verdict == SUPPORTED
 
 
 def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured():
     runs = trials(6)
-    rules = claim(x=ABOVE, beside=replace(ABOVE, decides=False))
-    numbers = values(runs, np.arange(6.0), "beside")
+    rules = claim(x=ABOVE, reported=replace(ABOVE, decides=False))
+    numbers = values(runs, np.arange(6.0), "reported")
     judged = judge(
         {"it": rules, "other": claim(x=ABOVE)},
         {"it": numbers, "other": numbers.with_columns(part=pl.lit("x"))},
         runs,
     )
     assert judged["it"].verdict == NOT_MEASURED
-    assert list(judged["it"].parts) == ["beside"]
+    assert list(judged["it"].parts) == ["reported"]
 
 
 def test_a_claim_fails_by_one_of_its_parts_whatever_the_others():
@@ -241,7 +241,7 @@ def null_numbers(part, rng, n_configs, n_seeds):
     if part.centre == "share":
         return (rng.random((n_configs, n_seeds)) < null).astype(float).ravel()
     shared = rng.normal(0, 0.7, (1, n_seeds))
-    if n_configs > 1:  # of one configuration alone an effect of its own would be no null
+    if n_configs > 1:  # with one configuration, an effect that it has would not be a null
         shared = shared + rng.normal(0, 0.7, (n_configs, 1))
     return (null + shared + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
 
@@ -278,8 +278,7 @@ def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seed
 
 @pytest.mark.parametrize(("n_configs", "n_seeds"), [(6, 8), (8, 20)])
 def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, capsys):
-    """Seeds and configurations each have an effect, and every run one of its own; the truth is the
-    mean over all of either kind."""
+    """Seeds, configurations and runs each have a random effect. The truth is the mean over all."""
     rng, rule, sweeps, covered = np.random.default_rng(0), Part(centre="mean", low=0.0), 1000, 0
     names = [(seed, f"config {i}") for i in range(n_configs) for seed in range(n_seeds)]
     for _ in range(sweeps):
@@ -290,7 +289,7 @@ def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, 
         covered += estimate.low <= 2 <= estimate.high
     with capsys.disabled():
         print(f"\n{n_configs} x {n_seeds}: {covered / sweeps:.3f} of intervals in general cover")
-    # Four standard errors below; the run's own effect is counted twice, so it is a little wide.
+    # Four standard errors. The effect of a run counts for both units, so intervals are a bit wide.
     assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / sweeps) <= covered / sweeps <= 0.99
 
 
@@ -359,7 +358,7 @@ def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
 
 
 def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
-    """Every claim has numbers on its side that agree as well as numbers can."""
+    """Every claim has numbers that support it and hardly vary."""
 
     def supported(n_seeds):
         runs, rng = trials(n_seeds), np.random.default_rng(0)
@@ -421,7 +420,7 @@ def test_p_of_a_mean_is_students_and_agrees_with_its_interval():
     )
     assert (p_value(rule, NUMBERS) < 0.025) == (mean_interval(NUMBERS).low > 0)
     assert p_value(rule, [1.0]) == 1.0
-    assert p_value(rule, [1.0, 1.0]) == 0.25  # they say nothing of how they vary
+    assert p_value(rule, [1.0, 1.0]) == 0.25  # equal values do not show how they vary
     assert p_value(rule, [0.0, 0.0]) == 1.0
 
 
