@@ -237,3 +237,18 @@ def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_
         InputError, match=f"cannot be read from {server_sweep}: the server has gone"
     ):
         read_sweeps(open_store(server_sweep), [], None, tmp_path)
+
+
+def test_a_plan_that_is_missing_is_told_from_a_server_that_is_away(server_sweep, monkeypatch):
+    store = open_store(server_sweep)
+    (run,) = store.runs("sweep")
+    with pytest.raises(InputError, match=r"lost\.json of sweep \w+ is not at .*folder moved\?"):
+        store.read_json(run, "lost.json")
+
+    def dies(*_):
+        raise MlflowException("the server has gone away")
+
+    monkeypatch.setattr(MlflowClient, "download_artifacts", dies)
+    monkeypatch.setattr(MlflowClient, "list_artifacts", dies)
+    with pytest.raises(InputError, match=f"cannot be read from {server_sweep}: the server has"):
+        store.read_json(run, "plan.json")

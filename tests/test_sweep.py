@@ -246,7 +246,7 @@ def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, poli
     os.kill(process.pid, politely)
     code, output = outcome(process, 120)
     assert code == 130, output
-    assert "stopped with 2 trials to go: the same command goes on" in output
+    assert "stopped with 2 trials to go: run the same command again to continue" in output
     runs = runs_in(runs_dir).values()
     assert {(run.info.status, trial_status(run)) for run in runs} == {("KILLED", "stopped")}
     (sweep,) = Store(store_address(runs_dir)).runs("sweep")

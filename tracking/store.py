@@ -7,6 +7,7 @@ sweep that asks for the same key. Of several runs of one key a finished one coun
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -27,7 +28,6 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # MLflow takes no higher number; whoever wants less sets it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -240,17 +240,15 @@ class Store:
         """Read a JSON file that a sweep's own run holds.
 
         Raises:
-            InputError: the file is not there.
+            InputError: the file is not there, or the store stops answering.
         """
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                file = self.client.download_artifacts(run.info.run_id, name, folder)
-            except (OSError, MlflowException) as error:
+            if not self.fetch(run.info.run_id, name, Path(folder)):
                 raise InputError(
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{run.info.artifact_uri}: was the runs folder moved?"
-                ) from error
-            return json.loads(Path(file).read_text())
+                )
+            return json.loads(Path(folder, name).read_text())
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
@@ -261,16 +259,11 @@ class Store:
         try:
             self.client.download_artifacts(run_id, name, str(folder))
             return True
-        except (requests.RequestException, MlflowException) as error:
-            try:
-                # MLflow tells a file that is not there from a server that is not there in words
-                # alone.
-                if isinstance(error, MlflowException) and name not in [
-                    file.path for file in self.client.list_artifacts(run_id)
-                ]:
+        except (OSError, MlflowException) as error:  # OSError: also what requests raises
+            # Whether the file is missing or the server is away, only MLflow's words would say.
+            with contextlib.suppress(OSError, MlflowException):
+                if name not in [file.path for file in self.client.list_artifacts(run_id)]:
                     return False
-            except (requests.RequestException, MlflowException):
-                pass
             why = mask_password(" ".join(str(error).split()))
             raise InputError(
                 f"the runs cannot be read from {self.address.masked}: {why}"
