@@ -53,8 +53,8 @@ def power(trials: Iterable[TrialConfig], alpha: float = ALPHA) -> list[str]:
     if seeds >= 2:
         effect = detectable(seeds, len(CLAIMS), alpha)
         lines.append(
-            f"  80% power for claims about a mean that is {effect:.2g} standard deviations (between "
-            "seeds) beyond the bound"
+            f"  80% power for a claim about a mean that is {effect:.2g} standard deviations "
+            "(between seeds) beyond the bound"
         )
     for least, names in sorted(claims_by_least.items()):
         if seeds >= least:
