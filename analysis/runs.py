@@ -60,9 +60,8 @@ Rows = Callable[[pl.LazyFrame], pl.LazyFrame]
 READ: dict[str, Rows] = {
     "init": _all,
     "training": _all,
-    "weights": lambda rows: rows.filter(
-        pl.col("kind").is_in(["q", "k", "v", "qkv"]) | (pl.col("step") == 0)
-    ).drop("size", "mean", "frobenius", "cosine", "grad_rms"),
+    # Every kind of tensor, also those that no claim is about: a new claim would find nothing else.
+    "weights": lambda rows: rows.drop("size", "mean", "frobenius", "cosine", "grad_rms"),
     "text_losses": _all,
     "token_groups": lambda rows: rows.filter(
         text=PRIMARY["text"], positions=PRIMARY["positions"]

@@ -21,7 +21,7 @@ from sweeps.session import Session
 from tracking.store import DONE, Store
 
 
-def agreed_looks(plan: Plan, given: int | None, store: Store) -> InterimPlan | None:
+def agreed_interim_plan(plan: Plan, given: int | None, store: Store) -> InterimPlan | None:
     """Return the interim analyses of a sweep, including those that were made.
 
     The plan of a sweep cannot change after an interim analysis, because the error would be spent
@@ -95,11 +95,11 @@ def follow(
         redo: trials to run anew, as --redo takes them.
         console: what the user is shown goes there.
     """
-    session.keep_looks(interim.to_json())
+    session.keep_interim_plan(interim)
     if interim.is_over:
-        return session.run(next_look(plan, interim)[0], redo)
+        return session.run(next_analysis(plan, interim)[0], redo)
     while not interim.is_over:
-        wanted, alpha = next_look(plan, interim)
+        wanted, alpha = next_analysis(plan, interim)
         if session.run(wanted, redo):
             return True
         redo = ()
@@ -118,12 +118,12 @@ def follow(
             return False
         sweep = replace(sweep, trials=with_scheme(sweep.trials))
         interim = interim.with_findings(judge_sweep(sweep, alpha))
-        session.keep_looks(interim.to_json())
+        session.keep_interim_plan(interim)
         say_latest(interim, console)
     return False
 
 
-def next_look(plan: Plan, interim: InterimPlan) -> tuple[Plan, float]:
+def next_analysis(plan: Plan, interim: InterimPlan) -> tuple[Plan, float]:
     """Return the trials and the alpha of the next interim analysis, or of the last one made."""
     planned = interim.schedule[len(interim.made) - interim.is_over]
     return plan.of_seeds(interim.seeds[: planned.seeds]), planned.alpha

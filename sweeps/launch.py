@@ -134,7 +134,7 @@ def run_sweep(
             every claim is decided; else None.
     """
     # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
-    from sweeps.interim import agreed_looks, follow, say_schedule
+    from sweeps.interim import agreed_interim_plan, follow, say_schedule
     from sweeps.session import Session, naming_faults
     from tracking.store import Store, store_address
 
@@ -146,12 +146,12 @@ def run_sweep(
         with Session(
             plan.name, runs_dir, store, console, array=args.array, measures=not args.no_estimate
         ) as session:
-            looks = agreed_looks(plan, first_seeds, store)
-            if looks is None:
+            interim = agreed_interim_plan(plan, first_seeds, store)
+            if interim is None:
                 stopped = session.run(plan, args.redo)
             else:
-                say_schedule(looks, console)
-                stopped = follow(session, plan, looks, args.redo, console)
+                say_schedule(interim, console)
+                stopped = follow(session, plan, interim, args.redo, console)
             return session.stop() if stopped else session.finish(report=not args.no_report)
 
 
@@ -165,14 +165,14 @@ def dry_run(
     """Say what is done, what is missing, and what that will take. Return the exit code."""
     from analysis.decisions import ALPHA
     from analysis.power import power
-    from sweeps.interim import agreed_looks, next_look, say_schedule
+    from sweeps.interim import agreed_interim_plan, next_analysis, say_schedule
     from sweeps.ledger import holder, read_ledger, to_redo
     from sweeps.session import say_how_far, trial_table
 
-    looks, alpha = agreed_looks(plan, first_seeds, store), ALPHA
-    if looks:
-        say_schedule(looks, console)
-        plan, alpha = next_look(plan, looks)
+    interim, alpha = agreed_interim_plan(plan, first_seeds, store), ALPHA
+    if interim:
+        say_schedule(interim, console)
+        plan, alpha = next_analysis(plan, interim)
     runs_dir = args.runs_dir.resolve()
     ledger = read_ledger(plan.trials, plan.name, store, runs_dir)
     again = to_redo(ledger, args.redo)

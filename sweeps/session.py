@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import digest
+from analysis.interim import InterimPlan
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
@@ -73,7 +74,7 @@ class Session:
         self.ledger: dict[str, Entry] = {}
         self.texts: Texts = NO_TEXTS
         self._sweep_run: SweepRun | None = None
-        self._looks: Mapping[str, Any] | None = None
+        self._interim: InterimPlan | None = None
         self._ended = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
@@ -188,7 +189,11 @@ class Session:
         experiment_id = self.store.open_experiment(self.name, self.runs_dir, view)
         close_cut_off(self.store, experiment_id)
         sweep_run = SweepRun(
-            self.store, experiment_id, planned, launched=time.time(), looks=self._looks
+            self.store,
+            experiment_id,
+            planned,
+            launched=time.time(),
+            interim=self._interim.to_json() if self._interim else None,
         )
         self._on_exit.callback(lambda: sweep_run.end(self._ended))
         self._sweep_run = sweep_run
@@ -227,11 +232,11 @@ class Session:
         estimated = f", estimated {clock(expected.seconds)}" if tags else ""
         self.console.print(f"took {clock(took)}{estimated}")
 
-    def keep_looks(self, looks: Mapping[str, Any]) -> None:
-        """Record the looks taken and to come, now or with the plan."""
-        self._looks = looks
+    def keep_interim_plan(self, interim: InterimPlan) -> None:
+        """Record the interim analyses, made and to come, now or with the plan."""
+        self._interim = interim
         if self._sweep_run:
-            self._sweep_run.keep_looks(looks)
+            self._sweep_run.keep_interim_plan(interim.to_json())
 
     def keep(self, files: Sequence[Path]) -> None:
         """Keep files on the sweep's run, with the report."""
@@ -292,7 +297,8 @@ class Session:
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
-        rests_on: list[Any] = [runs, digest(), plan.tags(), self._looks]
+        interim = self._interim.to_json() if self._interim else None
+        rests_on: list[Any] = [runs, digest(), plan.tags(), interim]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             rests_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:12]

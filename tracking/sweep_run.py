@@ -18,7 +18,7 @@ class SweepRun:
         experiment_id: str,
         plan: Mapping[str, Any],
         launched: float,
-        looks: Mapping[str, Any] | None = None,
+        interim: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the sweep's run, made if it is new.
 
@@ -27,7 +27,7 @@ class SweepRun:
             experiment_id: the sweep's experiment.
             plan: what is about to run, as plan.json holds it.
             launched: seconds since the epoch; the newest sweep is found by it.
-            looks: the plan of interim analyses, for a sweep that has them.
+            interim: the interim analyses, for a sweep that has them.
         """
         name = plan["sweep"]
         self.store, self.experiment_id, client = store, experiment_id, store.client
@@ -41,8 +41,8 @@ class SweepRun:
             )
         self.run_id = run.info.run_id
         self.plans(plan)
-        if looks:
-            self.keep_looks(looks)
+        if interim:
+            self.keep_interim_plan(interim)
         # The tag `kind` comes last: readers find a sweep by it, and expect its plan to be there.
         store.set_tags(self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
         store.set_tags(self.run_id, kind="sweep")
@@ -52,10 +52,10 @@ class SweepRun:
         """Record what is about to run, in place of an earlier plan."""
         self.store.client.log_dict(self.run_id, dict(plan), "plan.json")
 
-    def keep_looks(self, looks: Mapping[str, Any]) -> None:
+    def keep_interim_plan(self, interim: Mapping[str, Any]) -> None:
         """Record the interim analyses, made and planned, in place of an earlier record."""
-        self.store.client.log_dict(self.run_id, dict(looks), "looks.json")
-        self.store.set_tags(self.run_id, until_decided=str(len(looks["seeds"])))
+        self.store.client.log_dict(self.run_id, dict(interim), "looks.json")
+        self.store.set_tags(self.run_id, until_decided=str(len(interim["seeds"])))
 
     def keep(self, files: Sequence[Path], **tags: str) -> None:
         """Copy files into the run's folder `report`, then set tags."""
