@@ -1,7 +1,7 @@
 """The parts of PyTorch that its documentation does not promise, all in one module.
 
 Each use has its reason. They are the same in PyTorch 2.13.0, which is installed, and 2.11.0.
-tests/test_gptcore_private_api.py fails, with a sentence, when another version changes one of them.
+tests/test_private_api_torch.py fails, with a sentence, when another version changes one of them.
 """
 
 from __future__ import annotations

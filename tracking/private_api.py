@@ -1,6 +1,6 @@
 """The parts of MLflow 3.17.2 that its documentation does not promise, all in one module.
 
-Each has its reason. tests/test_tracking_private_api.py fails, with a sentence, when another version
+Each has its reason. tests/test_private_api.py fails, with a sentence, when another version
 of MLflow changes one of them.
 """
 
