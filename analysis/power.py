@@ -60,7 +60,8 @@ def power(trials: Iterable[TrialConfig], alpha: float = ALPHA) -> list[str]:
         if seeds >= least:
             lines.append(f"  can support {', '.join(names)}")
         else:
-            lines.append(f"  cannot support {', '.join(names)}: {least} seeds can")
+            needed = f"{least} seeds" if least <= MAX_SEEDS else "no number of seeds"
+            lines.append(f"  cannot support {', '.join(names)}: {needed} can")
     return lines
 
 

@@ -36,8 +36,9 @@ from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, spelling, varying_knobs
+from tracking.address import store_address
 from tracking.arguments import Parser
-from tracking.store import Store, store_address
+from tracking.store import Store
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",

@@ -62,7 +62,8 @@ def schemes_and_subsets(n_trials: int) -> dict[str, TrialConfig]:
 
 def store_in(folder: Path) -> Store:
     """Return the store of a runs folder."""
-    from tracking.store import Store, store_address
+    from tracking.address import store_address
+    from tracking.store import Store
 
     return Store(store_address(folder))
 
@@ -77,7 +78,8 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
     """
     from analysis.claims import digest
     from gptcore.experiment import run_trial
-    from tracking.recorder import Job, MlflowRecorder
+    from tracking.job import Job
+    from tracking.recorder import MlflowRecorder
     from tracking.sweep_run import SweepRun
 
     store = store_in(folder)

@@ -67,7 +67,8 @@ def time_to_go_on(n_trials: int) -> None:
 
 
 def quick_trials(n_trials: int) -> None:
-    from tracking.store import Store, store_address
+    from tracking.address import store_address
+    from tracking.store import Store
 
     folder = Path(tempfile.mkdtemp())
     try:

@@ -31,7 +31,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import requests
 from playwright.sync_api import sync_playwright
 
-from tracking.store import Store, StoreAddress
+from tracking.address import StoreAddress
+from tracking.store import Store
 
 PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 980

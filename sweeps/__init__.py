@@ -2,8 +2,20 @@
 
 import atexit
 import gc
+import os
 
 # PyTorch, MLflow and Ray make a million objects that stay to the end. Looking for garbage among
 # them is a quarter of the time of their imports, and a second and a half at exit.
 gc.set_threshold(100_000)
 atexit.register(gc.freeze)
+
+# Ray reads these when it is imported or started.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Ctrl-C is handled by sweeps.execution.interrupts.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Tune's workers need their own environment. Workers that Ray starts early do not have it, and would
+# only take up memory.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "false")

@@ -1,4 +1,4 @@
-"""Sweep GPT trials over initialisation, seed and corpus subset, and report what held.
+"""Sweep GPT trials over initialisation, seed and corpus subset, and report which claims hold.
 
 python sweeps/init_sweep.py
 python sweeps/init_sweep.py --init.scheme model5 gpt2 --init.seed 0 1 2 --train.steps 100
@@ -9,7 +9,7 @@ import functools
 import sys
 from pathlib import Path
 
-# The checkout's root, not its sweeps/, is where imports start, also before an installed `sweeps`.
+# Import from the root of the checkout, also where a package of that name is installed.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sweeps import launch

@@ -93,7 +93,7 @@ def follow(
         plan: the trials of all seeds that the sweep may get.
         interim: the interim analyses, made and to come.
         redo: trials to run anew, as --redo takes them.
-        console: what the user is shown goes there.
+        console: where to print.
     """
     session.keep_interim_plan(interim)
     if interim.is_over:

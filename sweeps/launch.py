@@ -16,8 +16,9 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
+from gptcore.files import check_writable
 from sweeps.command_line import add_knobs, parse, sweep_parser
-from sweeps.estimate.packing import check_array, check_together
+from sweeps.estimate.arrays import check_array, check_together
 from sweeps.execution.faults import Fault
 from sweeps.plan import Plan, make_plan, seeds_of, with_more_seeds, with_overrides
 from sweeps.presets import Preset, Space
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return its exit code, as `exit_code` says, or 1 where a trial failed."""
+    """Run the command. Return its exit code: 0, 1 if a trial failed, else as `exit_code`."""
     console = make_console()
     try:
         args, overrides = command_line(doc, presets, argv)
@@ -55,8 +56,8 @@ def make_console() -> Console:
 
 
 def exit_code(error: BaseException) -> int:
-    """Say what ended a command. Return its exit code: 2 for bad input, 1 for what broke on the way,
-    130 for Ctrl-C."""
+    """Print why a command ended. Return its exit code: 2 for bad input, 1 for a fault, 130 for
+    Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
@@ -67,7 +68,6 @@ def exit_code(error: BaseException) -> int:
 def debug(plan: Plan, runs_dir: Path, console: Console) -> int:
     """Run the first trial of the plan in this process, without Ray. Return the exit code."""
     from sweeps.debug import debug_trial
-    from sweeps.session import check_writable
 
     key, config = next(iter(plan.trials.items()))
     device_of(config)
@@ -129,14 +129,14 @@ def run_sweep(
     Args:
         plan: all trials that the sweep may get.
         args: the command line.
-        console: what the user is shown goes there.
-        first_seeds: how many seeds were asked for by name, where the sweep is to get more until
-            every claim is decided; else None.
+        console: where to print.
+        first_seeds: number of seeds before --until-decided adds more; None without it.
     """
-    # Not at the top: MLflow and Polars take seconds to import, and --debug needs neither.
+    # Not at the top: MLflow takes seconds to import, and --debug and --help do not need it.
     from sweeps.interim import agreed_interim_plan, follow, say_schedule
     from sweeps.session import Session, naming_faults
-    from tracking.store import Store, store_address
+    from tracking.address import store_address
+    from tracking.store import Store
 
     runs_dir = args.runs_dir.resolve()
     store = Store(store_address(runs_dir))
@@ -178,7 +178,7 @@ def dry_run(
     again = to_redo(ledger, args.redo)
     say_how_far(plan, ledger, again, console)
     if by := holder(runs_dir, plan.name):
-        console.print(f"it is being run by {by}", soft_wrap=True)
+        console.print(f"sweep {plan.name} is being run by {by}", soft_wrap=True)
     console.print(trial_table(plan, ledger, again))
     missing = {
         key: config

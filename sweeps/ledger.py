@@ -27,7 +27,7 @@ from tracking.store import DONE, Store, trial_status
 
 @dataclass(frozen=True)
 class Entry:
-    """What exists of one trial."""
+    """The state of one trial: its status, a note for the user, its MLflow run."""
 
     status: str  # as trial_status; or `cut off`: its run is RUNNING, and no driver works on it
     why: str  # what the user has to know about it; may be empty
@@ -35,11 +35,12 @@ class Entry:
 
     @property
     def is_done(self) -> bool:
+        """Whether the trial has a result."""
         return self.status in DONE
 
 
 def read_ledger(keys: Iterable[str], sweep: str, store: Store, runs_dir: Path) -> dict[str, Entry]:
-    """Return what exists of each trial, by key: nothing where the store is not made yet."""
+    """Return the state of each trial, by key; `missing` for all where there is no store yet."""
     runs: dict[str, Run] = {}
     if store.address.exists:
         store.open()

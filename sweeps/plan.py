@@ -18,7 +18,7 @@ from gptcore.config import KNOBS, InputError, TrialConfig, compared_knobs, spell
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
 from sweeps.presets import Space, trials_of
-from tracking.recorder import Job
+from tracking.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ class Plan:
     trials: Mapping[str, TrialConfig]
     corpora: Mapping[str, Corpus]  # by trial key
     notes: tuple[str, ...] = ()  # what the user has to know about the plan
-    searched: tuple[str, ...] = ()  # knobs in which trials may differ that are not known yet
+    searched: tuple[str, ...] = ()  # knobs in which trials that are added later may differ
 
     def as_dict(self) -> dict[str, Any]:
         """Return what plan.json holds."""
@@ -169,7 +169,7 @@ def checked(
 
 
 def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
-    """Return trials of the plan as workers are given them."""
+    """Return one Job for each of these trials."""
     jobs, tags = [], {"sweep": plan.name, **plan.tags()}
     scheme, *others = plan.compared()
     for key in keys:
@@ -185,8 +185,8 @@ def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
 def versions() -> str:
     """Return the versions on which numbers may depend."""
     packages = ("torch", "ray", "mlflow", "polars", "numpy")
-    told = [f"python {platform.python_version()}"]
-    return ", ".join(told + [f"{name} {version(name)}" for name in packages])
+    parts = [f"python {platform.python_version()}"]
+    return ", ".join(parts + [f"{name} {version(name)}" for name in packages])
 
 
 @functools.cache

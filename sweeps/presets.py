@@ -70,7 +70,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "optimizer": Preset(
-        "AdamW, Adam with a large eps, Coupled Adam, SGD, 4 seeds: who moves unused rows?",
+        "AdamW, Adam with a large eps, Coupled Adam, SGD, 4 seeds: which move unused tokens' rows?",
         (
             {"init.seed": SEEDS_4, "optim.name": ["adamw", "coupled_adam"]},
             {"init.seed": SEEDS_4, "optim.name": ["adam"], "optim.eps": [1e-3]},
@@ -78,7 +78,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "corpus-size": Preset(
-        "an eighth of the book to all of it, 4 seeds: does the sign of rare's change flip?",
+        "an eighth of the book to all of it, 4 seeds: do rare tokens rise only on a short text?",
         (
             {
                 "init.seed": SEEDS_4,
@@ -97,11 +97,11 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "model5": Preset(
-        "the source's model and scheme, 4 seeds: one GPU",
+        "Model 5 with its own scheme, 4 seeds: needs one GPU",
         ({"init.seed": SEEDS_4, "init.scheme": ["model5"], **MODEL5},),
     ),
     "full": Preset(
-        "the source's model, 6 schemes x 8 seeds x 3 subsets: a cluster",
+        "Model 5, 6 schemes x 8 seeds x 3 subsets: needs a cluster",
         (
             {
                 "init.seed": SEEDS_8,

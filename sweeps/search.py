@@ -45,7 +45,8 @@ from sweeps.searching.study import (
     takes,
 )
 from sweeps.session import Session, naming_faults
-from tracking.store import Store, store_address
+from tracking.address import store_address
+from tracking.store import Store
 
 GOALS: dict[str, dict[str, list[str]]] = {
     "best": {"init.scheme": list(INIT_SCHEMES), "optim.lr": ["1e-4..1e-2"]},
@@ -124,7 +125,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     Args:
         args: the options.
         given: what was typed for each knob.
-        console: what the user is shown goes there.
+        console: where to print.
     """
     typed = {**GOALS[args.goal], **given}
     domains: dict[str, Domain] = {knob: parse_domain(knob, typed[knob]) for knob in typed}

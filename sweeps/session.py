@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
+from gptcore.files import check_writable
 from gptcore.units import clock
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
@@ -36,8 +36,8 @@ from tracking.sweep_run import SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:
-    from sweeps.estimate.packing import Batch
-    from sweeps.execution.runner import Run
+    from sweeps.estimate.arrays import Batch
+    from sweeps.execution.runner import RunContext
 
 
 class Session:
@@ -63,7 +63,7 @@ class Session:
             name: of the sweep.
             runs_dir: where everything goes.
             store: where trials are recorded.
-            console: what the user is shown goes there.
+            console: where to print.
             array: which trials train together, as --array takes it.
             measures: whether shapes are measured before trials run; else an earlier measurement is
                 used.
@@ -144,7 +144,7 @@ class Session:
         from sweeps.execution.runner import run_grid
 
         with self.estimated({key: plan.trials[key] for key in missing}) as batches:
-            stopped = run_grid(jobs_of(plan, missing), batches, self.recorded_run())
+            stopped = run_grid(jobs_of(plan, missing), batches, self.run_context())
         self.ledger = read_ledger(plan.trials, plan.name, self.store, self.runs_dir)
         return stopped
 
@@ -157,7 +157,7 @@ class Session:
             corpora: `corpus.name` of the same trials.
 
         Raises:
-            InputError: something is not as it has to be; no trial has begun by then.
+            InputError: the store, the cluster or a corpus cannot be used; no trial has started.
         """
         # A new store takes as long to make as Ray to start.
         with ThreadPoolExecutor(max_workers=1) as background:
@@ -178,7 +178,7 @@ class Session:
         self.record(plan)
 
     def record(self, plan: Plan) -> None:
-        """Record what the sweep is to be; open its own run the first time."""
+        """Record the plan; the first time, open the sweep's own MLflow run."""
         self.plan = plan
         planned = {**plan.as_dict(), "claims_digest": digest()}
         if self._sweep_run:
@@ -198,20 +198,19 @@ class Session:
         self._on_exit.callback(lambda: sweep_run.end(self._ended))
         self._sweep_run = sweep_run
 
-    def recorded_run(self) -> Run:
-        """Return where trials are recorded, and what they are told."""
-        from sweeps.execution.runner import Run
+    def run_context(self) -> RunContext:
+        """Return what all trials of this driver share."""
+        from sweeps.execution.runner import RunContext
         from sweeps.execution.trainable import Recording
 
         recording = Recording(self.store.address, self.sweep_run.experiment_id, self.runs_dir)
-        return Run(self.store, recording, self.texts, self.console)
+        return RunContext(self.store, recording, self.texts, self.console)
 
     @contextmanager
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:
-        """Say and record what some trials will take, and afterwards what they took.
+        """Print and record the estimate for some trials, and afterwards the time they took.
 
-        Yields which of them train together, and what each batch needs. What is not measured is not
-        known, and said to be so.
+        Yields which of them train together, and what each batch needs.
         """
         from sweeps.estimate.estimate import estimate
 
@@ -223,7 +222,7 @@ class Session:
         run_id = self.sweep_run.run_id
         if tags := expected.as_tags():
             self.store.set_tags(run_id, **tags)
-        else:  # what other trials were to take, before, says nothing of these
+        else:  # the recorded estimate was for other trials
             self.store.delete_tags(run_id, "estimated_")
         begun = time.monotonic()
         yield batches
@@ -252,7 +251,7 @@ class Session:
         address = self.store.address
         self.console.print(f"MLflow: {address.mlflow_command()}", soft_wrap=True)
         page = address.chart_page(self.sweep_run.experiment_id)
-        self.console.print(f"  then: {page}", soft_wrap=True)
+        self.console.print(f"  then open {page}", soft_wrap=True)
         return self.end(failed)
 
     def stop(self, left: int | None = None) -> int:
@@ -270,7 +269,7 @@ class Session:
         return 130
 
     def end(self, failed: bool) -> int:
-        """Have the sweep's run end as finished, or as failed. Return the exit code."""
+        """Set how the sweep's run will end, FINISHED or FAILED. Return the exit code."""
         self._ended = "FAILED" if failed else "FINISHED"
         return 1 if failed else 0
 
@@ -282,7 +281,7 @@ class Session:
         if not any(entry.status == "finished" for entry in ledger.values()):
             self.console.print("no trial finished, so there is nothing to report")
             return
-        made_of = self._made_of(self.plan, ledger)
+        made_of = self._report_digest(self.plan, ledger)
         if file.exists() and self.sweep_run.report_of() == made_of:
             self.console.print(f"report: {file}, up to date", soft_wrap=True)
             return
@@ -291,17 +290,17 @@ class Session:
         self.sweep_run.keep([folder / name for name in names], report_of=made_of)
         self.console.print(f"report: {file}", soft_wrap=True)
 
-    def _made_of(self, plan: Plan, ledger: Mapping[str, Entry]) -> str:
+    def _report_digest(self, plan: Plan, ledger: Mapping[str, Entry]) -> str:
         """Return a digest of all that the report rests on: runs, claims, interim analyses, code."""
         runs = {
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
         interim = self._interim.to_json() if self._interim else None
-        rests_on: list[Any] = [runs, digest(), plan.tags(), interim]
+        depends_on: list[Any] = [runs, digest(), plan.tags(), interim]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
-            rests_on.append(time.time())  # the code is not a commit: its version is not known
-        return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:12]
+            depends_on.append(time.time())  # the code is not a commit: its version is not known
+        return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -325,15 +324,6 @@ def naming_faults(store: Store, runs_dir: Path) -> Iterator[None]:
         raise Fault(why) from error
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder. Raise InputError where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error
-
-
 def say_how_far(
     plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str], console: Console
 ) -> None:
@@ -346,11 +336,11 @@ def say_how_far(
 def trial_table(plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str] = ()) -> Table:
     """Return a table of a plan's trials: what they vary, and what became of each."""
     varied = plan.varied()
-    told = any(entry.why for entry in ledger.values()) or bool(again)
-    table = Table("trial", *varied, "status", *(["why"] if told else []))
+    has_reasons = any(entry.why for entry in ledger.values()) or bool(again)
+    table = Table("trial", *varied, "status", *(["why"] if has_reasons else []))
     for key, config in plan.trials.items():
         flat, entry = config.to_flat(), ledger[key]
         why = "; ".join(filter(None, ["to be run again" if key in again else "", entry.why]))
         row = [key, *(spelling(flat[knob]) for knob in varied), entry.status]
-        table.add_row(*row, *([why] if told else []))
+        table.add_row(*row, *([why] if has_reasons else []))
     return table

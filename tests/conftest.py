@@ -104,7 +104,7 @@ def real_gulliver(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with a sweep `small`: 4 trials finished, one diverged, one missing."""
-    from tracking.store import store_address
+    from tracking.address import store_address
 
     def make(runs_dir: Path) -> None:
         knobs: list[dict[str, Scalar]] = [
@@ -122,7 +122,7 @@ def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with sweeps `one` and `two`: 2 schemes x 2 subsets, a subset each, and in `two`
     a trial that `one` has run."""
-    from tracking.store import store_address
+    from tracking.address import store_address
 
     def make(runs_dir: Path) -> None:
         uri = store_address(runs_dir).uri

@@ -23,7 +23,7 @@ from sweeps.execution.checkpoints import (
     save_checkpoint,
     with_checkpoint,
 )
-from tracking.store import store_address
+from tracking.address import store_address
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 from sweeps.execution import resources
 from sweeps.execution.ray_cluster import check_cluster, check_shared
 from sweeps.execution.resources import fit, needs_of, schedulable_machines, slots
-from tracking.store import StoreAddress
+from tracking.address import StoreAddress
 
 SCRIPT = """
 import json, sys

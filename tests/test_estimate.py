@@ -30,14 +30,21 @@ from sweeps.estimate.cost import (
 )
 from sweeps.estimate.estimate import estimate
 from sweeps.estimate.measure import measure
-from sweeps.estimate.measurements import Measurable, Measurement, file_of, keep, kept
+from sweeps.estimate.measurements import (
+    Measurable,
+    Measurement,
+    file_of,
+    read_measurement,
+    write_measurement,
+)
 from sweeps.estimate.packing import share_of_gpu
 from sweeps.execution import resources
 from sweeps.launch import main
 from sweeps.plan import versions
 from sweeps.presets import PRESETS
+from tracking.address import store_address
 from tracking.charts import chart_points
-from tracking.store import Store, store_address
+from tracking.store import Store
 from tracking.tables import write_tables
 
 LONG = {"train.steps": 200, "probes.every": 10, "probes.histogram_every": 50}
@@ -243,14 +250,14 @@ OF = Measurable(shape_of(configured({})), "a CPU; 2 CPU", "3", versions())
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_a_measurement_is_kept_for_the_same_alone(change, tmp_path):
-    assert kept(OF, tmp_path) is None
-    keep(replace(FOUND, array=2), OF, tmp_path)
-    keep(FOUND, OF, tmp_path)
-    assert kept(OF, tmp_path) == FOUND
+    assert read_measurement(OF, tmp_path) is None
+    write_measurement(replace(FOUND, array=2), OF, tmp_path)
+    write_measurement(FOUND, OF, tmp_path)
+    assert read_measurement(OF, tmp_path) == FOUND
     other = replace(OF, **change)
-    assert kept(other, tmp_path) is None
-    keep(replace(FOUND, array=7), other, tmp_path)
-    assert kept(OF, tmp_path) == FOUND
+    assert read_measurement(other, tmp_path) is None
+    write_measurement(replace(FOUND, array=7), other, tmp_path)
+    assert read_measurement(OF, tmp_path) == FOUND
 
 
 @pytest.mark.parametrize(
@@ -270,9 +277,9 @@ def test_a_measurement_is_kept_for_the_same_alone(change, tmp_path):
     ],
 )
 def test_a_measurement_that_cannot_be_read_counts_as_none(damage, tmp_path):
-    keep(FOUND, OF, tmp_path)
+    write_measurement(FOUND, OF, tmp_path)
     damage(file_of(OF, tmp_path))
-    assert kept(OF, tmp_path) is None
+    assert read_measurement(OF, tmp_path) is None
 
 
 def test_a_measurement_that_cannot_be_kept_costs_the_sweep_nothing(tmp_path, monkeypatch):
@@ -289,13 +296,15 @@ def test_drivers_that_write_at_once_leave_whole_measurements(tmp_path):
     other = replace(OF, array="auto")
     written = [(replace(FOUND, array=i), of) for i in range(1, 50) for of in (OF, other)]
     with ThreadPoolExecutor(max_workers=4) as drivers:
-        done = [drivers.submit(keep, found, of, tmp_path) for found, of in written]
+        done = [drivers.submit(write_measurement, found, of, tmp_path) for found, of in written]
         while not all(one.done() for one in done):
             for of in (OF, other):
-                assert kept(of, tmp_path) or not file_of(of, tmp_path).exists()
+                assert read_measurement(of, tmp_path) or not file_of(of, tmp_path).exists()
     for one in done:
         one.result()
-    assert {kept(of, tmp_path) in [found for found, _ in written] for of in (OF, other)} == {True}
+    assert {
+        read_measurement(of, tmp_path) in [found for found, _ in written] for of in (OF, other)
+    } == {True}
     assert len(list((tmp_path / "measurements").iterdir())) == 2
 
 
@@ -313,7 +322,7 @@ def expected(trials, array, runs_dir):
 
 
 def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path):
-    keep(FOUND, OF, tmp_path)
+    write_measurement(FOUND, OF, tmp_path)
     said, tags, sizes, needs = expected(seeds(6), "3", tmp_path)
     assert (sizes, needs) == (
         [3, 3],
@@ -325,7 +334,7 @@ def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path)
         "  1.07 GB of memory an array, 6 MB of disk for all",
     ]
     assert tags["estimated_seconds"] == "60"
-    keep(replace(FOUND, array=2), OF, tmp_path)
+    write_measurement(replace(FOUND, array=2), OF, tmp_path)
     said, _, sizes, _ = expected(seeds(6), "3", tmp_path)
     assert (said[0], sizes) == ("--array 3: arrays of 2, as measured on 2026-11-28", [2, 2, 2])
 
@@ -333,7 +342,7 @@ def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path)
 def test_arrays_measured_when_there_were_more_trials_leave_every_core_something_to_do(
     two_cores, tmp_path
 ):
-    keep(FOUND, replace(OF, array="auto"), tmp_path)
+    write_measurement(FOUND, replace(OF, array="auto"), tmp_path)
     sizes = [expected(seeds(count), "auto", tmp_path)[2] for count in (2, 4, 9)]
     assert sizes == [[1, 1], [2, 2], [3, 3, 3]]
 
@@ -364,7 +373,7 @@ def test_without_a_measurement_a_trial_that_may_use_a_gpu_has_one_to_itself(
 
 
 def test_of_shapes_some_of_which_were_measured_the_others_are_named(two_cores, tmp_path):
-    keep(FOUND, OF, tmp_path)
+    write_measurement(FOUND, OF, tmp_path)
     longer = configured({"train.steps": 9})
     said, tags, sizes, _ = expected({**seeds(3), "long": longer}, "3", tmp_path)
     assert (sizes, tags) == ([3, 1], {})

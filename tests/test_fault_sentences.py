@@ -15,8 +15,9 @@ from helpers.servers import free_port
 from helpers.store import store_in
 from sweeps.execution.faults import Fault, fault_of_sweep, fault_of_trial
 from sweeps.session import naming_faults
+from tracking.address import store_address
 from tracking.health import check_database
-from tracking.store import Store, store_address
+from tracking.store import Store
 
 MEMORY = (
     r"; this process held at most [\d.]+ [MG]B, and [\d.]+ [MG]B of the machine's [\d.]+ [MG]B "

@@ -22,7 +22,7 @@ from helpers.store import check_whole, keys_running, runs_of, store_in
 from helpers.trials import KILLED, WORDS, flags
 from sweeps.launch import main
 from sweeps.presets import PRESETS
-from tracking.store import store_address
+from tracking.address import store_address
 
 WORKERS_KILLED, DRIVERS_KILLED = 25, 10
 
@@ -103,7 +103,7 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path, longer
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         place = uri.removeprefix("http://")
-        away = f"the tracking server at {place} does not answer: it is waited for"
+        away = f"the tracking server at {place} does not answer: waiting for it"
         said = list(itertools.takewhile(lambda line: away not in line, driver.stdout))
         assert driver.poll() is None, said
         assert not any("Traceback" in line for line in said), said

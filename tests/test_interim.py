@@ -31,7 +31,7 @@ from helpers.trials import TINY, flags
 from sweeps.launch import main
 from sweeps.plan import seeds_of, with_more_seeds
 from sweeps.presets import PRESETS
-from tracking.store import store_address
+from tracking.address import store_address
 
 BUDGETS = [(1, 2), (2, 4), (2, 7), (4, 12), (2, 16), (2, 20), (8, 40), (2, 60), (50, 100), (9, 9)]
 

@@ -1,6 +1,8 @@
 """The command line, in this process and without Ray: plans, dry runs, debug runs, bad input."""
 
 import json
+import subprocess
+import sys
 
 import polars as pl
 import pytest
@@ -9,11 +11,12 @@ from analysis.power import power
 from gptcore import corpus
 from gptcore.config import KNOBS, TrialConfig
 from gptcore.corpus import CORPORA
+from helpers.paths import ROOT
 from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
 from sweeps.plan import make_plan
 from sweeps.presets import PRESETS
-from tracking.store import StoreAddress
+from tracking.address import StoreAddress
 
 
 def run(*arguments):
@@ -218,3 +221,11 @@ def test_a_plan_says_what_its_seeds_can_decide():
     many = said(16)
     assert "cannot" not in many
     assert "can support first_layer_widest, order, rare_flips" in many
+
+
+def test_help_and_debug_wait_for_no_import_that_they_do_not_need():
+    loaded = "import sys, sweeps.launch; print({'ray', 'mlflow', 'polars'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "set()\n"

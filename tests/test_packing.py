@@ -10,17 +10,9 @@ from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import conflicting_knobs
 from helpers.trials import TINY
 from sweeps.estimate import packing
+from sweeps.estimate.arrays import check_array, check_together, split, together
 from sweeps.estimate.cost import Measured
-from sweeps.estimate.packing import (
-    arranged,
-    array_size,
-    best_size,
-    check_array,
-    check_together,
-    known_batches,
-    split,
-    together,
-)
+from sweeps.estimate.packing import arranged, array_size, best_size, known_batches
 from sweeps.execution import resources
 
 
@@ -83,7 +75,7 @@ ALONE = Measured(
 @pytest.mark.parametrize(
     ("asked", "trials", "expected", "said"),
     [("off", 8, 1, ""), ("auto", 8, 1, ""), ("4", 8, 4, ""), ("4", 2, 2, ""), ("1", 8, 1, ""),
-     ("32", 40, 17, "--array 32: memory holds arrays of 17 of these trials")],
+     ("32", 40, 17, "--array 32: memory is enough only for arrays of 17 trials")],
 )  # fmt: skip
 def test_an_array_that_memory_does_not_hold_is_made_smaller_and_that_is_said(
     asked, trials, expected, said, monkeypatch
@@ -176,8 +168,8 @@ def test_an_array_that_breaks_when_it_is_measured_is_halved_until_it_does_not(mo
     assert (found.array, found.per_gpu, found.cost.memory) == (2, 1, ALONE.memory)
     batches = known_batches(found, configured(train__device="cpu"), groups, "13")
     assert [len(batch.keys) for batch in batches] == [1, 2, 2, 2, 2, 2, 2]
-    said = ["arrays of 13 fail: out of memory; arrays of 6 are tried",
-            "arrays of 5 fail: out of memory; arrays of 2 are tried"]  # fmt: skip
+    said = ["arrays of 13 fail: out of memory; trying arrays of 6",
+            "arrays of 5 fail: out of memory; trying arrays of 2"]  # fmt: skip
     assert console.export_text().splitlines() == said
 
 

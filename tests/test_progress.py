@@ -6,7 +6,7 @@ from rich.console import Console
 
 from sweeps.execution import progress
 from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes
-from tracking.recorder import Job
+from tracking.job import Job
 
 
 def job_of(key):

@@ -90,8 +90,10 @@ import json, os, signal, sys
 import polars as pl
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
-from tracking.recorder import Job, MlflowRecorder
-from tracking.store import Store, StoreAddress
+from tracking.job import Job
+from tracking.recorder import MlflowRecorder
+from tracking.address import StoreAddress
+from tracking.store import Store
 
 write, written = pl.DataFrame.write_parquet, []
 

@@ -14,7 +14,7 @@ from analysis.runs import READ
 from gptcore.records import PRIMARY
 from helpers.store import make_sweep
 from helpers.trials import TINY
-from tracking.store import store_address
+from tracking.address import store_address
 
 
 @pytest.fixture(scope="module")

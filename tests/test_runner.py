@@ -1,15 +1,21 @@
 """A sweep's trials on Ray Tune."""
 
+import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from gptcore.config import TrialConfig
 from helpers.paths import ROOT
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
-from tracking.store import store_address
+from sweeps.execution import runner
+from sweeps.execution.progress import SweepProgress, TrialOutcomes
+from tracking.address import StoreAddress, store_address
 
 IN_PORTIONS = """
 import sys
@@ -35,3 +41,28 @@ def test_many_trials_are_tunes_a_portion_at_a_time(tmp_path):
     assert len([folder for folder in (tmp_path / "ray").iterdir() if folder.is_dir()]) == 3
     runs = runs_of(store_address(tmp_path).uri).values()
     assert [run.info.status for run in runs] == ["FINISHED"] * 5
+
+
+def test_a_polite_end_while_runs_are_ended_waits_until_they_are(monkeypatch):
+    """Ray's own handler of SIGTERM would exit in the middle."""
+    ended = []
+
+    def end_runs(*_):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        ended.append(True)
+
+    monkeypatch.setattr(runner, "close_runs", end_runs)
+    before = signal.getsignal(signal.SIGTERM)
+    context = SimpleNamespace(
+        store=SimpleNamespace(address=StoreAddress("sqlite:///a.db")),
+        recording=SimpleNamespace(experiment_id="1"),
+        console=Console(quiet=True),
+    )
+    outcomes = TrialOutcomes({"a": 1}, trials=1)
+    with runner._ending_runs(
+        [], outcomes, SweepProgress(context.console, outcomes), context
+    ) as has_stopped:
+        assert has_stopped()
+    assert (ended, has_stopped()) == ([True], False)
+    assert signal.getsignal(signal.SIGTERM) is before

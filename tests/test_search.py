@@ -14,7 +14,8 @@ from helpers.driving import kill, outcome, start, wait_for
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
 from sweeps.search import largest_trial, main
-from tracking.store import store_address, trial_status
+from tracking.address import store_address
+from tracking.store import trial_status
 
 SEARCHED = ("init.scheme", "init.std", "init.gain", "init.cut", "init.nu", "optim.lr")
 

@@ -288,7 +288,7 @@ REFUSED = {
     "no host": (["--address", ":5000"], "an address is HOST:PORT, not ':5000'"),
     "no port": (["--address", "here"], "an address is HOST:PORT, not 'here'"),
     "a word for a port": (["--address", "host:port"], "an address is HOST:PORT"),
-    "everywhere": (["--address", "0.0.0.0:5000"], "would listen everywhere"),
+    "everywhere": (["--address", "0.0.0.0:5000"], "would accept connections from everywhere"),
     "no password": (["--password-file", "none"], "the password file none cannot be read"),
     "an empty password": (["--password-file", "/dev/null"], "has 0 characters, of at least 32"),
     "a folder with a space": (["--folder", "a b"], "cannot hold the database's socket"),

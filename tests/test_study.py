@@ -20,7 +20,7 @@ from sweeps.searching.study import (
     parse_domain,
     suggested,
 )
-from tracking.recorder import Job
+from tracking.job import Job
 
 QUESTION = SearchQuestion(goal="best", of="loss/val", knobs={})
 DOMAINS = {**PARAMETERS, "init.scheme": list(INIT_SCHEMES), "optim.lr": Range(1e-4, 1e-2)}

@@ -15,7 +15,8 @@ from helpers.driving import kill, kill_worker, outcome, start, wait_for, workers
 from helpers.store import check_whole, keys_running, runs_of
 from helpers.trials import KILLED, TINY, flags, key_of, undisturbed_tables, with_knobs
 from sweeps.execution.runner import RETRIES
-from tracking.store import Store, store_address, trial_status
+from tracking.address import store_address
+from tracking.store import Store, trial_status
 
 ENDLESS = 10**6
 """Steps of a trial that is still under way whenever the test gets to it."""
@@ -143,7 +144,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_with_another(tmp_path):
     kill_worker()
     code, output = outcome(process, 300)
     assert code == 0, output
-    assert "goes on with another worker: " in output
+    assert "continues in another worker: " in output
     runs = runs_in(runs_dir)
     assert {trial_status(run) for run in runs.values()} == {"finished"}
     (lost,) = (run for run in runs.values() if "retries" in run.data.tags)
@@ -172,7 +173,7 @@ def test_an_array_that_loses_two_workers_reaches_the_verdicts_of_single_trials(t
     code, output = outcome(process, 300)
     assert code == 0, output
     assert "3 trials of 9,000 steps in all, 3 at a time in arrays of 3" in output
-    assert output.count("goes on with another worker: ") == 6
+    assert output.count("continues in another worker: ") == 6
     # Once together, again together, and then each by itself: one of them may be to blame.
     assert sizes == ["3"] * 6
     assert {run.data.tags["array"] for run in runs_in(together).values()} == {"1"}

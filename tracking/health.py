@@ -24,7 +24,7 @@ HEALTH_TIMEOUT = 5.0
 CHECK_EVERY = 5.0
 """Seconds between two health checks of a tracking server."""
 PATIENCE = 600.0
-"""Seconds for which a tracking server that does not answer is waited for."""
+"""How many seconds to wait for a tracking server that does not answer."""
 
 
 def mask_password(text: str) -> str:
@@ -56,18 +56,17 @@ def wait_for_server(uri: str, patience: float = PATIENCE) -> bool:
 
 
 @contextmanager
-def reporting_absence(uri: str, server: str, say: Callable[[str], object]) -> Iterator[None]:
+def reporting_absence(uri: str, say: Callable[[str], object]) -> Iterator[None]:
     """Inside, say when a tracking server stops answering, and when it answers again.
 
     Args:
         uri: the server's address, or that of a database, which is not watched.
-        server: what to call the server.
         say: called with each sentence, from another thread.
     """
     if not uri.startswith("http"):
         yield
         return
-    over = threading.Event()
+    over, server = threading.Event(), f"the tracking server at {server_name(uri)}"
 
     def watch() -> None:
         away = False
@@ -75,7 +74,7 @@ def reporting_absence(uri: str, server: str, say: Callable[[str], object]) -> It
             was_away, away = away, not server_answers(uri)
             if away != was_away:
                 say(
-                    f"{server} does not answer: it is waited for"
+                    f"{server} does not answer: waiting for it"
                     if away
                     else f"{server} answers again"
                 )
@@ -113,7 +112,7 @@ def damaged(file: object, how: str) -> str:
     """Return the sentence for a damaged SQLite store."""
     return (
         f"the database {file} is damaged ({how}): put a copy of it in its place, or move it away "
-        "to begin anew"
+        "to start a new one"
     )
 
 

@@ -15,9 +15,6 @@ from typing import Any
 import sqlalchemy
 from mlflow.entities import Run, RunData, RunInfo
 
-CHANGED = "MLflow {} has changed {}: adapt tracking/private_api.py"
-"""The sentence of a test that fails: a version and what it changed."""
-
 
 def create_engine(uri: str) -> sqlalchemy.Engine:
     """Connect to a database with the certificates and options that MLflow itself uses.

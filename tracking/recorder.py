@@ -11,34 +11,20 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow.entities import Metric, Param, Run
 
-from gptcore.config import Scalar, spelling
+from gptcore.config import spelling
 from gptcore.files import remove_leftovers
 from gptcore.records import MemoryRecorder, Row, TrialResult
 from tracking.charts import chart_points
+from tracking.job import Job
 from tracking.store import DONE, Store, artifact_folder, cut_tags
 from tracking.tables import write_tables
 
 FLUSH_AT = 1000
 """Metrics of one call: MLflow's own limit for log_batch."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trial as a worker is given it."""
-
-    key: str
-    name: str  # for people, such as `model5, all, seed 0`
-    params: Mapping[str, Scalar]  # every knob by its dotted key
-    tags: Mapping[str, str]  # what the driver knows and the run is to keep
-
-    def with_tags(self, **tags: str) -> Job:
-        """Return the job with more tags."""
-        return replace(self, tags={**self.tags, **tags})
 
 
 class MlflowRecorder(MemoryRecorder):
@@ -209,11 +195,9 @@ def close_runs(
         if run and key in retried:
             why = "; ".join(retried[key])
             store.set_tags(run.info.run_id, retries=str(len(retried[key])), retried_because=why)
-        if run is None and key in failed:
-            MlflowRecorder(store, experiment_id, job).fail(failed[key])
-        elif run and run.info.status == "RUNNING" and key in failed:
-            close_run(store, run, "failed", failed[key])
-        elif run and run.info.status == "RUNNING" and key in pruned:
-            close_run(store, run, "pruned", pruned[key])
-        elif run and run.info.status == "RUNNING":
-            close_run(store, run, "stopped")
+        if run is None:
+            if key in failed:
+                MlflowRecorder(store, experiment_id, job).fail(failed[key])
+        elif run.info.status == "RUNNING":
+            status = "failed" if key in failed else "pruned" if key in pruned else "stopped"
+            close_run(store, run, status, failed.get(key) or pruned.get(key, ""))

@@ -38,10 +38,10 @@ import yaml
 from pyarrow.fs import FileSystem, FileType
 
 from gptcore.config import InputError
+from tracking.address import BUCKET
 from tracking.arguments import Parser
 from tracking.health import server_answers
 from tracking.private_api import server_app
-from tracking.store import BUCKET
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
@@ -147,7 +147,8 @@ def serve(
     host, port = host_and_port(address)
     if host in ("0.0.0.0", "::", "[::]"):
         raise InputError(
-            f"{address} would listen everywhere: name the address that the cluster's machines have"
+            f"{address} would accept connections from everywhere: give this machine's address "
+            "inside the cluster"
         )
     password_of(password)
     database_folder = folder.resolve() / "database"
@@ -160,8 +161,8 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True)
     # A shell that starts a command in the background has it ignore Ctrl-C.
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for politely in ending:
-        signal.signal(politely, signal.default_int_handler)
+    for number in ending:
+        signal.signal(number, signal.default_int_handler)
     with server_lock(folder):
         # The package counts the database's users, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
@@ -195,8 +196,8 @@ def serve(
         except KeyboardInterrupt:
             return 0
         finally:
-            for politely in ending:  # a second signal does not interrupt the saving
-                signal.signal(politely, signal.SIG_IGN)
+            for number in ending:  # a second signal does not interrupt the saving
+                signal.signal(number, signal.SIG_IGN)
             end(server)
             if backup:
                 save(database, backup)
@@ -253,7 +254,7 @@ def server_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise InputError(f"process {lock.read()} serves {folder} already") from None
+            raise InputError(f"{folder} is already served by process {lock.read()}") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -329,11 +330,19 @@ def serve_cluster(file: Path) -> int:
 
 
 def own_address() -> str:
-    """Return the address by which other machines reach this one, as Ray finds it for its head."""
+    """Return the address by which other machines reach this one.
+
+    Raises:
+        InputError: this machine has no route to others.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("8.8.8.8", 80))  # chooses a route; nothing is sent
-        address: str = probe.getsockname()[0]
-    return address
+        try:
+            probe.connect(("8.8.8.8", 80))  # chooses a route; nothing is sent
+        except OSError as error:
+            raise InputError(
+                f"this machine has no route to others ({error}): set provider.head_ip"
+            ) from error
+        return str(probe.getsockname()[0])
 
 
 def host_and_port(address: str) -> tuple[str, int]:

@@ -8,15 +8,14 @@ sweep that asks for the same key. Of several runs of one key a finished one coun
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
 import os
-import shlex
 import tempfile
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # How long driver and workers wait for a tracking server that does not answer: MLflow tries every
 # request ten times more, after 0, 4, 8, 16, 32, 64 and then each 120 seconds, ten minutes in all.
-# MLflow takes no higher number; whoever wants less sets it.
+# MLflow takes no higher number; set the variable to wait less.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
 from mlflow import MlflowClient
@@ -34,73 +33,18 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
-from tracking.health import check_server, mask_password, server_name
+from tracking.address import StoreAddress
+from tracking.health import check_server, mask_password
 from tracking.private_api import create_engine, runs_in_database
 
 DONE = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
-BUCKET = "GPT_SWEEPS_BUCKET"
-"""The environment variable that names a folder in a bucket, for machines that share no folder."""
-VIEW = "sweep"
-"""Name of the view that a sweep's experiment opens with, in the address of its page."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow also raises what it logs here.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
-
-@dataclass(frozen=True)
-class StoreAddress:
-    """The address of a tracking store, as MLflow spells it."""
-
-    uri: str
-
-    @property
-    def database(self) -> Path | None:
-        """The file of an SQLite store; None for any other store."""
-        prefix = "sqlite:///"
-        return Path(self.uri.removeprefix(prefix)) if self.uri.startswith(prefix) else None
-
-    @property
-    def is_server(self) -> bool:
-        """Whether it is a tracking server, spoken to over http."""
-        return self.uri.startswith(("http://", "https://"))
-
-    @property
-    def exists(self) -> bool:
-        """Whether the store has been made; a server always counts as made."""
-        # os.path.exists is False, and not an error, for a name that no file can have.
-        return self.database is None or os.path.exists(self.database)  # noqa: PTH110
-
-    @property
-    def masked(self) -> str:
-        """The address for a reader, without its password."""
-        return mask_password(self.uri)
-
-    @property
-    def server(self) -> str:
-        """What to call a tracking server: `the tracking server at HOST:PORT`."""
-        return f"the tracking server at {server_name(self.uri)}"
-
-    def mlflow_command(self) -> str:
-        """Return what to type to see the store's pages, or the address of a server's pages."""
-        if self.is_server:
-            return self.masked
-        return shlex.join(["mlflow", "ui", "--backend-store-uri", self.uri])
-
-    def chart_page(self, experiment_id: str) -> str:
-        """Return the address of MLflow's chart page, in the view of tracking.view."""
-        server = self.uri.rstrip("/") if self.is_server else "http://127.0.0.1:5000"
-        query = f"compareRunsMode=CHART&viewStateShareKey={VIEW}"
-        return f"{server}/#/experiments/{experiment_id}/runs?{query}"
-
-
-def store_address(runs_dir: Path) -> StoreAddress:
-    """Return MLFLOW_TRACKING_URI where it is set, else the SQLite file in the runs folder."""
-    default = f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
-    return StoreAddress(os.environ.get("MLFLOW_TRACKING_URI") or default)
 
 
 class Store:
@@ -157,7 +101,7 @@ class Store:
         Args:
             name: of the sweep.
             runs_dir: a new experiment of an SQLite store keeps its files in there; a server keeps
-                them where it was told to.
+                them in its own folder.
             tags: set on the experiment; its other tags stay.
 
         Raises:
@@ -260,10 +204,12 @@ class Store:
             self.client.download_artifacts(run_id, name, str(folder))
             return True
         except (OSError, MlflowException) as error:  # OSError: also what requests raises
-            # Whether the file is missing or the server is away, only MLflow's words would say.
+            # Only MLflow's message tells a missing file from a server that is away: list the files.
             with contextlib.suppress(OSError, MlflowException):
                 if name not in [file.path for file in self.client.list_artifacts(run_id)]:
                     return False
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             why = mask_password(" ".join(str(error).split()))
             raise InputError(
                 f"the runs cannot be read from {self.address.masked}: {why}"
@@ -316,11 +262,6 @@ def artifact_folder(run: Run) -> Path | None:
 def stop_waiting() -> None:
     """From here on in this process, do not wait for a tracking server that does not answer."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-
-
-def bucket() -> str | None:
-    """Return the bucket's folder that this process is to use, such as s3://lab/gpt-sweeps."""
-    return (os.environ.get(BUCKET) or "").rstrip("/") or None
 
 
 def named_runs(store: Store, names: Sequence[str]) -> list[Run]:

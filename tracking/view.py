@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tracking.address import VIEW
 from tracking.private_api import shared_view, shared_view_tag
-from tracking.store import VIEW
 
 VIEW_TAG = shared_view_tag(VIEW)
 

@@ -17,15 +17,14 @@ from rich.console import Console
 from gptcore.config import TrialConfig
 from gptcore.corpus import Texts
 from gptcore.units import clock, size
+from sweeps.estimate.arrays import Batch, together
 from sweeps.estimate.cost import Cost, makespan, shape_of
-from sweeps.estimate.measurements import Measurable, keep, kept
+from sweeps.estimate.measurements import Measurable, read_measurement, write_measurement
 from sweeps.estimate.packing import (
-    Batch,
     arranged,
     arrangement,
     known_batches,
     last_line,
-    together,
     unmeasured_batches,
 )
 from sweeps.execution.resources import fit, hardware, live_machines, needs_of, slots
@@ -122,7 +121,7 @@ def estimate(
             status.update(f"a few steps of each of {len(shapes)} shapes, {done} measured")
             of = Measurable(shape, hardware(needs), array, versions())
             if given is None:
-                found = kept(of, runs_dir)
+                found = read_measurement(of, runs_dir)
                 if found is None:
                     unmeasured += unmeasured_batches(shape, groups, array)
                     continue
@@ -140,7 +139,7 @@ def estimate(
                     batches += [Batch((key,), needs) for key in keys]
                     continue
                 try:
-                    keep(found, of, runs_dir)
+                    write_measurement(found, of, runs_dir)
                 except OSError as error:
                     console.print(f"the measurement is not kept: {error}", soft_wrap=True)
             arrays = known_batches(found, shape, groups, array)

@@ -29,12 +29,12 @@ class Measurable:
     """What was measured. A measurement holds for exactly the same again, and nothing else."""
 
     shape: TrialConfig
-    hardware: str  # as sweeps.execution.ray_cluster.hardware names it
+    hardware: str  # as sweeps.execution.resources.hardware names it
     array: str  # as --array takes it
-    versions: str  # as sweeps.plan.versions tells them
+    versions: str  # as sweeps.plan.versions returns them
 
 
-def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
+def write_measurement(found: Measurement, of: Measurable, runs_dir: Path) -> None:
     """Write a measurement to its file, in place of an earlier one.
 
     Raises:
@@ -46,7 +46,7 @@ def keep(found: Measurement, of: Measurable, runs_dir: Path) -> None:
     write_atomically(file_of(of, runs_dir), lambda file: file.write_text(text))
 
 
-def kept(of: Measurable, runs_dir: Path) -> Measurement | None:
+def read_measurement(of: Measurable, runs_dir: Path) -> Measurement | None:
     """Read the last measurement; None where there is none, or where its file was changed."""
     try:
         whole = json.loads(file_of(of, runs_dir).read_text())

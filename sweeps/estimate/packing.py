@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from statistics import median
 
@@ -14,9 +12,10 @@ import ray
 import torch
 from rich.console import Console
 
-from gptcore.config import InputError, Scalar, TrialConfig
+from gptcore.config import Scalar, TrialConfig
 from gptcore.corpus import Texts
-from gptcore.experiment import PER_TRIAL_KNOBS, conflicting_knobs, step_seconds
+from gptcore.experiment import step_seconds
+from sweeps.estimate.arrays import Batch, split
 from sweeps.estimate.cost import Measured, cost_of
 from sweeps.estimate.measure import CUDA_CONTEXT_BYTES, side_by_side
 from sweeps.estimate.measurements import Measurement
@@ -29,57 +28,14 @@ from sweeps.execution.resources import (
 )
 
 MIN_SPEEDUP = 1.1
-"""Twice as many trials at a time have to make a machine this many times as fast."""
+"""The number of trials at a time is doubled if that makes a machine at least this many times as
+fast."""
 MAX_ARRAY_SIZE = 64
 """The most trials of an array with --array auto."""
 LONG_STEP = 0.1
 """Seconds: an array saves only the overhead of calls, a fraction of a millisecond each."""
 GPU_FILL_FRACTION = 0.9
 """The share of a GPU's memory that trials may fill."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Trials that train together, and what they need of a machine."""
-
-    keys: tuple[str, ...]
-    needs: Mapping[str, float]  # as needs_of gives it
-
-
-def check_array(text: str) -> str:
-    """Return the option --array as it was given. Raise InputError for a bad value."""
-    if text in ("auto", "off") or (text.isdecimal() and int(text) > 0):
-        return text
-    raise InputError(f"--array takes auto, off or how many trials, at least 1, not {text!r}")
-
-
-def together(trials: Mapping[str, TrialConfig]) -> list[list[str]]:
-    """Group the keys of all trials by which can train together."""
-    groups: dict[tuple[Scalar, ...], list[str]] = {}
-    for key, config in trials.items():
-        flat = config.to_flat()
-        shared = tuple(value for knob, value in flat.items() if knob not in PER_TRIAL_KNOBS)
-        groups.setdefault(shared, []).append(key)
-    return list(groups.values())
-
-
-def check_together(array: str, trials: Mapping[str, TrialConfig]) -> None:
-    """Raise InputError where arrays are asked for and no two trials can be in one."""
-    if array in ("auto", "off", "1") or len(trials) < 2:
-        return
-    if all(len(group) == 1 for group in together(trials)):
-        raise InputError(
-            f"--array {array}: no two of these trials can train together, because they differ in "
-            f"{', '.join(conflicting_knobs(list(trials.values())))}: an array shares all but init "
-            "and corpus, and the tokenizer too"
-        )
-
-
-def split(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """Split keys into arrays of nearly equal length, at most `size`."""
-    number = math.ceil(len(keys) / size)
-    ends = [len(keys) * i // number for i in range(number + 1)]
-    return [tuple(keys[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def best_size(params: Mapping[str, Scalar], texts: Texts, most: int) -> int:
@@ -121,7 +77,7 @@ def array_size(
             is as many as make trials faster, but leaves every slot something to do.
         groups: keys of trials that can train together.
         alone: what one trial took.
-        console: is told if memory does not hold as many as were asked for.
+        console: for a line if memory is too small.
     """
     longest = max(map(len, groups))
     if asked == "off" or longest == 1:
@@ -136,7 +92,7 @@ def array_size(
     most = max(1, int(min(longest, held)))
     if asked != "auto":
         if most < min(int(asked), longest):
-            console.print(f"--array {asked}: memory holds arrays of {most} of these trials")
+            console.print(f"--array {asked}: memory is enough only for arrays of {most} trials")
         return min(int(asked), most)
     if median(alone.steps) > LONG_STEP:
         return 1
@@ -211,7 +167,7 @@ def arranged(
         groups: keys of trials that can train together.
         texts: corpora, in Ray's object store.
         array: as --array takes it.
-        console: is told what cannot be.
+        console: for a line if an array fails.
 
     Raises:
         ray.exceptions.RayError: a trial fails even alone.
@@ -232,7 +188,7 @@ def arranged(
         except ray.exceptions.RayError as error:
             most = members // 2
             console.print(
-                f"arrays of {members} fail: {last_line(error)}; arrays of {most} are tried",
+                f"arrays of {members} fail: {last_line(error)}; trying arrays of {most}",
                 soft_wrap=True,
             )
             continue

@@ -15,7 +15,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
 from gptcore.files import remove_leftovers, write_atomically
-from tracking.store import BUCKET, bucket
+from tracking.address import BUCKET, bucket
 
 
 def check_bucket() -> None:

@@ -17,8 +17,8 @@ import torch
 
 from gptcore.config import InputError
 from gptcore.units import peak_memory, size
+from tracking.address import StoreAddress
 from tracking.health import GO_ON, causes, sqlite_code, store_fault
-from tracking.store import StoreAddress
 
 
 class Fault(Exception):

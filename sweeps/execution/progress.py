@@ -15,7 +15,7 @@ from rich.live import Live
 from gptcore.units import clock
 from sweeps.execution.private_api import error_text
 from sweeps.execution.trainable import TrialReport
-from tracking.recorder import Job
+from tracking.job import Job
 
 LINE_EVERY = 15.0
 """Seconds between lines where the console is no terminal."""
@@ -26,9 +26,9 @@ class StopTune(Exception):
 
 
 class TrialOutcomes:
-    """What became of each trial, judged from what workers report and from what Tune says of them.
+    """Keeps what became of each trial, from the reports of workers and the callbacks of Tune.
 
-    Every method returns what there is to say, a sentence or nothing.
+    Methods for an event return the line to print, or an empty text.
     """
 
     def __init__(self, steps: Mapping[str, int], trials: int) -> None:
@@ -68,18 +68,17 @@ class TrialOutcomes:
         )
         return known + (self.trials - len(self.steps)) * max(self.steps.values())
 
-    def started(self, jobs: Sequence[Job]) -> str:
-        """A worker was given trials."""
+    def started(self, jobs: Sequence[Job]) -> None:
+        """Note that a worker was given trials."""
         for job in jobs:
             if job.key in self.finished or job.key in self.failed:
                 continue  # the array goes on without it
             self.running.add(job.key)
             self.steps.setdefault(job.key, int(job.params["train.steps"]))
             self.done.setdefault(job.key, 0)
-        return ""
 
     def reported(self, report: TrialReport) -> str:
-        """A worker told of a trial."""
+        """Take a worker's report on one trial."""
         key, status = report.trial_key, report.status
         if report.ends_sweep:
             self.fault = report.reason or ""
@@ -104,7 +103,7 @@ class TrialOutcomes:
         return [key for key in keys if key not in self.finished and key not in self.failed]
 
     def stopped_at(self, jobs: Sequence[Job], step: int) -> str:
-        """A search gave up what a worker was running."""
+        """Note that a search pruned the trials of a worker."""
         # A fault of the sweep also leaves trials without results, and that is no pruning.
         keys = [] if self.fault else self.unfinished(jobs)
         self.running.difference_update(keys)
@@ -112,19 +111,19 @@ class TrialOutcomes:
         return "\n".join(f"trial {key} {self.pruned[key]}" for key in keys)
 
     def lost_worker(self, jobs: Sequence[Job], why: str) -> str:
-        """A worker died, and its trials go on with another one."""
+        """Note that a worker died, and that its trials continue in another one."""
         keys = self.unfinished(jobs)
         self.running.difference_update(keys)
         for key in keys:
             self.retried.setdefault(key, []).append(why)
-        return "\n".join(f"trial {key} goes on with another worker: {why}" for key in keys)
+        return "\n".join(f"trial {key} continues in another worker: {why}" for key in keys)
 
     def may_be_harmful(self, jobs: Sequence[Job]) -> bool:
         """Return whether trials have cost two workers: one of them is then to fail alone."""
         return any(len(self.retried.get(key, ())) > 1 for key in self.unfinished(jobs))
 
     def gave_up(self, jobs: Sequence[Job], why: str) -> str:
-        """Tune does not try a batch again."""
+        """Note that Tune does not try a batch again."""
         keys = self.unfinished(jobs)
         self.running.difference_update(keys)
         self.failed.update(dict.fromkeys(keys, why))
@@ -144,7 +143,7 @@ class SweepProgress(tune.Callback):
 
         Args:
             console: where to.
-            outcomes: is told all that Tune says.
+            outcomes: records every event.
             errors: what was raised where Tune keeps it to itself: raised at the next step.
         """
         self.console, self.outcomes, self.errors = console, outcomes, errors
@@ -205,8 +204,9 @@ class SweepProgress(tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
     ) -> None:
-        """Tune gave a batch to a worker."""
-        self._show(self.outcomes.started(trial.config["batch"]))
+        """Count the trials of a batch as running."""
+        self.outcomes.started(trial.config["batch"])
+        self._show()
 
     def on_trial_result(
         self,
@@ -216,7 +216,7 @@ class SweepProgress(tune.Callback):
         result: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Tune passes on what a worker reported."""
+        """Take what a worker reported."""
         if self.first_report is None:
             self.first_report = time.monotonic()
         self._show(self.outcomes.reported(TrialReport.of(result)))
@@ -224,7 +224,7 @@ class SweepProgress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
     ) -> None:
-        """Tune's stopper ended a batch, or its worker has returned."""
+        """Count unfinished trials of a batch that has ended as pruned."""
         step = (trial.last_result or {}).get("step") or 0
         if said := self.outcomes.stopped_at(trial.config["batch"], step):
             self._show(said)
@@ -232,7 +232,7 @@ class SweepProgress(tune.Callback):
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
     ) -> None:
-        """Tune gives a batch to another worker."""
+        """Note that Tune gives a batch to another worker."""
         jobs = trial.config["batch"]
         if said := self.outcomes.lost_worker(jobs, reason_of(error_text(trial))):
             self._show(said)
@@ -241,7 +241,7 @@ class SweepProgress(tune.Callback):
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
     ) -> None:
-        """Tune gives a batch up."""
+        """Count the trials of a batch as failed."""
         if said := self.outcomes.gave_up(trial.config["batch"], reason_of(error_text(trial))):
             self._show(said)
 

@@ -34,7 +34,7 @@ from sweeps.execution.resources import (
     live_machines,
     schedulable_machines,
 )
-from tracking.store import BUCKET, StoreAddress, bucket
+from tracking.address import BUCKET, StoreAddress, bucket
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def start_ray(devices: Collection[str], console: Console) -> None:
 
     Args:
         devices: `train.device` of the trials that are to run.
-        console: is told where trials run.
+        console: for a line on where trials run.
 
     Raises:
         InputError: the cluster cannot be joined, or a trial asks for a GPU and there is none.
@@ -131,6 +131,7 @@ def await_machines(address: str, console: Console) -> None:
 
 
 def stop_ray() -> None:
+    """Leave the cluster, or stop the Ray of this machine."""
     ray.shutdown()
 
 
@@ -153,7 +154,8 @@ def check_cluster(address: str) -> None:
     wants_token = os.environ.get("RAY_AUTH_MODE") == "token"
     if wants_token and not has_token():
         raise InputError(
-            "RAY_AUTH_MODE is token, but there is none: put the cluster's into ~/.ray/auth_token"
+            "RAY_AUTH_MODE is token, but this account has no token: copy the cluster's token to "
+            "~/.ray/auth_token"
         )
     try:
         with _silent_stderr():
@@ -162,7 +164,7 @@ def check_cluster(address: str) -> None:
         raise InputError(
             f"the Ray cluster at {address} "
             + ("has another token than ~/.ray/auth_token" if wants_token else "asks for a token")
-            + ": put the cluster's there, and set RAY_AUTH_MODE=token"
+            + ": copy the cluster's token to ~/.ray/auth_token, and set RAY_AUTH_MODE=token"
         ) from error
     except RayError as error:
         raise InputError(f"what answers at {address} is no Ray cluster: {takes}") from error
@@ -174,7 +176,7 @@ def check_cluster(address: str) -> None:
             ours = f"Ray {ray.__version__} and Python {sys.version.split()[0]}"
             raise InputError(
                 f"the Ray cluster at {address} runs {theirs}, this command {ours}: "
-                "both take the same"
+                "install the same versions on both"
             ) from error
 
 
@@ -222,13 +224,13 @@ def check_shared(folder: Path, store: StoreAddress) -> None:
         blind = [where for where, answer in asked.items() if not ray.get(answer, timeout=120)]
     except RayError as error:
         why = str(error).strip().splitlines()[-1]
-        raise InputError(f"a machine of the cluster cannot be asked for {folder}: {why}") from error
+        raise InputError(f"a machine of the cluster could not check {folder}: {why}") from error
     finally:
         marker.unlink()
     if blind:
         raise InputError(
-            f"{', '.join(blind)} of the cluster cannot see --runs-dir {folder}: it takes a folder "
-            "that all machines share, or GPT_SWEEPS_BUCKET an s3:// address"
+            f"{', '.join(blind)} of the cluster cannot see --runs-dir {folder}: name a folder that "
+            "all machines share, or set GPT_SWEEPS_BUCKET to an s3:// address"
         )
 
 

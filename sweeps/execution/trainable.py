@@ -26,10 +26,12 @@ from sweeps.execution.checkpoints import (
     save_checkpoint,
 )
 from sweeps.execution.faults import fault_of_sweep, fault_of_trial, has_lost_device
+from tracking.address import StoreAddress
 from tracking.charts import chart_points
 from tracking.health import wait_for_server
-from tracking.recorder import Job, MlflowRecorder
-from tracking.store import DONE, Store, StoreAddress, trial_status
+from tracking.job import Job
+from tracking.recorder import MlflowRecorder
+from tracking.store import DONE, Store, trial_status
 
 REPORT_SECONDS = 1.0
 """Seconds between two reports of how far a trial is."""
@@ -71,10 +73,10 @@ class Recording:
 def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
     """Run a batch of trials, and tell Tune how far each is.
 
-    A trial that breaks leaves its MLflow run FAILED with the reason, and the worker goes on: tried
-    again, the trial would break again. Tune tries again only what a worker was running that died.
-    What every trial would break on is told to the driver, which ends the sweep and closes the run.
-    A trial that Tune stops (by SystemExit) is left to the driver.
+    A trial with an error of its own leaves its MLflow run FAILED with the reason, and the worker
+    continues with the next trial. An error that every trial would have is reported to the driver,
+    which ends the sweep and closes the run. Tune retries only trials whose worker died. A trial
+    that Tune stops (by SystemExit) is left to the driver.
 
     Args:
         config: Tune's, with `batch`, a list of Jobs; `recording`, a Recording; `isolate`, whether
@@ -92,7 +94,7 @@ def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
             try:
                 run_missing(jobs, recording, metric, texts)
             except Exception as error:
-                # MLflow asks again by itself, but not where a server died in its answer.
+                # MLflow repeats a request, but not if the server died while it answered.
                 if fault_of_sweep(error, address, runs_dir) and address.is_server:
                     answers = wait_for_server(address.uri)
                 if not answers:
@@ -134,13 +136,13 @@ def _is_done(job: Job, store: Store, runs_dir: Path) -> bool:
     run = store.find_run("trial", trial_key=job.key)
     status = trial_status(run)
     if status in DONE:
-        _delete_checkpoint(checkpoint_file(runs_dir, job.key))  # a worker may have died before
+        _try_to_delete(checkpoint_file(runs_dir, job.key))  # a worker may have died before
         steps = int(job.params["train.steps"])
         TrialReport(trial_key=job.key, step=steps, status=status).send()
     return status in DONE
 
 
-def _delete_checkpoint(file: Path) -> None:
+def _try_to_delete(file: Path) -> None:
     """Delete the checkpoint of a trial that has its result; one that stays does no harm."""
     with contextlib.suppress(OSError):
         delete_checkpoint(file)
@@ -174,7 +176,7 @@ def run_together(
     texts: Texts,
     release: Callable[[str], None],
 ) -> bool:
-    """Run trials as one array. Return False where several broke, which may do better alone.
+    """Run trials as one array. Return False if it failed; its trials may still succeed alone.
 
     A trial that cannot even begin fails, and the others go on without it. `release` is called with
     the key of each trial that has its result.
@@ -271,6 +273,6 @@ class ReportingRecorder:
     def close(self, result: TrialResult) -> None:
         """Record the result, delete the checkpoint, free the trial, and report."""
         self.recorder.close(result)
-        _delete_checkpoint(self.checkpoint)
+        _try_to_delete(self.checkpoint)
         self.release(self.key)
         TrialReport(trial_key=self.key, step=result.steps, status=result.status).send()

@@ -33,7 +33,8 @@ from sweeps.searching.study import (
     is_fixed,
 )
 from sweeps.session import Session
-from tracking.recorder import Job, close_run
+from tracking.job import Job
+from tracking.recorder import close_run
 from tracking.store import DONE, trial_status
 
 matplotlib.use("Agg")  # no screen is needed to write a file
@@ -97,7 +98,7 @@ class SearchRunner:
         from sweeps.execution.runner import run_search
 
         metric = self.question.of if self.question.goal == "best" else None
-        run = self.session.recorded_run()
+        run = self.session.run_context()
         common = {"recording": run.recording, "metric": metric}
         suggestions = Suggestions(
             self.study, trials, self.domains, self.prepared, self.answer, self.prune, common

@@ -32,7 +32,7 @@ from gptcore.config import (
 )
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
-from tracking.recorder import Job
+from tracking.job import Job
 
 REDUCTION = 3
 """The reduction factor of ASHA: one in so many trials continues to the next rung, which is at so

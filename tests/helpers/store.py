@@ -18,13 +18,14 @@ from gptcore.records import TABLES
 from helpers.trials import TINY, WORDS, key_of, undisturbed_tables
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and many tests need none
-    from tracking.recorder import Job
+    from tracking.job import Job
     from tracking.store import Store
 
 
 def open_store(uri: str) -> Store:
     """Return the store at an address, made if it is new, after a check that it answers."""
-    from tracking.store import Store, StoreAddress
+    from tracking.address import StoreAddress
+    from tracking.store import Store
 
     store = Store(StoreAddress(uri))
     store.open()
@@ -33,7 +34,7 @@ def open_store(uri: str) -> Store:
 
 def store_in(runs_dir: Path) -> Store:
     """Return the store that a command with this runs folder uses, open."""
-    from tracking.store import store_address
+    from tracking.address import store_address
 
     return open_store(store_address(runs_dir).uri)
 
@@ -42,7 +43,7 @@ def job_of(
     config: TrialConfig, key: str | None = None, name: str = "a trial", sweep: str = "sweep"
 ) -> Job:
     """Return a trial as a worker of a sweep is given it, under its own key or another one."""
-    from tracking.recorder import Job
+    from tracking.job import Job
 
     return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep})
 
@@ -67,7 +68,7 @@ def runs_of(uri: str) -> dict[str, Any]:
 
 def keys_running(runs_dir: Path) -> list[str]:
     """Return the keys of trials under way, by what the store in a runs folder says."""
-    from tracking.store import store_address
+    from tracking.address import store_address
 
     if not (runs_dir / "mlflow.db").exists():
         return []

@@ -1,0 +1,22 @@
+"""One trial as the driver hands it to a worker. Importing this module does not import MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gptcore.config import Scalar
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial as a worker is given it."""
+
+    key: str
+    name: str  # for people, such as `model5, all, seed 0`
+    params: Mapping[str, Scalar]  # every knob by its dotted key
+    tags: Mapping[str, str]  # what the driver knows and the run is to keep
+
+    def with_tags(self, **tags: str) -> Job:
+        """Return the job with more tags."""
+        return replace(self, tags={**self.tags, **tags})
