@@ -40,12 +40,12 @@ class Claim:
     """A statement about training, and the rules by which runs decide it."""
 
     says: str
-    source: str  # the experiment that the claim comes from
+    source: str  # where the claim comes from, such as an experiment or a paper
     unit: str  # of the number
     parts: Mapping[str, Part]  # the name `*` means: all parts that the measure names
     measure: Callable[[RunTables], Values]
-    section: str  # a key of analysis.report.SECTIONS
-    version: int = 1  # raised when `measure` gives other numbers
+    section: str  # a key of analysis.report.SECTIONS; a new section also needs a figure
+    version: int = 1  # raised when `measure`, or the rows that READ gives it, change its numbers
     course: bool = False  # the parts are one number at several steps, in the order of steps
     over_subsets: bool = False  # the number of a run needs runs on other subsets
 

@@ -42,12 +42,20 @@ class RunTables:
     trials: pl.DataFrame
     """One row for each trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
-    """By table the rows of finished trials: trial_key, then the columns of gptcore.records."""
+    """By name the tables of READ, with the rows of finished trials: trial_key, then the columns of
+    gptcore.records that READ keeps."""
     folders: Mapping[str, Path]
     """By trial key the folder of its tables: that of its run, or a folder of the cache."""
     store: Store
     cache: Path
     sweep_runs: tuple[Run, ...]  # the own MLflow runs of the sweeps
+
+
+class ReadTables(dict[str, pl.DataFrame]):
+    """Tables by name. A table that READ does not name is an error that says so."""
+
+    def __missing__(self, table: str) -> pl.DataFrame:
+        raise KeyError(f"the table {table} is not read: name it in READ (analysis/runs.py)")
 
 
 def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -120,7 +128,7 @@ def read_sweeps(
     tables, unreadable = read_tables(READ, folders)
     if not tables:
         key, why = next(iter(unreadable.items()))
-        raise InputError(f"no trial can be read: of {key} the {why}")
+        raise InputError(f"no trial can be read; trial {key}: {why}")
     digests = {run.data.tags.get("claims_digest") for run in sweeps}
     notes = dict.fromkeys(note for plan in plans for note in plan["notes"])
     return RunTables(
@@ -136,7 +144,7 @@ def read_sweeps(
             .otherwise("status"),
             reason=pl.col("trial_key").replace_strict(unreadable, default=pl.col("reason")),
         ),
-        tables=tables,
+        tables=ReadTables(tables),
         folders={key: folder for key, folder in folders.items() if key not in unreadable},
         store=store,
         cache=cache,
@@ -259,7 +267,10 @@ def read_tables(
                 for table, rows in what.items():
                     read_table(table, rows, {key: folder})
             except UNREADABLE as error:
-                unreadable[key] = f"{table} cannot be read: {str(error).splitlines()[0]}"
+                why = str(error).splitlines()[0]
+                if isinstance(error, FileNotFoundError):
+                    why += " (a run older than this table: --redo runs the trial again)"
+                unreadable[key] = f"{table} cannot be read: {why}"
     readable = {key: folder for key, folder in folders.items() if key not in unreadable}
     if not readable:
         return {}, unreadable

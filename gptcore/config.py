@@ -23,7 +23,9 @@ from typing import Any, get_type_hints
 Scalar = int | float | str | bool
 
 EXPERIMENT_VERSION = 2
-"""Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial."""
+"""Part of every trial key. Raise it when a change to gptcore changes the numbers of a trial.
+
+A new table changes none: runs that exist stay as they are, without the table."""
 
 
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}

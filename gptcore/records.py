@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 SCHEMA_VERSION = 4
-"""Raise it when a row type changes. Readers refuse tables of another version, and say which."""
+"""Raise it when a row type changes, not when one is added. Readers refuse tables of another
+version, and say which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from gptcore.files import check_writable
 from gptcore.units import clock
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
-from sweeps.execution.interrupts import two_presses
+from sweeps.execution.interrupts import CtrlC
 from sweeps.ledger import Entry, read_ledger, sweep_lock, to_redo
 from sweeps.plan import Plan, jobs_of
 from tracking.health import GO_ON, check_database
@@ -78,6 +78,7 @@ class Session:
         self._ended = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
+        self._ctrl_c = CtrlC()
 
     def __enter__(self) -> Session:
         """Take the sweep's lock.
@@ -86,7 +87,7 @@ class Session:
             InputError: another driver works on the sweep, or nothing can be written.
         """
         check_writable(self.runs_dir)
-        self._on_exit.enter_context(two_presses())
+        self._on_exit.enter_context(self._ctrl_c.handled())
         try:
             self._on_exit.enter_context(sweep_lock(self.runs_dir, self.name))
         except InputError:
@@ -204,7 +205,7 @@ class Session:
         from sweeps.execution.trainable import Recording
 
         recording = Recording(self.store.address, self.sweep_run.experiment_id, self.runs_dir)
-        return RunContext(self.store, recording, self.texts, self.console)
+        return RunContext(self.store, recording, self.texts, self.console, self._ctrl_c)
 
     @contextmanager
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:

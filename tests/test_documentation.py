@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis import report
+from gptcore.records import TABLES
 from helpers.paths import ROOT
 from sweeps import search
 from sweeps.launch import main
@@ -259,7 +260,13 @@ def test_every_function_that_is_named_is_in_its_file(page):
 
 def test_every_preset_is_explained():
     listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "sweeps.md").read_text(), re.M)
-    assert listed[: len(PRESETS)] == list(PRESETS)
+    assert listed[: len(PRESETS)] == list(PRESETS), "each preset has a line in docs/sweeps.md"
+
+
+def test_every_table_of_a_trial_is_explained():
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    unexplained = [table for table in TABLES if f"`{table}`" not in text]
+    assert not unexplained, "each table has a line in docs/sweeps.md"
 
 
 def test_the_pictures_are_there_and_small():

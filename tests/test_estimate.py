@@ -93,7 +93,7 @@ def test_every_kind_of_step_counts_as_often_as_the_trial_has_it():
         return seconds.get(kind) or seconds.get(kind[0], seconds["look"])
 
     measured = Measured(
-        began=0.0,
+        start_delay=0.0,
         steps=[takes(short, step) for step in range(short.train.steps + 1)],
         writing=0.25,
         rows={},
@@ -118,7 +118,7 @@ def test_every_kind_of_step_counts_as_often_as_the_trial_has_it():
 def test_what_there_was_no_time_for_is_taken_for_the_first_step():
     config = configured(LONG)
     cut_short = Measured(
-        began=0.0, steps=[9.0, 1.0, 1.0], writing=0.0, rows={}, points=[], bytes={},
+        start_delay=0.0, steps=[9.0, 1.0, 1.0], writing=0.0, rows={}, points=[], bytes={},
         memory=1, gpu_memory=0, gpu_size=0,
     )  # fmt: skip
     counts = Counter(kind_of(config, step) for step in range(201))
@@ -179,7 +179,7 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
         seconds = count / speed_up(count)
         return [
             Measured(
-                began=0.0, steps=[seconds] * 6, writing=0.0, rows={}, points=[], bytes={},
+                start_delay=0.0, steps=[seconds] * 6, writing=0.0, rows={}, points=[], bytes={},
                 memory=1, gpu_memory=memory * GIB, gpu_size=24 * GIB,
             )
         ] * count  # fmt: skip
@@ -195,7 +195,7 @@ def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch)
     monkeypatch.setattr(packing, "schedulable_machines", lambda: [machine])
     alone = [
         Measured(
-            began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
+            start_delay=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
             memory=1, gpu_memory=GIB, gpu_size=24 * GIB,
         )
     ]  # fmt: skip

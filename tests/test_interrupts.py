@@ -9,7 +9,9 @@ from helpers.paths import ROOT
 
 HEAD = """
 import os, signal, subprocess
-from sweeps.execution.interrupts import on_interrupt, two_presses
+from sweeps.execution.interrupts import CtrlC
+
+ctrl_c = CtrlC()
 
 def press():
     os.kill(os.getpid(), signal.SIGINT)
@@ -24,11 +26,11 @@ def run(code):
 
 
 @pytest.mark.parametrize(
-    "between", ["", "    with on_interrupt(lambda: print('first')):\n        press()\n"]
+    "between", ["", "    with ctrl_c.calling(lambda: print('first')):\n        press()\n"]
 )
 def test_a_second_press_leaves_at_once_with_all_that_was_started(between):
     code, said, told = run(
-        "with two_presses():\n"
+        "with ctrl_c.handled():\n"
         "    print(subprocess.Popen(['sleep', '60']).pid)\n"
         + (between or "    try:\n        press()\n    except KeyboardInterrupt: print('first')\n")
         + "    press()\n    print('never')\n"
@@ -45,9 +47,9 @@ def test_a_second_press_leaves_at_once_with_all_that_was_started(between):
 def test_a_press_that_was_swallowed_is_raised_again_before_trials_run():
     code, said, _ = run(
         "try:\n"
-        "    with two_presses():\n"
+        "    with ctrl_c.handled():\n"
         "        try:\n            press()\n        except KeyboardInterrupt: print('swallowed')\n"
-        "        with on_interrupt(print):\n            print('never')\n"
+        "        with ctrl_c.calling(print):\n            print('never')\n"
         "except KeyboardInterrupt: print('raised')\n"
     )
     assert (code, said) == (0, ["swallowed", "raised"])

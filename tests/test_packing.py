@@ -67,7 +67,7 @@ def set_machines(monkeypatch, *machines):
 
 # Steps too long for calls to matter.
 ALONE = Measured(
-    began=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
+    start_delay=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
     memory=GIB, gpu_memory=0, gpu_size=0, empty=GIB // 2,
 )  # fmt: skip
 

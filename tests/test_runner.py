@@ -14,12 +14,14 @@ from helpers.paths import ROOT
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
 from sweeps.execution import runner
+from sweeps.execution.interrupts import CtrlC
 from sweeps.execution.progress import SweepProgress, TrialOutcomes
 from tracking.address import StoreAddress, store_address
 
 IN_PORTIONS = """
 import sys
 from sweeps.execution import runner
+from sweeps.execution.interrupts import CtrlC
 from sweeps.init_sweep import main
 runner.TRIALS_PER_TUNER_RUN, runner.ROUNDS_PER_SLOT = 2, 1
 sys.exit(main())
@@ -58,6 +60,7 @@ def test_a_polite_end_while_runs_are_ended_waits_until_they_are(monkeypatch):
         store=SimpleNamespace(address=StoreAddress("sqlite:///a.db")),
         recording=SimpleNamespace(experiment_id="1"),
         console=Console(quiet=True),
+        ctrl_c=CtrlC(),
     )
     outcomes = TrialOutcomes({"a": 1}, trials=1)
     with runner._ending_runs(

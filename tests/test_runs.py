@@ -77,7 +77,8 @@ def test_an_empty_file_is_no_store_and_none_is_made_of_it(tmp_path):
 
 def test_processes_that_open_a_new_store_at_once_all_get_it(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tracking.store import Store, store_address; "
+        "import sys; from pathlib import Path; from tracking.address import store_address; "
+        "from tracking.store import Store; "
         "Store(store_address(Path(sys.argv[1]))).open()"
     )
     processes = [
@@ -153,7 +154,7 @@ def test_runs_of_which_none_can_be_read_are_no_sweep(finished_sweep, tmp_path):
     runs_dir = moved(finished_sweep, tmp_path / "runs")
     for file in tables_of(runs_dir, "training", "small").values():
         file.unlink()
-    says = "no trial can be read: of [0-9a-f]{12} the training cannot be read: "
+    says = "no trial can be read; trial [0-9a-f]{12}: training cannot be read: "
     with pytest.raises(InputError, match=says):
         read_sweeps(store_in(runs_dir), ["small"], None, tmp_path / "cache")
 
@@ -252,3 +253,16 @@ def test_a_plan_that_is_missing_is_told_from_a_server_that_is_away(server_sweep,
     monkeypatch.setattr(MlflowClient, "list_artifacts", dies)
     with pytest.raises(InputError, match=f"cannot be read from {server_sweep}: the server has"):
         store.read_json(run, "plan.json")
+
+
+def test_every_kind_of_weight_is_read_at_every_step(finished_sweep, tmp_path):
+    """Else a claim about weights that no other claim reads would measure nothing, in silence."""
+    sweep = read_sweeps(store_in(finished_sweep), ["small"], None, tmp_path / "cache")
+    recorded = pl.concat(
+        pl.read_parquet(folder / "weights.parquet") for folder in sweep.folders.values()
+    )
+    read = sweep.tables["weights"]
+    assert read.height == recorded.height
+    assert set(read["kind"]) == set(recorded["kind"])
+    with pytest.raises(KeyError, match=r"the table updates is not read: name it in READ"):
+        sweep.tables["updates"]

@@ -39,7 +39,7 @@ class Cost:
 class Measured:
     """What one shortened trial, or an array of such trials, took."""
 
-    began: float  # start delay in seconds; as a worker reports it, seconds since the epoch
+    start_delay: float  # seconds from the request to the first step
     steps: list[float]  # seconds of each step; the first includes the preparation
     writing: float  # seconds of writing the tables
     rows: Mapping[str, list[int | None]]  # by table, the step of each row

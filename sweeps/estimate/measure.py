@@ -74,7 +74,9 @@ def timed(config: TrialConfig, array: int, texts: Texts) -> Stopwatch:
     return stopwatches[0]
 
 
-def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measured:
+def measure(
+    params: Mapping[str, Scalar], texts: Texts, array: int = 1, requested_at: float | None = None
+) -> Measured:
     """Measure a shortened trial in a Ray worker.
 
     The first trial of a process is half a second slower than the next ones: a short trial is run
@@ -84,6 +86,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
         params: knobs of the trial.
         texts: corpora that need not be on this machine.
         array: trials that train together.
+        requested_at: when the measurement was requested, in seconds since the epoch.
     """
     empty = peak_memory()
     entered, config = time.time(), TrialConfig.from_flat(params)
@@ -98,7 +101,7 @@ def measure(params: Mapping[str, Scalar], texts: Texts, array: int = 1) -> Measu
     gpu_memory, gpu_size = peak_gpu_memory()
     moments = [stopwatch.begun, *stopwatch.ends]
     return Measured(
-        began=entered + first.seconds - stopwatch.seconds,
+        start_delay=entered + first.seconds - stopwatch.seconds - (requested_at or entered),
         steps=[end - start for start, end in itertools.pairwise(moments)],
         writing=array * (time.perf_counter() - trained),
         rows={
@@ -156,8 +159,8 @@ def side_by_side(
     try:
         while not group.wait(1):
             pass  # a cluster may have to start a machine first
-        asked = time.time()
-        measured = ray.get([task.remote(params, texts, array) for _ in range(count)])
-        return [replace(one, began=one.began - asked) for one in measured]
+        requests = [task.remote(params, texts, array, time.time()) for _ in range(count)]
+        measured: list[Measured] = ray.get(requests)
+        return measured
     finally:
         ray.util.remove_placement_group(group)

@@ -113,7 +113,7 @@ def array_size(
 def share_of_gpu(
     config: TrialConfig,
     batches: int,
-    beside: Callable[[int], list[Measured]],
+    measure_concurrent: Callable[[int], list[Measured]],
     measured: list[Measured],
 ) -> tuple[int, list[Measured]]:
     """Find how many batches of a shape a GPU runs at a time.
@@ -124,7 +124,7 @@ def share_of_gpu(
     Args:
         config: of the full trial.
         batches: how many batches there are.
-        beside: measures that many concurrent batches.
+        measure_concurrent: measures that many concurrent batches.
         measured: what one batch took.
 
     Returns:
@@ -143,7 +143,7 @@ def share_of_gpu(
         ):
             break
         try:
-            more = beside(2 * count)
+            more = measure_concurrent(2 * count)
         except ray.exceptions.RayError:
             break  # what fits is known only then
         seconds, before = (cost_of(config, some).seconds for some in (more, measured))
@@ -175,16 +175,16 @@ def arranged(
     needs = needs_of(shape)
     fits = 1 if "GPU" in needs else max(fit(machine, needs) for machine in schedulable_machines())
 
-    def beside(count: int, members: int = 1) -> list[Measured]:
+    def measure_concurrent(count: int, members: int = 1) -> list[Measured]:
         return side_by_side(shape, texts, count, members)
 
-    alone = beside(max(1, min(fits, sum(map(len, groups)))))
+    alone = measure_concurrent(max(1, min(fits, sum(map(len, groups)))))
     most = array_size(shape, texts, array, groups, alone[0], console)
     while True:
         arrays = [some for group in groups for some in split(group, most)]
         members = max(map(len, arrays))
         try:
-            measured = beside(min(fits, len(arrays)), members) if members > 1 else alone
+            measured = measure_concurrent(min(fits, len(arrays)), members) if members > 1 else alone
         except ray.exceptions.RayError as error:
             most = members // 2
             console.print(
@@ -194,12 +194,12 @@ def arranged(
             continue
         per_gpu = 1
         if "GPU" in needs:
-            of_these = functools.partial(beside, members=members)
+            of_these = functools.partial(measure_concurrent, members=members)
             per_gpu, measured = share_of_gpu(shape, len(arrays), of_these, measured)
         return Measurement(
             array=members,
             per_gpu=per_gpu,
-            begins=max(one.began for one in measured),
+            begins=max(one.start_delay for one in measured),
             cost=cost_of(shape, measured),
             date=date.today().isoformat(),
         )

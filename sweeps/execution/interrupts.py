@@ -15,28 +15,45 @@ SHOW_CURSOR = b"\x1b[?25h"
 """The terminal's code that shows the cursor again, which a progress line has hidden."""
 
 
-@contextmanager
-def two_presses() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt, and the second ends the process at once.
+class CtrlC:
+    """What Ctrl-C does while a driver works on a sweep.
 
-    Nothing is lost by that: every file on disk is complete, and the next driver ends the runs that
-    are left open.
+    The first press raises KeyboardInterrupt, and the second ends the process at once. Nothing is
+    lost by that: every file on disk is complete, and the next driver ends the runs that are left
+    open.
     """
-    global _pressed
-    _pressed = False
 
-    def press(*_: object) -> None:
-        global _pressed
-        if _pressed:
+    def __init__(self) -> None:
+        self._is_pressed = False
+        self._on_first: Callable[[], object] | None = None
+
+    def _press(self, *_: object) -> None:
+        if self._is_pressed:
             _leave()
-        _pressed = True
-        _first()
+        self._is_pressed = True
+        if self._on_first is None:
+            raise KeyboardInterrupt
+        self._on_first()
 
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Inside, Ctrl-C is handled here."""
+        before = signal.signal(signal.SIGINT, self._press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def calling(self, first: Callable[[], object]) -> Iterator[None]:
+        """Inside, the first press calls `first` instead of raising KeyboardInterrupt."""
+        if self._is_pressed:  # an import of Ray has swallowed the exception
+            raise KeyboardInterrupt
+        self._on_first = first
+        try:
+            yield
+        finally:
+            self._on_first = None
 
 
 def _leave() -> NoReturn:
@@ -62,24 +79,3 @@ def _descendants(pid: int) -> list[int]:
     for one in found:
         found += children.get(one, [])
     return found[1:]
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-_pressed = False
-_first: Callable[[], object] = _interrupt
-
-
-@contextmanager
-def on_interrupt(first: Callable[[], object]) -> Iterator[None]:
-    """Inside, the first Ctrl-C calls `first` instead of raising KeyboardInterrupt."""
-    global _first
-    if _pressed:  # and an import of Ray's has swallowed what was raised
-        raise KeyboardInterrupt
-    _first = first
-    try:
-        yield
-    finally:
-        _first = _interrupt

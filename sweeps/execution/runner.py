@@ -16,7 +16,7 @@ from rich.console import Console
 from gptcore.corpus import Texts
 from sweeps.estimate.arrays import Batch
 from sweeps.execution.faults import Fault
-from sweeps.execution.interrupts import on_interrupt
+from sweeps.execution.interrupts import CtrlC
 from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, key_of
 from sweeps.execution.ray_cluster import stop_ray
 from sweeps.execution.resources import autoscaler_machines, slots
@@ -41,12 +41,13 @@ batch, also after its end, and goes through all of them at each step."""
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all trials of a driver share: where they are recorded, their texts, the console."""
+    """What all trials of a driver share."""
 
     store: Store
     recording: Recording
     texts: Texts
     console: Console
+    ctrl_c: CtrlC
 
 
 def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext) -> bool:
@@ -160,7 +161,7 @@ def _ending_runs(
     try:
         with progress, reporting_absence(address.uri, context.console.print):
             try:
-                with on_interrupt(progress.interrupt):
+                with context.ctrl_c.calling(progress.interrupt):
                     yield lambda: stopped
                 stopped = False
             except StopTune:
