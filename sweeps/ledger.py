@@ -82,7 +82,7 @@ def to_redo(ledger: Mapping[str, Entry], wanted: Sequence[str]) -> list[str]:
         elif name in with_run:
             keys[name] = None
         elif name in ledger:
-            raise InputError(f"--redo {name}: this trial has not been run yet")
+            raise InputError(f"--redo {name}: this trial has no run yet, leave it out")
         else:
             raise InputError(
                 f"--redo takes all, failed, or keys of this sweep's trials, not {name!r}: "

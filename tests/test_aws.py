@@ -381,7 +381,7 @@ def test_another_folder_than_the_checkout_is_not_sent_to_the_machines(
     monkeypatch.chdir(at_home)
     with pytest.raises(SystemExit):
         up(edited())
-    assert f"{at_home} is no checkout" in capsys.readouterr().err
+    assert f"{at_home} is not a checkout of this project" in capsys.readouterr().err
 
 
 def test_a_laptop_without_credentials_is_told_so(at_home, monkeypatch, capsys):

@@ -92,7 +92,7 @@ def test_redo_takes_keys_all_and_failed(runs_dir):
     assert to_redo(ledger, []) == []
     assert to_redo(ledger, ["failed"]) == to_redo(ledger, [key, "failed", key]) == [key]
     assert len(to_redo(ledger, ["all"])) == 4
-    with pytest.raises(InputError, match="--redo new: this trial has not been run yet"):
+    with pytest.raises(InputError, match="--redo new: this trial has no run yet, leave it out"):
         to_redo(ledger, ["new"])
     with pytest.raises(InputError, match="takes all, failed, or keys of this sweep's trials, not"):
         to_redo(ledger, ["../x"])

@@ -81,7 +81,9 @@ def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
     cluster, provider = config["cluster_name"], config["provider"]
     for folder in config["file_mounts"].values():
         if folder == "." and not ENDING and not Path(ENVIRONMENT).is_file():
-            raise InputError(f"file_mounts has the folder of `ray up`: {Path.cwd()} is no checkout")
+            raise InputError(
+                f"file_mounts has the folder of `ray up`: {Path.cwd()} is not a checkout of this project"
+            )
     region, bucket = provider["region"], provider["bucket"]
     if not ENDING:
         check_bucket(region, bucket)

@@ -167,7 +167,7 @@ def check_cluster(address: str) -> None:
             + ": copy the cluster's token to ~/.ray/auth_token, and set RAY_AUTH_MODE=token"
         ) from error
     except RayError as error:
-        raise InputError(f"what answers at {address} is no Ray cluster: {takes}") from error
+        raise InputError(f"what answers at {address} is not a Ray cluster: {takes}") from error
     if metadata:
         try:
             check_versions(metadata)
