@@ -246,7 +246,7 @@ def test_every_folder_is_in_the_file_tree_of_the_readme():
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
     ).stdout.split()
     if not tracked:
-        pytest.skip("this is not a checkout of this project of git")
+        pytest.skip("this is not a checkout of git")
     folders = {file.partition("/")[0] for file in tracked if file.endswith(".py") and "/" in file}
     assert {name for name in folders if f"\n{name}/" not in f"\n{tree}"} == set()
 

@@ -82,7 +82,8 @@ def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
     for folder in config["file_mounts"].values():
         if folder == "." and not ENDING and not Path(ENVIRONMENT).is_file():
             raise InputError(
-                f"file_mounts has the folder of `ray up`: {Path.cwd()} is not a checkout of this project"
+                "file_mounts has the folder in which `ray up` is called: "
+                f"{Path.cwd()} is not a checkout of this project"
             )
     region, bucket = provider["region"], provider["bucket"]
     if not ENDING:
