@@ -229,7 +229,7 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
     process.communicate()
     code, output = run(runs_dir, *arguments)
     assert code == 0, output
-    assert f"going on from runs/checkpoints/{checkpoint.name}" in output
+    assert f"continuing from runs/checkpoints/{checkpoint.name}" in output
     assert not checkpoint.exists()
     for table, rows in undisturbed_tables(config).items():
         resumed = pl.read_parquet(runs_dir / "debug" / checkpoint.stem / f"{table}.parquet")
