@@ -354,7 +354,10 @@ print(json.dumps(said))
 KEPT_OUT = {
     "the token is not asked for": ("RAY_AUTH_MODE=disabled", "asks for a token"),
     "another token": ("RAY_AUTH_TOKEN_PATH=/proc/sys/kernel/random/uuid", "has another token"),
-    "no token": ("RAY_AUTH_TOKEN_PATH=/dev/null", "RAY_AUTH_MODE is token, but this account has no token"),
+    "no token": (
+        "RAY_AUTH_TOKEN_PATH=/dev/null",
+        "RAY_AUTH_MODE is token, but this account has no token",
+    ),
     "no such cluster": ("RAY_ADDRESS=127.0.0.1:6378", "does not answer"),
     "a word": ("RAY_ADDRESS=head", "'head' is not the address of a Ray cluster"),
     "no tracking server": ("MLFLOW_TRACKING_URI=http://127.0.0.1:1", "does not answer"),

@@ -4,7 +4,10 @@ A failure names the library and what another version of it has changed.
 """
 
 import inspect
+import os
 import sqlite3
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -13,6 +16,7 @@ from ray._common import usage
 from ray._private import ray_constants, resource_and_label_spec, services, utils
 from ray._raylet import GcsClient
 
+from helpers.paths import ROOT
 from sweeps.execution import private_api
 from tracking import private_api as tracking_api
 from tracking.address import StoreAddress
@@ -69,16 +73,25 @@ def test_ray_says_what_versions_a_cluster_has():
 
 
 def test_ray_refuses_another_version_of_itself():
-    python = ".".join(map(str, __import__("sys").version_info[:3]))
+    python = ".".join(map(str, sys.version_info[:3]))
     private_api.check_versions({"ray_version": ray.__version__, "python_version": python})
     with pytest.raises(RuntimeError):
         private_api.check_versions({"ray_version": "2.0.0", "python_version": python})
     assert callable(utils.check_version_info), changed("ray", "check_version_info")
 
 
-def test_ray_says_whether_this_account_has_a_token(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    assert private_api.has_token() is False, changed("ray", "AuthenticationTokenLoader")
+def test_ray_says_whether_this_account_has_a_token(tmp_path):
+    """In processes of their own: Ray keeps the first token that it finds."""
+    token = tmp_path / "token"
+    code = "from sweeps.execution.private_api import has_token; print(has_token())"
+
+    def said():
+        environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
+        return subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT)
+
+    assert said() == b"False\n", changed("ray", "AuthenticationTokenLoader")
+    token.write_text("0" * 64)
+    assert said() == b"True\n", changed("ray", "AuthenticationTokenLoader")
 
 
 def test_the_loggers_that_are_silenced_are_still_rays():
