@@ -16,8 +16,9 @@ import pytest
 from gptcore.config import Scalar, TrialConfig
 from helpers.paths import CHROMIUM, REAL_CORPORA
 from helpers.servers import free_port, start_server
-from helpers.store import made_once, make_sweep
+from helpers.store import made_once, make_sweep, store_in
 from helpers.trials import TINY
+from tracking.store import Store
 
 # Tests run on every core already: a second thread in each process would only stand in the way.
 # This is for the processes that tests start, xdist's among them.
@@ -71,6 +72,18 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny() -> TrialConfig:
     """A trial of a fraction of a second, on the corpus that is always there."""
     return TrialConfig.from_flat(TINY)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A new store in a runs folder of the test's own."""
+    return store_in(tmp_path)
+
+
+@pytest.fixture
+def experiment_id(store: Store, tmp_path: Path) -> str:
+    """The experiment of a sweep without trials in that store."""
+    return store.open_experiment("sweep", tmp_path)
 
 
 @pytest.fixture

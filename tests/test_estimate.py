@@ -13,6 +13,7 @@ from rich.console import Console
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from gptcore.records import MemoryRecorder
+from helpers.machines import set_machines
 from helpers.trials import TINY, flags
 from sweeps.estimate import estimate as estimating
 from sweeps.estimate import measure as measuring
@@ -170,8 +171,7 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
     speed_up, memory, cores, trials, share, monkeypatch
 ):
     machine = {"CPU": float(cores), "GPU": 1.0}
-    three = [machine, machine, {"CPU": 2.0}]
-    monkeypatch.setattr(packing, "schedulable_machines", lambda: three)
+    set_machines(monkeypatch, machine, machine, {"CPU": 2.0})
     tried = []
 
     def beside(count):
@@ -192,7 +192,7 @@ def test_a_gpu_is_shared_by_as_many_trials_as_make_it_faster_and_fit(
 
 def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(monkeypatch):
     machine = {"CPU": 8.0, "GPU": 1.0}
-    monkeypatch.setattr(packing, "schedulable_machines", lambda: [machine])
+    set_machines(monkeypatch, machine)
     alone = [
         Measured(
             start_delay=0.0, steps=[1.0] * 6, writing=0.0, rows={}, points=[], bytes={},
@@ -224,11 +224,6 @@ FOUND = Measurement(
     cost=Cost(seconds=60.0, low=40.0, high=90.0, memory=GIB, gpu_memory=0, disk=10**6),
     date="2026-11-28",
 )
-
-
-def set_machines(monkeypatch, *machines):
-    for module in (resources, packing):
-        monkeypatch.setattr(module, "schedulable_machines", lambda: list(machines))
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import conflicting_knobs
+from helpers.machines import set_machines
 from helpers.trials import TINY
 from sweeps.estimate import packing
 from sweeps.estimate.arrays import check_array, check_together, split, together
 from sweeps.estimate.cost import Measured
 from sweeps.estimate.packing import arranged, array_size, best_size, known_batches
-from sweeps.execution import resources
 
 
 def configured(**more):
@@ -58,11 +58,6 @@ def test_arrays_asked_for_where_none_can_be_are_refused_by_what_differs():
 
 
 GIB = 2**30
-
-
-def set_machines(monkeypatch, *machines):
-    for module in (resources, packing):
-        monkeypatch.setattr(module, "schedulable_machines", lambda: list(machines))
 
 
 # Steps too long for calls to matter.

@@ -15,21 +15,11 @@ from analysis.runs import read_sweeps
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from helpers.paths import ROOT
-from helpers.store import job_of, store_in
+from helpers.store import job_of
 from helpers.trials import undisturbed_tables
 from tracking.recorder import MlflowRecorder, close_runs
 from tracking.store import trial_status
 from tracking.sweep_run import SweepRun
-
-
-@pytest.fixture
-def store(tmp_path):
-    return store_in(tmp_path)
-
-
-@pytest.fixture
-def experiment_id(store, tmp_path):
-    return store.open_experiment("sweep", tmp_path)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES
-from helpers.store import job_of, open_store, store_in, worker_config
+from helpers.store import job_of, open_store, worker_config
 from helpers.trials import undisturbed, undisturbed_tables
 from sweeps.execution import trainable
 from sweeps.execution.trainable import TrialReport, run_batch
@@ -31,16 +31,6 @@ def told(monkeypatch):
         trainable.tune, "report", lambda result: reports.append(TrialReport.of(result))
     )
     return reports
-
-
-@pytest.fixture
-def store(tmp_path):
-    return store_in(tmp_path)
-
-
-@pytest.fixture
-def experiment_id(store, tmp_path):
-    return store.open_experiment("sweep", tmp_path)
 
 
 @pytest.fixture
