@@ -147,7 +147,7 @@ def plan_interim(seeds: Sequence[int], first_seeds: int, trials: Sequence[str]) 
 
     Args:
         seeds: all seeds that a configuration may get, in the order in which they are added.
-        first_seeds: how many of them the user asked for by name.
+        first_seeds: number of seeds before --until-decided adds more.
         trials: the keys of all trials that the sweep may get.
     """
     return InterimPlan(

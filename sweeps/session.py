@@ -18,6 +18,7 @@ from rich.table import Table
 
 from analysis.claims import digest
 from analysis.interim import InterimPlan
+from analysis.jsonable import JsonObject
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
@@ -74,7 +75,7 @@ class Session:
         self.ledger: dict[str, Entry] = {}
         self.texts: Texts = NO_TEXTS
         self._sweep_run: SweepRun | None = None
-        self._interim: InterimPlan | None = None
+        self._interim: JsonObject | None = None  # the contents of looks.json
         self._ended = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
@@ -194,7 +195,7 @@ class Session:
             experiment_id,
             planned,
             launched=time.time(),
-            interim=self._interim.to_json() if self._interim else None,
+            interim=self._interim,
         )
         self._on_exit.callback(lambda: sweep_run.end(self._ended))
         self._sweep_run = sweep_run
@@ -234,9 +235,9 @@ class Session:
 
     def keep_interim_plan(self, interim: InterimPlan) -> None:
         """Record the interim analyses, made and to come, now or with the plan."""
-        self._interim = interim
+        self._interim = interim.to_json()
         if self._sweep_run:
-            self._sweep_run.keep_interim_plan(interim.to_json())
+            self._sweep_run.keep_interim_plan(self._interim)
 
     def keep(self, files: Sequence[Path]) -> None:
         """Keep files on the sweep's run, with the report."""
@@ -297,8 +298,7 @@ class Session:
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
-        interim = self._interim.to_json() if self._interim else None
-        depends_on: list[Any] = [runs, digest(), plan.tags(), interim]
+        depends_on: list[Any] = [runs, digest(), plan.tags(), self._interim]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             depends_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]

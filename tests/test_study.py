@@ -1,6 +1,7 @@
 """What a study suggests, and what it records of results."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from gptcore.experiment import check_knobs
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from helpers.trials import TINY
+from sweeps.execution.trainable import Recording
 from sweeps.searching.study import (
     PARAMETERS,
     Range,
@@ -20,6 +22,7 @@ from sweeps.searching.study import (
     parse_domain,
     suggested,
 )
+from tracking.address import StoreAddress
 from tracking.job import Job
 
 QUESTION = SearchQuestion(goal="best", of="loss/val", knobs={})
@@ -36,7 +39,6 @@ def suggestions(study, trials=4, done=(), answer=lambda key: 1.0, domains=DOMAIN
         key = config.key("digest")
         return Job(key, "a trial", config.to_flat(), {}), key in done
 
-    common = {"recording": None, "metric": "loss/val"}
     pruned = []
     asked = Suggestions(
         study,
@@ -45,7 +47,8 @@ def suggestions(study, trials=4, done=(), answer=lambda key: 1.0, domains=DOMAIN
         prepare,
         answer,
         lambda *key_and_why: pruned.append(key_and_why),
-        common,
+        Recording(StoreAddress("sqlite:///a.db"), "1", Path()),
+        "loss/val",
     )
     asked.pruned = pruned
     return asked

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-
-from tracking.health import mask_password
 
 BUCKET = "GPT_SWEEPS_BUCKET"
 """The environment variable that names a folder in a bucket, for machines that share no folder."""
 VIEW = "sweep"
 """Name of the view that a sweep's experiment opens with, in the address of its page."""
+
+
+def mask_password(text: str) -> str:
+    """Replace the password of every address in a text by ***."""
+    return re.sub(r"(//[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class StoreAddress:
     def masked(self) -> str:
         """The address for a reader, without its password."""
         return mask_password(self.uri)
+
+    @property
+    def server(self) -> str:
+        """What to call a tracking server: `the tracking server at HOST:PORT`."""
+        place = urllib.parse.urlsplit(self.uri).netloc.rpartition("@")[2]
+        return f"the tracking server at {place}"
 
     def mlflow_command(self) -> str:
         """Return what to type to see the store's pages, or the address of a server's pages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import requests
 
 from gptcore.config import InputError
+from tracking.address import StoreAddress, mask_password
 
 GO_ON = "run the same command again to continue"
 
@@ -25,11 +25,6 @@ CHECK_EVERY = 5.0
 """Seconds between two health checks of a tracking server."""
 PATIENCE = 600.0
 """How many seconds to wait for a tracking server that does not answer."""
-
-
-def mask_password(text: str) -> str:
-    """Replace the password of every address in a text by ***."""
-    return re.sub(r"(//[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 def check_server(uri: str) -> None:
@@ -56,27 +51,27 @@ def wait_for_server(uri: str, patience: float = PATIENCE) -> bool:
 
 
 @contextmanager
-def reporting_absence(uri: str, say: Callable[[str], object]) -> Iterator[None]:
+def reporting_absence(address: StoreAddress, say: Callable[[str], object]) -> Iterator[None]:
     """Inside, say when a tracking server stops answering, and when it answers again.
 
     Args:
-        uri: the server's address, or that of a database, which is not watched.
+        address: of the server, or of a database, which is not watched.
         say: called with each sentence, from another thread.
     """
-    if not uri.startswith("http"):
+    if not address.is_server:
         yield
         return
-    over, server = threading.Event(), f"the tracking server at {server_name(uri)}"
+    over = threading.Event()
 
     def watch() -> None:
         away = False
         while not over.wait(CHECK_EVERY):
-            was_away, away = away, not server_answers(uri)
+            was_away, away = away, not server_answers(address.uri)
             if away != was_away:
                 say(
-                    f"{server} does not answer: waiting for it"
+                    f"{address.server} does not answer: waiting for it"
                     if away
-                    else f"{server} answers again"
+                    else f"{address.server} answers again"
                 )
 
     watching = threading.Thread(target=watch, daemon=True)
@@ -128,12 +123,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def store_fault(error: BaseException, uri: str) -> str | None:
+def store_fault(error: BaseException, address: StoreAddress) -> str | None:
     """Return the sentence for a store that fails; None for an error of anything else.
 
     Args:
         error: what was raised.
-        uri: the address of the store.
+        address: of the store.
     """
     # Not at the top: a plan and --debug need neither.
     from mlflow.exceptions import MlflowException
@@ -148,14 +143,9 @@ def store_fault(error: BaseException, uri: str) -> str | None:
         return None  # the store is well, and refuses what this trial asks of it
     chain = list(causes(error))
     why = mask_password(str(chain[-1]).strip().splitlines()[0])
-    if uri.startswith("http"):
-        return f"the tracking server at {server_name(uri)} fails ({why}): once it works, {GO_ON}"
-    file = mask_password(uri).removeprefix("sqlite:///")
+    if address.is_server:
+        return f"{address.server} fails ({why}): once it works, {GO_ON}"
+    file = address.masked.removeprefix("sqlite:///")
     if any(sqlite_code(cause) in DAMAGE for cause in chain):
         return damaged(file, why)
     return f"the database {file} cannot be used ({why}): once it can, {GO_ON}"
-
-
-def server_name(uri: str) -> str:
-    """Return HOST:PORT of a server's address, without a user and a password."""
-    return uri.partition("//")[2].partition("/")[0].rpartition("@")[2]

@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
-from tracking.address import StoreAddress
-from tracking.health import check_server, mask_password
+from tracking.address import StoreAddress, mask_password
+from tracking.health import check_server
 from tracking.private_api import create_engine, runs_in_database
 
 DONE = ("finished", "diverged")
@@ -138,34 +138,29 @@ class Store:
             condition: in MLflow's search syntax.
             experiment_id: look into this experiment alone.
         """
+        return list(self._pages(condition, experiment_id, page_size=1000))
+
+    def _pages(self, condition: str, experiment_id: str | None, page_size: int) -> Iterator[Run]:
+        """Yield the runs of `search`, and ask for a page only when it is needed."""
         experiments = [experiment_id] if experiment_id else self.experiment_ids()
-        runs: list[Run] = []
         page = None
         while True:
             found = self.client.search_runs(
                 experiments,
                 condition,
                 ViewType.ACTIVE_ONLY,
-                max_results=1000,
+                max_results=page_size,
                 order_by=["attributes.start_time DESC"],
                 page_token=page,
             )
-            runs += found
+            yield from found
             if not (page := found.token):
-                return runs
+                return
 
     def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
         """Return the newest run of a kind (trial, sweep) with the given tags, with all it holds."""
-        experiments = [experiment_id] if experiment_id else self.experiment_ids()
         clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
-        found = self.client.search_runs(
-            experiments,
-            " and ".join(clauses),
-            ViewType.ACTIVE_ONLY,
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        return found[0] if found else None
+        return next(self._pages(" and ".join(clauses), experiment_id, page_size=1), None)
 
     def trial_runs(self) -> dict[str, Run]:
         """Return by trial key the run that counts, of whichever sweep."""

@@ -33,7 +33,7 @@ def fault_of_sweep(error: BaseException, address: StoreAddress, runs_dir: Path) 
         for cause in causes(error)
     ):
         return _full_disk(address, runs_dir)
-    return store_fault(error, address.uri)
+    return store_fault(error, address)
 
 
 def has_lost_device(error: BaseException) -> bool:

@@ -99,17 +99,17 @@ def needs_of(config: TrialConfig, memory: int = 0, per_gpu: int = 1) -> dict[str
     return needs
 
 
-def fit(machine: Mapping[str, float], needs: Mapping[str, float]) -> int:
+def fit(machine: Resources, needs: Resources) -> int:
     """Return how many trials with these needs a machine runs at a time."""
     return min(int(machine.get(name, 0.0) / need) for name, need in needs.items())
 
 
-def slots(needs: Mapping[str, float]) -> int:
+def slots(needs: Resources) -> int:
     """Return how many trials with these needs all machines run at a time, at least one."""
     return max(1, sum(fit(machine, needs) for machine in schedulable_machines()))
 
 
-def hardware(needs: Mapping[str, float]) -> str:
+def hardware(needs: Resources) -> str:
     """Name the hardware that trials with these needs run on.
 
     That is the cores and, for trials that use one, the GPUs of each kind of machine; without a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from sweeps.execution.faults import Fault
 from sweeps.execution.interrupts import CtrlC
 from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, key_of
 from sweeps.execution.ray_cluster import stop_ray
-from sweeps.execution.resources import autoscaler_machines, slots
+from sweeps.execution.resources import Resources, autoscaler_machines, slots
 from sweeps.execution.trainable import Recording, run_batch
 from tracking.address import bucket
 from tracking.health import reporting_absence
@@ -104,7 +104,7 @@ def run_search(suggestions: Suggestions, batch: Batch, context: RunContext) -> b
 def make_tuner(
     context: RunContext,
     progress: SweepProgress,
-    needs_of_key: Callable[[str], Mapping[str, float]],
+    needs_of_key: Callable[[str], Resources],
     search: Suggestions | None = None,
     param_space: dict[str, Any] | None = None,
 ) -> tune.Tuner:
@@ -159,7 +159,7 @@ def _ending_runs(
     # SIGTERM stops a sweep as Ctrl-C does; Ray's own handler would exit at once.
     handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        with progress, reporting_absence(address.uri, context.console.print):
+        with progress, reporting_absence(address, context.console.print):
             try:
                 with context.ctrl_c.calling(progress.interrupt):
                     yield lambda: stopped

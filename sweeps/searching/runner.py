@@ -98,13 +98,19 @@ class SearchRunner:
         from sweeps.execution.runner import run_search
 
         metric = self.question.of if self.question.goal == "best" else None
-        run = self.session.run_context()
-        common = {"recording": run.recording, "metric": metric}
+        context = self.session.run_context()
         suggestions = Suggestions(
-            self.study, trials, self.domains, self.prepared, self.answer, self.prune, common
+            self.study,
+            trials,
+            self.domains,
+            self.prepared,
+            self.answer,
+            self.prune,
+            context.recording,
+            metric,
         )
         with self.session.estimated({f"trial {i}": largest for i in range(left)}) as batches:
-            return run_search(suggestions, batches[0], run)
+            return run_search(suggestions, batches[0], context)
 
     def prepared(self, config: TrialConfig) -> tuple[Job, bool]:
         """Make a suggested trial a job of this sweep. Return it, and whether it was run before."""

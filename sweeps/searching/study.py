@@ -32,6 +32,7 @@ from gptcore.config import (
 )
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
+from sweeps.execution.trainable import Recording
 from tracking.job import Job
 
 REDUCTION = 3
@@ -209,7 +210,8 @@ class Suggestions(Searcher):
         prepare: Callable[[TrialConfig], tuple[Job, bool]],
         answer: Callable[[str], float | None],
         prune: Callable[[str, str], None],
-        common: Mapping[str, Any],
+        recording: Recording,
+        metric: str | None,
     ) -> None:
         """Find suggestions that an earlier driver left without a result.
 
@@ -220,12 +222,13 @@ class Suggestions(Searcher):
             prepare: makes a job of a suggested trial, and says whether it was run before.
             answer: gives the value of a finished trial by key, None where it has none.
             prune: closes the run of a trial, by key, with the reason why it is pruned.
-            common: the same entries for every trial's config in Tune.
+            recording: where workers record trials.
+            metric: workers report every value of it; None where it is not asked for.
         """
         super().__init__()
         self.study, self.trials, self.domains = study, trials, domains
         self.prepare, self.answer, self.prune = prepare, answer, prune
-        self.common = common
+        self.recording, self.reported_metric = recording, metric
         self.jobs: list[Job] = []
         self.errors: list[Exception] = []
         self.running: dict[str, optuna.Trial] = {}  # trials that are running, by Tune's id
@@ -249,7 +252,12 @@ class Suggestions(Searcher):
                 if job := self._job(optuna_trial):
                     self.running[trial_id], self.keys[trial_id] = optuna_trial, job.key
                     self.jobs.append(job)
-                    return {**self.common, "key": job.key, "batch": [job]}
+                    return {
+                        "recording": self.recording,
+                        "metric": self.reported_metric,
+                        "key": job.key,
+                        "batch": [job],
+                    }
         except Exception as error:
             self.errors.append(error)
         return Searcher.FINISHED
