@@ -72,10 +72,15 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture
-def known(served, monkeypatch):
-    """The server's address, for somebody who knows the password."""
+def credentials(monkeypatch):
+    """This process knows the user and the password."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+
+
+@pytest.fixture
+def known(served, credentials):
+    """The server's address, for somebody who knows the password."""
     return served
 
 
@@ -191,9 +196,7 @@ def test_it_ends_with_what_it_stands_beside_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.full
-def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, credentials):
     folder = tmp_path / "t"
     folder.mkdir()
     with serving(folder) as (uri, server):
@@ -210,10 +213,8 @@ def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, 
 
 
 @pytest.mark.full
-def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, monkeypatch):
+def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, credentials):
     """A folder by its address is to it what a bucket is."""
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     kept = tmp_path / "kept"
     kept.mkdir()
     for machine in ("a", "b"):
