@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gptcore.config import InputError
-
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file by way of a temporary file, which is then renamed.
@@ -34,12 +32,3 @@ def remove_leftovers(file: Path) -> None:
 
 def _prefix(file: Path) -> str:
     return f".{file.name}-"
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder. Raise InputError where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error

@@ -16,12 +16,12 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
-from gptcore.files import check_writable
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.estimate.arrays import check_array, check_together
 from sweeps.execution.faults import Fault
 from sweeps.plan import Plan, make_plan, seeds_of, with_more_seeds, with_overrides
 from sweeps.presets import Preset, Space
+from tracking.arguments import check_writable
 from tracking.health import GO_ON
 
 if TYPE_CHECKING:

@@ -23,13 +23,13 @@ from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
-from gptcore.files import check_writable
 from gptcore.units import clock
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
 from sweeps.execution.interrupts import CtrlC
 from sweeps.ledger import Entry, read_ledger, sweep_lock, to_redo
 from sweeps.plan import Plan, jobs_of
+from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
 from tracking.store import Store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,3 +27,12 @@ class Parser(argparse.ArgumentParser):
             default=default,
             help=f"folder for runs, checkpoints and reports ({default})",
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder. Raise InputError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error
