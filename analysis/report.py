@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Imports start at the root of the checkout, not in its folder analysis/.
+    # Import from the root of the checkout, also where a package of that name is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import jinja2

@@ -9,8 +9,9 @@ import functools
 import sys
 from pathlib import Path
 
-# Import from the root of the checkout, also where a package of that name is installed.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Import from the root of the checkout, also where a package of that name is installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sweeps import launch
 from sweeps.presets import PRESETS

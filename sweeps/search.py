@@ -16,8 +16,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-# Imports start at the root of the checkout, also where a package `sweeps` is installed.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Import from the root of the checkout, also where a package of that name is installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from optuna.trial import TrialState
 from rich.console import Console
