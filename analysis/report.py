@@ -11,6 +11,7 @@ Writes report.html (opens without a network), findings.json, summary.md and the 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -178,7 +179,7 @@ def render(
         charts=charts,
         figures=FIGURES,
         sections=SECTIONS,
-        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        vega=javascript_of_figures(),
         varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
         fixed={knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1},
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
@@ -189,6 +190,12 @@ def render(
         mlflow_command=sweep.store.address.mlflow_command(),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+@functools.cache
+def javascript_of_figures() -> str:
+    """Return the JavaScript that draws figures. It is made once, which takes more than a second."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def whole_number(text: str) -> int:

@@ -23,6 +23,8 @@ from sweeps.execution.checkpoints import (
     save_checkpoint,
     with_checkpoint,
 )
+from sweeps.launch import main
+from sweeps.presets import PRESETS
 from tracking.address import store_address
 
 
@@ -109,12 +111,13 @@ def test_a_bucket_that_fails_for_once_costs_a_trial_nothing(lab, tmp_path, monke
     assert "k.pt could not be copied to s3://nowhere-at-all/runs" in capsys.readouterr().err
 
 
-def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_sweep_with_a_bad_bucket_is_refused_whatever_it_is_to_do(
+    tmp_path, monkeypatch, capsys, more
+):
     monkeypatch.setenv("GPT_SWEEPS_BUCKET", "lab/runs")
-    for more in ([], ["--dry-run"]):
-        code, output = outcome(start("init_sweep.py", tmp_path / "runs", *more))
-        assert code == 2
-        assert "error: GPT_SWEEPS_BUCKET=lab/runs cannot be written" in output
+    assert main("doc", PRESETS, ["--runs-dir", str(tmp_path / "runs"), *more]) == 2
+    assert "error: GPT_SWEEPS_BUCKET=lab/runs cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.full
