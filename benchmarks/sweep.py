@@ -61,8 +61,10 @@ def train_the_usual_way(flat: dict[str, Any], report: Callable[[dict[str, float]
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.0)
     for step in range(config.train.steps + 1):
-        batch = corpus.batch(step, batch_size=config.train.batch_size, seed=config.corpus.data_seed)
-        ids, targets = map(torch.from_numpy, batch)
+        windows = torch.from_numpy(
+            corpus.batch(step, batch_size=config.train.batch_size, seed=config.corpus.data_seed)
+        )
+        ids, targets = windows[:, :-1], windows[:, 1:]
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gptcore.config import OptimConfig
-from gptcore.model import GPT, CausalSelfAttention, HeadOutput, head_loss
+from gptcore.model import (
+    GPT,
+    CausalSelfAttention,
+    HeadOutput,
+    Workspace,
+    head_loss,
+    module_outputs,
+)
 from gptcore.optimizers import make_optimizer
-from gptcore.private_api import is_shaped_like_parameter, share_memory_with
+from gptcore.private_api import is_shaped_like_parameter, make_capturable, share_memory_with
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -29,9 +36,9 @@ DTYPES = {
 """The dtypes of each `train.precision`: of the products in the head, and of those in the trunk. A
 product to which a bias is added rounds the sum to bfloat16 too, except under vmap."""
 
-USES_VMAP = {"cpu": False, "cuda": True}
-"""Whether the trunks of an array run together, under vmap, on a type of device. On a CPU that would
-not be faster than one after another, and each trial keeps the exact bits it has alone."""
+RUNS_TOGETHER = {"cpu": False, "cuda": True}
+"""Whether the models of an array are computed and measured together, by type of device. On a CPU
+this would not be faster, and one after another each trial keeps the exact bits it has alone."""
 
 State = Mapping[str, Any]
 """The state of one model and of its optimiser, as plain tensors, from an array of any size."""
@@ -45,7 +52,11 @@ class ModelArray:
     """
 
     def __init__(
-        self, models: Sequence[GPT], config: OptimConfig, precision: str = "float32"
+        self,
+        models: Sequence[GPT],
+        config: OptimConfig,
+        precision: str = "float32",
+        capturable: bool = False,
     ) -> None:
         """Stack the parameters of the models, which from now on belong to the array.
 
@@ -53,8 +64,11 @@ class ModelArray:
             models: of one shape, on one device; they keep their values.
             config: of the optimiser.
             precision: a name in DTYPES.
+            capturable: whether updates can be recorded, as gptcore.replay does. The learning rate
+                is then a tensor that changes in place.
         """
         self.models, self.config = list(models), config
+        self.workspace = Workspace()
         self.head_dtype, self.trunk_dtype = DTYPES[precision]
         self.parameters: dict[str, Tensor] = {
             name: nn.Parameter(
@@ -68,7 +82,9 @@ class ModelArray:
             for model, values, grad in zip(models, stacked.detach(), stacked.grad, strict=True):
                 share_memory_with(model.get_parameter(name), values, grad)
         self.optimizer = make_optimizer(self.parameters, config)
-        vmapped = len(models) > 1 and USES_VMAP[models[0].wte.weight.device.type]
+        if capturable:
+            make_capturable(self.optimizer, models[0].wte.weight.device)
+        vmapped = len(models) > 1 and RUNS_TOGETHER[models[0].wte.weight.device.type]
         self.vmapped_trunk = _VmappedTrunk(models[0]) if vmapped else None
 
     def gradients(self, ids_KBT: Tensor, targets_KBT: Tensor) -> tuple[Tensor, list[HeadOutput]]:
@@ -82,20 +98,21 @@ class ModelArray:
             head.
         """
         self.optimizer.zero_grad(set_to_none=False)
-        K, _, T = ids_KBT.shape
+        T = ids_KBT.shape[2]
         table_KVD, position_KTD = self.parameters["wte.weight"], self.parameters["wpe.weight"]
         assert table_KVD.grad is not None
         assert position_KTD.grad is not None
-        V = table_KVD.shape[1]
-        rows_KBT = ids_KBT + V * torch.arange(K, device=ids_KBT.device)[:, None, None]
-        with torch.no_grad():
-            x_KBTD = table_KVD.flatten(0, 1)[rows_KBT] + position_KTD[:, None, :T]
+        rows_KBT, x_KBTD = self._embed(ids_KBT)
+        # No weight is used twice in a step, and a cached copy must not outlive the step.
         with torch.autocast(
-            ids_KBT.device.type, self.trunk_dtype, enabled=self.trunk_dtype != torch.float32
+            ids_KBT.device.type,
+            self.trunk_dtype,
+            enabled=self.trunk_dtype != torch.float32,
+            cache_enabled=False,
         ):
             hidden_KBTD = self._trunk(x_KBTD.requires_grad_())
         heads = [
-            head_loss(hidden_BTD, model.head.weight, targets_BT, self.head_dtype)
+            head_loss(hidden_BTD, model.head.weight, targets_BT, self.head_dtype, self.workspace)
             for model, hidden_BTD, targets_BT in zip(
                 self.models, hidden_KBTD.detach(), targets_KBT, strict=True
             )
@@ -105,6 +122,15 @@ class ModelArray:
         table_KVD.grad.flatten(0, 1).index_add_(0, rows_KBT.flatten(), x_KBTD.grad.flatten(0, 2))
         position_KTD.grad[:, :T] += x_KBTD.grad.sum(1)
         return hidden_KBTD.detach(), heads
+
+    @torch.no_grad()
+    def _embed(self, ids_KBT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each id's row in the stacked table, [K, B, T], and the first block's input."""
+        table_KVD, position_KTD = self.parameters["wte.weight"], self.parameters["wpe.weight"]
+        K, V, _ = table_KVD.shape
+        rows_KBT = ids_KBT + V * torch.arange(K, device=ids_KBT.device)[:, None, None]
+        x_KBTD = table_KVD.flatten(0, 1)[rows_KBT] + position_KTD[:, None, : ids_KBT.shape[2]]
+        return rows_KBT, x_KBTD
 
     def _trunk(self, x_KBTD: Tensor) -> Tensor:
         trunk = self.vmapped_trunk
@@ -121,11 +147,36 @@ class ModelArray:
         hidden_KBTD: Tensor = vmap(one_trunk)(parameters, x_KBTD)
         return hidden_KBTD
 
-    def update(self, lr: float, clip: float, norm_K: Tensor) -> None:
+    @torch.no_grad()
+    def outputs(self, ids_KBT: Tensor, of: slice = slice(None)) -> dict[str, Tensor]:
+        """Run models, by default all, and return the outputs of modules, [K, ...], by their name.
+
+        `embedding` is the input of the first block, and `hidden` the final hidden states.
+        """
+        trunk = self.vmapped_trunk
+        if trunk is None:
+            found = [
+                _outputs(model, ids_BT)
+                for model, ids_BT in zip(self.models[of], ids_KBT, strict=True)
+            ]
+            if len(found) == 1:
+                return {name: output[None] for name, output in found[0].items()}
+            return {name: torch.stack([outputs[name] for outputs in found]) for name in found[0]}
+        _, x_KBTD = self._embed(ids_KBT)
+
+        def one_trunk(parameters: dict[str, Tensor], x_BTD: Tensor) -> dict[str, Tensor]:
+            with module_outputs(trunk.model) as outputs:
+                hidden_BTD = functional_call(trunk, parameters, x_BTD)
+            return {**outputs, "hidden": hidden_BTD}
+
+        parameters = {f"model.{name}": stacked for name, stacked in self.parameters.items()}
+        return {**vmap(one_trunk)(parameters, x_KBTD), "embedding": x_KBTD}
+
+    def update(self, lr: float | Tensor, clip: float, norm_K: Tensor) -> None:
         """Update the parameters by their gradients.
 
         Args:
-            lr: learning rate.
+            lr: learning rate; a tensor, [], if the array is capturable.
             clip: the largest norm of a model's gradient, which is scaled down to it; 0 for no
                 limit.
             norm_K: what norms() returns.
@@ -136,7 +187,10 @@ class ModelArray:
                 assert stacked.grad is not None
                 stacked.grad *= scale_K.view(-1, *[1] * (stacked.dim() - 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(lr, Tensor):
+                group["lr"].copy_(lr)
+            else:
+                group["lr"] = lr
         self.optimizer.step()
 
     def norms(self) -> Tensor:
@@ -185,6 +239,13 @@ class ModelArray:
             for index, entries in optimizer_states[0].items()
         }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stacked})
+
+
+def _outputs(model: GPT, ids_BT: Tensor) -> dict[str, Tensor]:
+    """Run one model, and return what ModelArray.outputs returns."""
+    with module_outputs(model) as outputs:
+        hidden_BTD = model(ids_BT)
+    return {**outputs, "embedding": outputs["wte"] + outputs["wpe"], "hidden": hidden_BTD}
 
 
 class _VmappedTrunk(nn.Module):

@@ -60,10 +60,10 @@ class Corpus:
     context: int
     windows: int
 
-    def batch(
-        self, step: int, *, batch_size: int, seed: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Draw the inputs and next-token targets of one step, [batch_size, context] each.
+    def batch(self, step: int, *, batch_size: int, seed: int) -> NDArray[np.int64]:
+        """Draw the sequences of one step, [batch_size, context + 1].
+
+        The inputs of a model are all tokens but the last, and the targets all but the first.
 
         A sequence can start wherever it does not overlap a held-out window. Sequences are drawn
         with replacement. A batch depends on the step and the seed only, so that a trial can
@@ -76,8 +76,7 @@ class Corpus:
         ends = np.maximum(starts_in_gap, 0).cumsum()
         draws = rng.integers(0, ends[-1], size=batch_size)
         gaps = ends.searchsorted(draws, side="right")
-        windows = self._windows(gap_starts[gaps] + draws - np.array([0, *ends])[gaps])
-        return windows[:, :-1], windows[:, 1:]
+        return self._windows(gap_starts[gaps] + draws - np.array([0, *ends])[gaps])
 
     def fixed_starts(self) -> dict[str, NDArray[np.int64]]:
         """Return the first positions of the windows of each fixed text, [windows] each."""

@@ -17,12 +17,14 @@ from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import KNOBS, InputError, TrialConfig, varying_knobs
 from gptcore.corpus import NO_TEXTS, Corpus, Texts, load_corpus
 from gptcore.init_schemes import check_init, initialise
-from gptcore.model import GPT, workspace
+from gptcore.model import GPT
 from gptcore.optimizers import check_optim
-from gptcore.probes import values_of
 from gptcore.records import Recorder, TrialResult
+from gptcore.replay import GRAPHS, WARM_UP_CALLS
+from gptcore.steps import Steps
 from gptcore.token_groups import token_groups
-from gptcore.train import Member, train, upload
+from gptcore.train import Member, train
+from gptcore.weights import values_of
 
 
 def check_trial(config: TrialConfig, preloaded_texts: Texts = NO_TEXTS) -> Corpus:
@@ -141,27 +143,28 @@ def step_seconds(
     model = GPT(config.model)
     initialise(model, config.init)
     model.to(device)
+    make_graphs = GRAPHS.get(device.type)
+    batch_shape = (config.train.batch_size, config.model.context + 1)
     times: list[list[float]] = [[] for _ in sizes]
     with one_thread():
-        arrays = [
-            ModelArray(
-                [copy.deepcopy(model) for _ in range(size)], config.optim, config.train.precision
-            )
-            for size in sizes
-        ]
+        arrays = []
+        for size in sizes:
+            graphs = make_graphs() if make_graphs else None
+            models = [copy.deepcopy(model) for _ in range(size)]
+            array = ModelArray(models, config.optim, config.train.precision, graphs is not None)
+            arrays.append(Steps(array, config.optim.clip, batch_shape, 1, graphs))
         del model
-        for step in range(TIMED_STEPS + 1):
+        warm_up = WARM_UP_CALLS + 1 if make_graphs else 1
+        for step in range(warm_up + TIMED_STEPS):
             batch = corpus.batch(step, batch_size=config.train.batch_size, seed=0)
-            ids_BT, targets_BT = (upload(values, device) for values in batch)
-            for size, array, seconds in zip(sizes, arrays, times, strict=True):
+            for size, steps, seconds in zip(sizes, arrays, times, strict=True):
                 start = time.perf_counter()
-                array.gradients(ids_BT.expand(size, -1, -1), targets_BT.expand(size, -1, -1))
-                norm_K = array.norms()
-                array.update(config.optim.lr, config.optim.clip, norm_K)
-                norm_K.tolist()  # waits for the device
+                steps.load([[batch] * size], [config.optim.lr])
+                steps.step()
+                steps.stats_M3K.tolist()  # waits for the device
                 seconds.append(time.perf_counter() - start)
-    # The first step allocates memory, and is left out.
-    return [statistics.median(seconds[1:]) for seconds in times]
+    # The first steps allocate memory or are recorded, and are left out.
+    return [statistics.median(seconds[warm_up:]) for seconds in times]
 
 
 TIMED_STEPS = 5
@@ -225,4 +228,3 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-        workspace.cache_clear()  # its memory on a GPU may be useful to other processes

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return what attention adds to the residual stream, [B, T, D]."""
-        q, k, v = self.heads(self.qkv(x_BTD))
+        q, k, v = split_heads(self.qkv(x_BTD), self.n_head)
         y_BHTC = self.attend(q, k, v, is_causal=True)
         return self.proj(y_BHTC.transpose(1, 2).flatten(2))
 
-    def heads(self, qkv_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split the merged product, [B, T, 3 D], into Q, K and V, each [B, H, T, D / H]."""
-        q, k, v = qkv_BTE.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+
+def split_heads(qkv_BTE: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a merged product, [..., B, T, 3 D], into Q, K and V, each [..., B, H, T, D / H]."""
+    q, k, v = qkv_BTE.unflatten(-1, (3, n_head, -1)).movedim(-3, 0).transpose(-3, -2)
+    return q, k, v
 
 
 class MLP(nn.Module):
@@ -117,6 +119,22 @@ class GPT(nn.Module):
         return self.ln_f(x_BTD)
 
 
+@contextmanager
+def module_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the latest output of every module, by its name, while the context lasts."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: outputs.update({name: output})
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class Part(NamedTuple):
     """One tensor of parameters, as the initialisation draws it and the probes measure it."""
 
@@ -166,17 +184,22 @@ CHUNK_AND_TILE = {"cpu": (256, 1024), "cuda": (2048, 1 << 20)}
 in float32 and stays in the cache of a core. A GPU is faster with few large products."""
 
 
-@functools.lru_cache(maxsize=1)
-def workspace(
-    V: int, T: int, C: int, D: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """Return scratch memory of shapes [V, C], [T, C] and [V, D], for one head at a time.
+class Workspace:
+    """Scratch memory of heads, which is kept from step to step.
 
-    V: vocabulary, T: tile, C: chunk, D: d_model. The memory is reused until
-    workspace.cache_clear(), because new memory of this size would have to be mapped and zeroed by
-    the operating system at every step.
+    New memory of this size would have to be mapped and zeroed by the operating system at every
+    step. Heads of different shapes have different memory, so that a CUDA graph finds its own again.
     """
-    return [torch.empty(*shape, dtype=dtype, device=device) for shape in ((V, C), (T, C), (V, D))]
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the memory of this name and shape, with whatever was last written there."""
+        key = (name, shape, dtype, device)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(*shape, dtype=dtype, device=device)
+        return self._kept[key]
 
 
 @torch.no_grad()
@@ -185,6 +208,7 @@ def head_loss(
     weight_VD: Tensor,
     targets_BT: Tensor,
     dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None,
 ) -> HeadOutput:
     """Compute the mean cross-entropy of next-token prediction, and its gradients, without autograd.
 
@@ -204,7 +228,9 @@ def head_loss(
         targets_BT: the ids of the next tokens.
         dtype: of logits, exp(z) and the factors of every product; by default the dtype of the
             weight. Z, and sums over tiles and chunks, always have the dtype of the weight.
+        workspace: scratch memory of earlier calls; by default there is none.
     """
+    workspace = workspace or Workspace()
     h_ND, y_N, w_VD = hidden_BTD.flatten(0, 1), targets_BT.flatten(), weight_VD.detach()
     (N, D), V = h_ND.shape, w_VD.shape[0]
     dtype = dtype or w_VD.dtype
@@ -215,12 +241,10 @@ def head_loss(
     log_z_N, dh_ND, dw_VD = h_ND.new_empty(N), torch.empty_like(h_ND), weight_VD.grad
     one_tile = tile >= V  # the tile then holds the maximum, and the CPU need not wait for the GPU
     small_logits = not one_tile and _has_small_logits(h_ND, w_VD)
-    exp_VC, tile_TC, low_VD = workspace(
-        V, 0 if one_tile else tile, min(chunk, N), D if is_low else 0, dtype, h_ND.device
-    )
-    if one_tile:
-        tile_TC = exp_VC
-    factor_VD = low_VD.copy_(w_VD) if is_low else w_VD
+    empty = functools.partial(workspace.empty, dtype=dtype, device=h_ND.device)
+    exp_VC = empty("exp", V, min(chunk, N))
+    tile_TC = exp_VC if one_tile else empty("tile", tile, min(chunk, N))
+    factor_VD = empty("weight", V, D).copy_(w_VD) if is_low else w_VD
 
     def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
         if is_low:
@@ -293,7 +317,8 @@ def softmax_sums(hidden_ND: Tensor, weight_VD: Tensor, member_GV: Tensor) -> tup
         return torch.cat(sums), torch.cat(log_z)
     tiles = weight_VD.split(tile)
     shift_N = hidden_ND.new_zeros(len(hidden_ND))
-    if not _has_small_logits(hidden_ND, weight_VD):
+    # In a GPU's tiles the shift costs less than waiting for the answer would.
+    if tile == CHUNK_AND_TILE["cuda"][1] or not _has_small_logits(hidden_ND, weight_VD):
         shift_N = torch.stack([(w @ hidden_ND.T).amax(0) for w in tiles]).amax(0)
     total_N, sums_GN = torch.zeros_like(shift_N), hidden_ND.new_zeros(len(member_GV), len(shift_N))
     bits_DN, shift_bits_N = (hidden_ND / math.log(2)).T, shift_N / math.log(2)

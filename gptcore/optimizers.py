@@ -80,15 +80,16 @@ class _CoupledAdam(Optimizer):
                     state["step"] = 0
                     state["exp_avg"] = torch.zeros_like(weight)
                     state["exp_avg_sq"] = torch.zeros_like(square)
+                if group.get("capturable") and not isinstance(state["step"], Tensor):
+                    # Counted on the device. In float64, because 0.999 ** step is close to 1.
+                    state["step"] = weight.new_full((), state["step"], dtype=torch.float64)
                 state["step"] += 1
                 state["exp_avg"].lerp_(weight.grad, 1 - beta1)
                 state["exp_avg_sq"].lerp_(square, 1 - beta2)
                 root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_()
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] / (1 - beta1 ** state["step"])
-                weight.addcdiv_(
-                    state["exp_avg"], root.add_(group["eps"]).expand_as(weight), value=-rate
-                )
+                weight.sub_((state["exp_avg"] * rate).div_(root.add_(group["eps"])))
 
 
 def make_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:

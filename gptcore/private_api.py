@@ -62,3 +62,16 @@ def share_memory_with(parameter: nn.Parameter, values: Tensor, grad: Tensor) -> 
     PyTorch does not document the assignment to `Tensor.data` by which this is possible.
     """
     parameter.data, parameter.grad = values, grad
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let the updates of an optimiser be recorded in a CUDA graph, with an lr that can change.
+
+    Reason: PyTorch documents `capturable` and a tensor as the learning rate for the constructor.
+    Both are kept in the parameter groups, where they are set here for all optimisers alike. The
+    updates before the recording are not recorded, of which PyTorch would warn.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+    vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True

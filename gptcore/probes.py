@@ -1,223 +1,238 @@
-"""Probes: functions that measure a model during training, and return rows.
+"""Probes: functions that measure models during training, and return rows.
 
 Probes run when the loss and the gradient of a step are known, and before its update. So everything
 recorded at step k describes the model after k updates. Probes only read. The effect of an update is
 measured after it, by update_rows.
+
+A probe measures K models at once. It returns tensors, and a function that makes rows of their
+values once these have come from the device. Shapes are those of gptcore.array.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gptcore.array import RUNS_TOGETHER, ModelArray
 from gptcore.config import ProbesConfig
-from gptcore.model import GPT, CausalSelfAttention, Part, parts_of
+from gptcore.model import CausalSelfAttention, Part, split_heads
 from gptcore.records import (
     ActivationRow,
     AttentionRow,
-    GroupWeightRow,
     HistogramRow,
     Row,
     SpectrumRow,
     TextLossRow,
-    TokenGroupRow,
-    TokensRow,
     UpdateRow,
     WeightRow,
 )
+from gptcore.steps import StepOutput
 from gptcore.token_groups import TokenGroups
-from gptcore.token_probs import Reading, group_weight_rows, read, token_group_rows, tokens_row
+from gptcore.token_probs import (
+    GroupTensors,
+    Measured,
+    Reading,
+    group_weight_rows,
+    read,
+    target_logits,
+    token_group_rows,
+    tokens_row,
+)
+from gptcore.weights import RowWeights, TiledWeights, Weights, stacked_values
 
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Edges of the bins in all runs. A bin is 0.001 wide near 0, and a tenth of its value far from 0.
 The outer edges are +-4.06."""
 
-TILE = 1 << 16
-"""The number of elements that are processed at a time."""
+
+class Watched(Protocol):
+    """What probes need of a trial besides its model."""
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """Values at step 0 of the tensors of model_parts, by name."""
+
+    @property
+    def fixed_texts(self) -> Mapping[str, Tensor]:
+        """Windows of each text, [B, T + 1]."""
+
+    @property
+    def groups(self) -> TokenGroups:
+        """Groups of the tokens of the training text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
-    """What probes can read at one step of a trial."""
+class Subject:
+    """Models that are measured together: all of an array on a GPU, one of them on a CPU."""
 
-    step: int
-    model: GPT
-    initial: Mapping[str, Tensor]  # values at step 0 of the tensors of model_parts, by name
+    members: range  # their places in the array
     layers: Sequence[int]  # the blocks to measure
-    groups: TokenGroups
-    fixed_texts: Mapping[str, Tensor]  # windows of each text, [B, T + 1]
-    batch: Reading
+    n_head: int
+    outputs: Callable[[Tensor], dict[str, Tensor]]  # as ModelArray.outputs
+    values: Callable[[Part], Tensor]  # those of each model, [K, ...]
+    weights: Weights
+    head_KVD: Tensor
+    initial_head_KVD: Tensor  # at step 0
+    fixed_texts_KBS: Mapping[str, Tensor]  # windows of each text, S = T + 1
+    groups: GroupTensors
+    together: bool  # on a device where few calls count for more than few bytes
 
     @property
-    def initial_head_VD(self) -> Tensor:
-        """The weight of the head at step 0."""
-        return self.initial["wte" if self.model.tied else "head"]
+    def model_ids(self) -> slice:
+        return slice(self.members.start, self.members.stop)
+
+
+def subjects_of(
+    array: ModelArray, trials: Sequence[Watched], layers: Sequence[int]
+) -> list[Subject]:
+    """Divide the models of an array into those that are measured together."""
+    device = array.models[0].wte.weight.device
+    K, together = len(trials), RUNS_TOGETHER[device.type]
+    return [
+        _subject(array, trials, layers, members, together)
+        for members in ([range(K)] if together else [range(k, k + 1) for k in range(K)])
+    ]
+
+
+def _subject(
+    array: ModelArray,
+    trials: Sequence[Watched],
+    layers: Sequence[int],
+    members: range,
+    together: bool,
+) -> Subject:
+    model, device = array.models[members.start], array.models[0].wte.weight.device
+    of = slice(members.start, members.stop)
+    initial = [trial.initial for trial in trials[of]]
+    head_KVD = array.parameters["wte.weight" if model.tied else "head.weight"].detach()[of]
+    attention = model.blocks[0].attn
+    assert isinstance(attention, CausalSelfAttention)
+    return Subject(
+        members=members,
+        layers=layers,
+        n_head=attention.n_head,
+        outputs=functools.partial(array.outputs, of=of),
+        values=functools.partial(stacked_values, array, of=of),
+        weights=RowWeights(array, layers, initial)
+        if together
+        else TiledWeights(model, layers, initial[0]),
+        head_KVD=head_KVD,
+        initial_head_KVD=_stack([values["wte" if model.tied else "head"] for values in initial]),
+        fixed_texts_KBS={
+            text: _stack([trial.fixed_texts[text] for trial in trials[of]])
+            for text in trials[0].fixed_texts
+        },
+        groups=GroupTensors.of([trial.groups for trial in trials[of]], head_KVD.shape[1], device),
+        together=together,
+    )
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors. A single one, often a large one, is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What probes can read of K models at one step."""
+
+    subject: Subject
+    batch: Reading
+
+    @functools.cached_property
+    def probe_outputs(self) -> dict[str, Tensor]:
+        """The output of every module on the probe text, computed once for all probes."""
+        return self.subject.outputs(self.subject.fixed_texts_KBS["probe"][..., :-1])
 
     @functools.cached_property
     def readings(self) -> dict[str, Reading]:
-        """The output of the model on the fixed texts, computed once for all probes."""
-        return {
-            text: read(self.model, text, windows_BT[:, :-1], self.groups)
-            for text, windows_BT in self.fixed_texts.items()
-        }
+        """The output of the models on the fixed texts, computed once for all probes."""
+        subject, found = self.subject, {}
+        for text, windows_KBS in subject.fixed_texts_KBS.items():
+            ids_KBT = windows_KBS[..., :-1]
+            outputs = self.probe_outputs if text == "probe" else subject.outputs(ids_KBT)
+            found[text] = read(text, ids_KBT, outputs["hidden"], subject.head_KVD, subject.groups)
+        return found
+
+
+def moment_of(subject: Subject, output: StepOutput) -> Moment:
+    """Return what probes can read after the gradients of a step of the array."""
+    of = subject.model_ids
+    batch = Reading(
+        text="batch",
+        ids_KBT=output.ids_KBT[of],
+        hidden_KBTD=output.hidden_KBTD[of],
+        log_z_KBT=output.log_z_KBT[of],
+    )
+    return Moment(subject, batch)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A function that returns rows, and the knob that says how often it runs."""
+    """A function that measures, and the knob that says how often it runs."""
 
-    rows: Callable[[Moment], Sequence[Row]]
+    measure: Callable[[Moment], Sequence[Measured]]
     cadence: str | None  # a knob of ProbesConfig; None for the first and the last step only
+    waits: bool = False  # whether it waits for the GPU, so that it cannot be recorded
 
 
-def probes_due(config: ProbesConfig, step: int, *, last: bool) -> list[Probe]:
-    """Return the probes that run at this step; `last` says whether it is the last one."""
+def probes_due(config: ProbesConfig, step: int, *, last: bool) -> list[str]:
+    """Return the names of probes that run at this step; `last` says whether it is the last one."""
     cadences = {
         name: getattr(config, probe.cadence) if probe.cadence else math.inf
         for name, probe in PROBES.items()
     }
-    return [PROBES[name] for name, every in cadences.items() if last or step % every == 0]
+    return [name for name, every in cadences.items() if last or step % every == 0]
 
 
 @torch.no_grad()
-def observe(moment: Moment, probes: Sequence[Probe]) -> list[Row]:
-    """Run the probes, and return their rows."""
-    return [row for probe in probes for row in probe.rows(moment)]
+def observe(moment: Moment, probes: Sequence[str]) -> list[Measured]:
+    """Run the probes."""
+    return [measured for name in probes for measured in PROBES[name].measure(moment)]
 
 
-def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:
-    """List the parameter tensors of these blocks, and those outside the blocks.
-
-    The merged QKV weight is listed as one tensor and as its three parts. A tied head is left out,
-    because it is the token embedding.
-    """
-    return [
-        part
-        for name, module in model.named_modules()
-        for part in parts_of(name, module)
-        if (part.layer is None or part.layer in layers) and (part.kind != "head" or not model.tied)
-    ]
-
-
-def weight_rows(moment: Moment) -> list[WeightRow]:
+def weight_rows(moment: Moment) -> list[Measured]:
     """Measure every parameter tensor, its gradient, and its distance from step 0."""
-    parts = model_parts(moment.model, moment.layers)
-    grads = {part.name: part.grad for part in parts if part.grad is not None}
-    return [
-        WeightRow(
-            step=moment.step,
-            tensor=part.name,
-            kind=part.kind,
-            layer=part.layer,
-            size=part.values.numel(),
-            mean=mean,
-            std=std,
-            excess_kurtosis=None if math.isnan(kurtosis) else kurtosis,
-            max_abs=max_abs,
-            frobenius=math.sqrt(part.values.numel() * (std**2 + mean**2)),
-            rms_displacement=displacement,
-            cosine=cosine
-            if math.isfinite(cosine)
-            else None,  # x / 0 where the tensor is 0 at step 0
-            grad_rms=grad_rms,
-        )
-        for part, (mean, std, kurtosis, max_abs, displacement, cosine, grad_rms) in _by_part(
-            _statistics, parts, moment.initial, grads
-        )
-    ]
+    parts = moment.subject.weights.parts
+
+    def rows(step: int, table: Any) -> list[Row]:
+        return [
+            WeightRow(
+                step=step,
+                tensor=part.name,
+                kind=part.kind,
+                layer=part.layer,
+                size=part.values.numel(),
+                mean=mean,
+                std=std,
+                excess_kurtosis=None if math.isnan(kurtosis) else kurtosis,
+                max_abs=max_abs,
+                frobenius=math.sqrt(part.values.numel() * (std**2 + mean**2)),
+                rms_displacement=displacement,
+                # x / 0 where the tensor is 0 at step 0
+                cosine=cosine if math.isfinite(cosine) else None,
+                grad_rms=grad_rms,
+            )
+            for part, (mean, std, kurtosis, max_abs, displacement, cosine, grad_rms) in zip(
+                parts, table, strict=True
+            )
+        ]
+
+    return [Measured(moment.subject.weights.statistics(), rows)]
 
 
-def _statistics(values_PN: Tensor, initial_PN: Tensor, grad_PN: Tensor) -> Tensor:
-    """Compute the statistics of P tensors of N elements.
+@torch.no_grad()
+def update_rows(subject: Subject) -> list[Measured]:
+    """Measure the update of a step; call subject.weights.remember() before the update."""
+    parts = subject.weights.parts
 
-    Returns:
-        [P, 7]: mean, std, excess kurtosis, max |.|, RMS displacement, cosine, RMS of the gradient.
-    """
-    mean_P1 = values_PN.mean(1, keepdim=True)
-    # Subtract the mean first: E[x^2] - E[x]^2 loses digits where |mean| >> std.
-    std_P1 = _mean(lambda values: (values - mean_P1).square(), values_PN)[:, None].sqrt()
-    kurtosis_P = _mean(
-        lambda values: ((values - mean_P1) / std_P1).square_().square_(), values_PN
-    ).sub(3)
-    mean_P, std_P = mean_P1.squeeze(1), std_P1.squeeze(1)
-    # Not aminmax(dim=1), which is slow: it processes one element at a time.
-    max_abs_P = torch.maximum(values_PN.amax(1), -values_PN.amin(1)).abs()  # avoids -0.0
-    displacement_P, initial_P = _rms(values_PN, initial_PN), _rms(initial_PN)
-    # The law of cosines: w . w0 = (|w|^2 + |w0|^2 - |w - w0|^2) / 2.
-    square_P = std_P.square() + mean_P.square()
-    product_P = (square_P + initial_P.square() - displacement_P.square()) / 2
-    cosine_P = product_P / (square_P.sqrt() * initial_P)
-    return torch.stack(
-        [mean_P, std_P, kurtosis_P, max_abs_P, displacement_P, cosine_P, _rms(grad_PN)], dim=1
-    )
-
-
-def _mean(function: Callable[..., Tensor], *arguments_PN: Tensor) -> Tensor:
-    """Return the mean of an elementwise function over each row, [P].
-
-    It is computed in tiles, so that intermediate values stay in the cache.
-    """
-    P, N = arguments_PN[0].shape
-    tiles = zip(*(values.split(max(1, TILE // P), dim=1) for values in arguments_PN), strict=True)
-    return torch.stack([function(*tile).sum(1) for tile in tiles]).sum(0) / N
-
-
-def _rms(values_PN: Tensor, minus_PN: Tensor | None = None) -> Tensor:
-    """Return the root mean square of each row, or of its difference from `minus_PN`, [P]."""
-    if minus_PN is None:
-        return _mean(torch.square, values_PN).sqrt()
-    return _mean(lambda values, minus: (values - minus).square_(), values_PN, minus_PN).sqrt()
-
-
-def _by_part(
-    statistics: Callable[..., Tensor], parts: Sequence[Part], *others: Mapping[str, Tensor]
-) -> list[tuple[Part, list[float]]]:
-    """Compute statistics of many tensors, all tensors of one size in one call.
-
-    Most tensors are small, so that a call costs more than its elements. There is one copy from the
-    device per size, and not one per number.
-
-    Args:
-        statistics: maps [P, N] values, and [P, N] of each of `others`, to [P, statistics].
-        parts: the tensors.
-        others: further tensors of the same shapes, by the name of the part.
-
-    Returns:
-        Each part with its statistics.
-    """
-    found: dict[str, list[float]] = {}
-    by_size: dict[int, list[Part]] = {}
-    for part in parts:
-        by_size.setdefault(part.values.numel(), []).append(part)
-    for same_size in by_size.values():
-        columns = [[other[part.name] for part in same_size] for other in others]
-        table = statistics(*map(_stacked, [[part.values for part in same_size], *columns]))
-        found |= zip((part.name for part in same_size), table.tolist(), strict=True)
-    return [(part, found[part.name]) for part in parts]
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack P tensors to [P, N]. A single tensor, often a large one, is not copied."""
-    if len(tensors) == 1:
-        return tensors[0].reshape(1, -1)
-    return torch.stack([tensor.flatten() for tensor in tensors])
-
-
-def update_rows(
-    step: int, model: GPT, layers: Sequence[int], before: Mapping[str, Tensor]
-) -> list[UpdateRow]:
-    """Measure the update of a step; `before` is what values_of returned before the update."""
-
-    def sizes(values_PN: Tensor, before_PN: Tensor) -> Tensor:
-        return torch.stack([_rms(values_PN, before_PN), _rms(before_PN)], dim=1)
-
-    with torch.no_grad():
+    def rows(step: int, table: Any) -> list[Row]:
         return [
             UpdateRow(
                 step=step,
@@ -227,168 +242,237 @@ def update_rows(
                 rms=rms,
                 ratio=rms / rms_before if rms_before else None,
             )
-            for part, (rms, rms_before) in _by_part(sizes, model_parts(model, layers), before)
+            for part, (rms, rms_before) in zip(parts, table, strict=True)
         ]
 
-
-def values_of(model: GPT, layers: Sequence[int]) -> dict[str, Tensor]:
-    """Copy every tensor of model_parts; return the copies by name."""
-    return {part.name: part.values.detach().clone() for part in model_parts(model, layers)}
+    return [Measured(subject.weights.changes(), rows)]
 
 
-def spectrum_rows(moment: Moment) -> list[SpectrumRow]:
+T = TypeVar("T")
+
+
+def _alike(items: Sequence[T], key: Callable[[T], object], together: bool) -> list[list[T]]:
+    """Divide items into those that are computed in one call: alike ones if `together`."""
+    if not together:
+        return [[item] for item in items]
+    groups: dict[object, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def spectrum_rows(moment: Moment) -> list[Measured]:
     """Compute the largest singular value of every weight matrix W.
 
     The squares of the singular values are the eigenvalues of W^T W and of W W^T, whichever is
     smaller.
     """
-    rows = []
-    for part in model_parts(moment.model, moment.layers):
-        if part.values.dim() != 2:
-            continue
-        tall = part.values if part.values.shape[0] >= part.values.shape[1] else part.values.T
-        squares = torch.linalg.eigvalsh(tall.T @ tall)  # in ascending order
-        largest, total = float(squares[-1]), float(squares.sum())
-        rows.append(
+    subject = moment.subject
+    matrices = [part for part in subject.weights.parts if part.values.dim() == 2]
+    return [
+        _spectra(subject, parts)
+        for parts in _alike(matrices, lambda part: part.values.shape, subject.together)
+    ]
+
+
+def _spectra(subject: Subject, parts: Sequence[Part]) -> Measured:
+    """Compute the spectra of matrices of one shape, [K, P, 2]: largest square, sum of squares."""
+    values = [subject.values(part) for part in parts]
+    W = torch.stack(values, dim=1) if subject.together else values[0][0]
+    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
+    gram = tall.mT @ tall
+    if subject.together:  # the models that diverged are among them, of which no row is kept
+        gram = gram.nan_to_num()
+    squares = torch.linalg.eigvalsh(gram)  # in ascending order
+    table = torch.stack([squares[..., -1], squares.sum(-1)], dim=-1)
+
+    def rows(step: int, table: Any) -> list[Row]:
+        return [
             SpectrumRow(
-                step=moment.step,
+                step=step,
                 tensor=part.name,
                 kind=part.kind,
                 layer=part.layer,
                 spectral_norm=math.sqrt(max(largest, 0.0)),
                 stable_rank=total / largest if largest > 0 else None,
             )
-        )
-    return rows
+            for part, (largest, total) in zip(parts, table, strict=True)
+        ]
+
+    return Measured(table.view(len(subject.members), len(parts), 2), rows)
 
 
-def histogram_rows(moment: Moment) -> list[HistogramRow]:
+def histogram_rows(moment: Moment) -> list[Measured]:
     """Count the elements of each block's merged QKV weight in the bins of HISTOGRAM_EDGES."""
-    rows = []
-    for part in model_parts(moment.model, moment.layers):
-        if part.kind == "qkv" and part.layer is not None:
-            edges = torch.tensor(HISTOGRAM_EDGES, device=part.values.device)
-            bins = torch.bucketize(part.values.flatten(), edges, right=True)
-            counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1)
-            rows.append(
-                HistogramRow(
-                    step=moment.step,
-                    kind=part.kind,
-                    layer=part.layer,
-                    edges=HISTOGRAM_EDGES,
-                    counts=counts.tolist(),
-                )
-            )
-    return rows
+    subject, n_bins = moment.subject, len(HISTOGRAM_EDGES) + 1
+    parts = [part for part in subject.weights.parts if part.kind == "qkv"]
+    edges = torch.tensor(HISTOGRAM_EDGES).to(subject.head_KVD.device, non_blocking=True)
 
+    def counts(values_KXN: Tensor) -> Tensor:
+        bins = torch.bucketize(values_KXN, edges, right=True)
+        if not subject.together:
+            return torch.bincount(bins.flatten(), minlength=n_bins).view(1, 1, -1)
+        return bins.new_zeros(*bins.shape[:2], n_bins).scatter_add_(2, bins, torch.ones_like(bins))
 
-def activation_rows(moment: Moment) -> list[ActivationRow | AttentionRow]:
-    """Measure the activations and the attention of each block on the probe text."""
-    with module_outputs(moment.model) as outputs:
-        hidden_BTD = moment.model(moment.fixed_texts["probe"][:, :-1])
-    sites: list[tuple[str, int | None, Tensor]] = [
-        ("embedding", None, outputs["wte"] + outputs["wpe"]),
-        ("hidden", None, hidden_BTD),
+    found = [
+        counts(torch.stack([subject.values(part).flatten(1) for part in same], dim=1))
+        for same in _alike(parts, lambda part: part.kind, subject.together)
     ]
-    attention: list[AttentionRow] = []
-    for layer in moment.layers:
+
+    def rows(step: int, table: Any) -> list[Row]:
+        return [
+            HistogramRow(
+                step=step,
+                kind=part.kind,
+                layer=part.layer,
+                edges=HISTOGRAM_EDGES,
+                counts=[int(count) for count in by_bin],
+            )
+            for part, by_bin in zip(parts, table, strict=True)
+            if part.layer is not None
+        ]
+
+    return [Measured(torch.cat(found, dim=1), rows)]
+
+
+def activation_rows(moment: Moment) -> list[Measured]:
+    """Measure the activations and the attention of each block on the probe text."""
+    subject, outputs = moment.subject, moment.probe_outputs
+    sites: list[tuple[str, int | None, Tensor]] = [
+        ("embedding", None, outputs["embedding"]),
+        ("hidden", None, outputs["hidden"]),
+    ]
+    queries, keys = [], []
+    for layer in subject.layers:
         block = f"blocks.{layer}"
-        attn = moment.model.get_submodule(f"{block}.attn")
-        assert isinstance(attn, CausalSelfAttention)
-        q, k, v = attn.heads(outputs[f"{block}.attn.qkv"])
+        q, k, v = split_heads(outputs[f"{block}.attn.qkv"], subject.n_head)
         sites += [("q", layer, q), ("k", layer, k), ("v", layer, v)]
         sites += [("attn", layer, outputs[f"{block}.attn"])]
         sites += [("fc", layer, outputs[f"{block}.mlp.fc"])]
         sites += [("mlp", layer, outputs[f"{block}.mlp"]), ("residual", layer, outputs[block])]
-        attention += _attention_rows(moment.step, layer, q, k)
-    sizes = torch.stack(
-        [torch.stack([values.square().mean().sqrt(), values.abs().max()]) for _, _, values in sites]
-    ).tolist()
-    activations = [
-        ActivationRow(step=moment.step, site=site, layer=layer, rms=rms, max_abs=max_abs)
-        for (site, layer, _), (rms, max_abs) in zip(sites, sizes, strict=True)
-    ]
-    return [*activations, *attention]
+        queries.append(q)
+        keys.append(k)
+    places = [(site, layer) for site, layer, _ in sites]
+    sizes = _sizes([values for _, _, values in sites], subject.together)
+
+    def rows(step: int, table: Any) -> list[Row]:
+        return [
+            ActivationRow(step=step, site=site, layer=layer, rms=rms, max_abs=max_abs)
+            for (site, layer), (rms, max_abs) in zip(places, table, strict=True)
+        ]
+
+    if not subject.layers:
+        return [Measured(sizes, rows)]
+    if subject.together:
+        attention = _attention(torch.stack(queries, dim=1), torch.stack(keys, dim=1))
+    else:
+        each = [_attention(q[0], k[0]) for q, k in zip(queries, keys, strict=True)]
+        attention = torch.stack(each)[None]
+    return [Measured(sizes, rows), Measured(attention, _attention_rows(subject.layers))]
 
 
-@contextmanager
-def module_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the latest output of every module, by its name, while the context lasts."""
-    outputs: dict[str, Tensor] = {}
+def _sizes(sites: Sequence[Tensor], together: bool) -> Tensor:
+    """Compute the RMS and the largest |.| of activations, each [K, ...], as [K, sites, 2]."""
+    if not together:
+        return torch.stack([torch.stack([x.square().mean().sqrt(), x.abs().max()]) for x in sites])[
+            None
+        ]
+    indexed = list(enumerate(sites))
+    order, found = [], []
+    for same in _alike(indexed, lambda site: site[1][0].numel(), together):
+        x_KXN = torch.stack([x.flatten(1) for _, x in same], dim=1)
+        found.append(torch.stack([x_KXN.square().mean(2).sqrt(), x_KXN.abs().amax(2)], dim=2))
+        order += [i for i, _ in same]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    tables = torch.cat(found, dim=1).unbind(1)
+    return torch.stack([tables[i] for i in back], dim=1)
 
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: outputs.update({name: output})
 
-    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _attention(q_XBHTC: Tensor, k_XBHTC: Tensor) -> Tensor:
+    """Measure each head without position 0, which sees only itself.
 
-
-def _attention_rows(step: int, layer: int, q_BHTC: Tensor, k_BHTC: Tensor) -> list[AttentionRow]:
-    """Measure the attention of each head of a block, without position 0, which sees only itself."""
-    T, C = q_BHTC.shape[-2:]
-    future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTC.device).triu(1)
-    logits_BHTT = (q_BHTC @ k_BHTC.transpose(2, 3) / math.sqrt(C)).masked_fill(future_TT, -math.inf)
-    entropy_BHT = torch.special.entr(logits_BHTT.softmax(3)).sum(3)[..., 1:]
-    uniform_T = torch.arange(2, T + 1, device=q_BHTC.device).log()
-    table = torch.stack(
+    Returns:
+        [..., H, 3]: entropy, its share of the largest possible, and largest logit.
+    """
+    T, C = q_XBHTC.shape[-2:]
+    future_TT = torch.ones(T, T, dtype=torch.bool, device=q_XBHTC.device).triu(1)
+    logits_XBHTT = (q_XBHTC @ k_XBHTC.mT / math.sqrt(C)).masked_fill(future_TT, -math.inf)
+    entropy_XBHT = torch.special.entr(logits_XBHTT.softmax(-1)).sum(-1)[..., 1:]
+    uniform_T = torch.arange(2, T + 1, device=q_XBHTC.device).log()
+    return torch.stack(
         [
-            entropy_BHT.mean((0, 2)),
-            (entropy_BHT / uniform_T).mean((0, 2)),
-            logits_BHTT[:, :, 1:].amax((0, 2, 3)),
+            entropy_XBHT.mean((-3, -1)),
+            (entropy_XBHT / uniform_T).mean((-3, -1)),
+            logits_XBHTT[..., 1:, :].amax((-4, -2, -1)),
         ],
-        dim=1,
+        dim=-1,
     )
-    return [
-        AttentionRow(
-            step=step,
-            layer=layer,
-            head=head,
-            entropy=entropy,
-            entropy_share=share,
-            max_logit=max_logit,
-        )
-        for head, (entropy, share, max_logit) in enumerate(table.tolist())
-    ]
 
 
-def batch_group_rows(moment: Moment) -> list[TokenGroupRow]:
-    """Measure token groups on the batch of the step, from what its loss has computed already."""
-    return token_group_rows(moment.step, moment.batch, moment.model.head.weight, moment.groups)
+def _attention_rows(layers: Sequence[int]) -> Callable[[int, Any], list[Row]]:
+    def rows(step: int, by_layer: Any) -> list[Row]:
+        return [
+            AttentionRow(
+                step=step,
+                layer=layer,
+                head=head,
+                entropy=entropy,
+                entropy_share=share,
+                max_logit=max_logit,
+            )
+            for layer, table in zip(layers, by_layer, strict=True)
+            for head, (entropy, share, max_logit) in enumerate(table)
+        ]
 
-
-def fixed_text_rows(moment: Moment) -> list[TextLossRow | TokenGroupRow]:
-    """Measure the loss and token groups on the fixed texts."""
-    rows: list[TextLossRow | TokenGroupRow] = []
-    weight_VD = moment.model.head.weight
-    for text, reading in moment.readings.items():
-        targets_BT = moment.fixed_texts[text][:, 1:]
-        target_logits_BT = (reading.hidden_BTD * weight_VD[targets_BT]).sum(2)
-        log_z = float(reading.log_z_BT.mean())
-        loss = log_z - float(target_logits_BT.mean())
-        rows.append(TextLossRow(step=moment.step, text=text, loss=loss, log_z=log_z))
-        rows += token_group_rows(moment.step, reading, weight_VD, moment.groups)
     return rows
 
 
-def group_weights(moment: Moment) -> list[GroupWeightRow]:
+def batch_group_rows(moment: Moment) -> list[Measured]:
+    """Measure token groups on the batch of the step, from what its loss has computed already."""
+    return [_group_rows(moment, moment.batch)]
+
+
+def _group_rows(moment: Moment, reading: Reading) -> Measured:
+    subject = moment.subject
+    return token_group_rows(reading, subject.head_KVD, subject.groups, padded=subject.together)
+
+
+def fixed_text_rows(moment: Moment) -> list[Measured]:
+    """Measure the loss and token groups on the fixed texts."""
+    found = []
+    for text, reading in moment.readings.items():
+        targets_KBT = moment.subject.fixed_texts_KBS[text][..., 1:]
+        logits_KBT = target_logits(reading, moment.subject.head_KVD, targets_KBT)
+        means_K2 = torch.stack(
+            [reading.log_z_KBT.flatten(1).mean(1), logits_KBT.flatten(1).mean(1)], dim=1
+        )
+        found += [Measured(means_K2, _text_loss_rows(text)), _group_rows(moment, reading)]
+    return found
+
+
+def _text_loss_rows(text: str) -> Callable[[int, Any], list[Row]]:
+    def rows(step: int, means: Any) -> list[Row]:
+        log_z, target_logit = means
+        return [TextLossRow(step=step, text=text, loss=log_z - target_logit, log_z=log_z)]
+
+    return rows
+
+
+def group_weights(moment: Moment) -> list[Measured]:
     """Measure the rows of the head's weight of each token group."""
-    weight_VD = moment.model.head.weight
-    return group_weight_rows(moment.step, weight_VD, moment.initial_head_VD, moment.groups)
+    subject = moment.subject
+    return [group_weight_rows(subject.head_KVD, subject.initial_head_KVD, subject.groups)]
 
 
-def tokens_rows(moment: Moment) -> list[TokensRow]:
+def tokens_rows(moment: Moment) -> list[Measured]:
     """Measure every token on the probe text, and its row of the head's weight."""
-    reading, weight_VD = moment.readings["probe"], moment.model.head.weight
-    return [tokens_row(moment.step, reading, weight_VD, moment.initial_head_VD, moment.groups)]
+    subject, reading = moment.subject, moment.readings["probe"]
+    return [tokens_row(reading, subject.head_KVD, subject.initial_head_KVD, subject.groups)]
 
 
 PROBES: dict[str, Probe] = {
     "weights": Probe(weight_rows, cadence="every"),
-    "spectra": Probe(spectrum_rows, cadence="spectrum_every"),
+    "spectra": Probe(spectrum_rows, cadence="spectrum_every", waits=True),
     "histograms": Probe(histogram_rows, cadence="histogram_every"),
     "activations": Probe(activation_rows, cadence="every"),
     "batch_groups": Probe(batch_group_rows, cadence="every"),

@@ -1,20 +1,22 @@
-"""The probabilities that a model gives to tokens and to groups of tokens, on some sequences.
+"""The probabilities that models give to tokens and to groups of tokens, on some sequences.
 
-Shapes are those of gptcore.model, and U distinct tokens among the inputs; P = 2: position 0, and
-all other positions.
+Shapes are those of gptcore.array, and U distinct tokens among the inputs; P = 2: position 0, and
+all other positions. Nothing here waits for the device: `Measured` holds tensors, and makes rows of
+their values later.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptcore.model import GPT, softmax_sums
-from gptcore.records import GroupWeightRow, TokenGroupRow, TokensRow
+from gptcore.model import softmax_sums
+from gptcore.records import GroupWeightRow, Row, TokenGroupRow, TokensRow
 from gptcore.token_groups import TokenGroups
 
 MIN_TOKENS = 20
@@ -26,42 +28,122 @@ fraction of the probability of the group: it is the difference of two sums, and 
 error."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Numbers that a probe has computed of K models, and how they become rows."""
+
+    values: Tensor  # [K, ...], of any dtype
+    rows: Callable[[int, Any], Sequence[Row]]
+    """Makes the rows of one model from the step and its values, as nested lists of floats."""
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """The token groups of K trials, on the device of their models."""
+
+    names: Sequence[str]
+    members_KGV: Tensor  # 1 where a token is in a group, else 0
+    counts_KX: Tensor  # occurrences of each token, of the tokenizer's X tokens
+    log_unigram_KX: Tensor  # log-prob of each token under the unigram model of the training text
+    log_unigram_KG: Tensor  # its sum over the tokens of each group
+
+    @classmethod
+    def of(cls, groups: Sequence[TokenGroups], V: int, device: torch.device) -> GroupTensors:
+        """Copy the groups of K trials to a device, for models of V tokens."""
+        members_KGV = torch.zeros(len(groups), len(groups[0].ids), V)
+        for members_GV, of_trial in zip(members_KGV, groups, strict=True):
+            for member_V, ids in zip(members_GV, of_trial.ids.values(), strict=True):
+                member_V[torch.from_numpy(ids)] = 1
+        sums = [[each.log_unigram[ids].sum() for ids in each.ids.values()] for each in groups]
+        return cls(
+            names=list(groups[0].ids),
+            members_KGV=members_KGV.to(device),
+            counts_KX=torch.tensor([each.counts.tolist() for each in groups], device=device),
+            log_unigram_KX=torch.stack([torch.from_numpy(each.log_unigram) for each in groups]).to(
+                device
+            ),
+            log_unigram_KG=torch.tensor(sums, dtype=torch.float64, device=device),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The output of the model on some sequences."""
+    """The output of K models on some sequences."""
 
     text: str  # batch, probe or held_out
-    ids_BT: Tensor  # inputs
-    hidden_BTD: Tensor
-    log_z_BT: Tensor
-    prob_BTG: Tensor | None = None  # probability of each group of tokens; None for a batch
+    ids_KBT: Tensor  # inputs
+    hidden_KBTD: Tensor
+    log_z_KBT: Tensor
+    prob_KBTG: Tensor | None = None  # probability of each group of tokens; None for a batch
 
 
-def read(model: GPT, text: str, ids_BT: Tensor, groups: TokenGroups) -> Reading:
-    """Run the model on the inputs of a text, and compute the probability of each token group."""
-    hidden_BTD, weight_VD = model(ids_BT), model.head.weight
-    members_GV = members_of(groups, weight_VD)
-    prob_NG, log_z_N = softmax_sums(hidden_BTD.flatten(0, 1), weight_VD, members_GV)
+def read(
+    text: str, ids_KBT: Tensor, hidden_KBTD: Tensor, head_KVD: Tensor, groups: GroupTensors
+) -> Reading:
+    """Compute the probability of each token group on a text, from its final hidden states."""
+    found = [
+        softmax_sums(hidden_BTD.flatten(0, 1), weight_VD, members_GV)
+        for hidden_BTD, weight_VD, members_GV in zip(
+            hidden_KBTD, head_KVD, groups.members_KGV, strict=True
+        )
+    ]
     return Reading(
         text=text,
-        ids_BT=ids_BT,
-        hidden_BTD=hidden_BTD,
-        log_z_BT=log_z_N.view_as(ids_BT),
-        prob_BTG=prob_NG.view(*ids_BT.shape, -1),
+        ids_KBT=ids_KBT,
+        hidden_KBTD=hidden_KBTD,
+        log_z_KBT=torch.stack([log_z_N for _, log_z_N in found]).view_as(ids_KBT),
+        prob_KBTG=torch.stack([prob_NG for prob_NG, _ in found]).view(*ids_KBT.shape, -1),
     )
 
 
-def members_of(groups: TokenGroups, weight_VD: Tensor) -> Tensor:
-    """Return 1 where a token is in a group, else 0, [G, V], on the device of the head's weight."""
-    members_GV = torch.zeros(len(groups.ids), len(weight_VD))
-    for row, ids in zip(members_GV, groups.ids.values(), strict=True):
-        row[torch.from_numpy(ids)] = 1
-    return members_GV.to(weight_VD.device)
+def target_logits(reading: Reading, head_KVD: Tensor, targets_KBT: Tensor) -> Tensor:
+    """Return the logit of the next token at each position, [K, B, T]."""
+    return (reading.hidden_KBTD * rows_of_tokens(head_KVD, targets_KBT)).sum(3)
+
+
+def rows_of_tokens(weight_KVD: Tensor, ids_KX: Tensor) -> Tensor:
+    """Return each model's rows of a weight for its own tokens, [K, ..., D]."""
+    K, V, _ = weight_KVD.shape
+    first_K = V * torch.arange(K, device=ids_KX.device)
+    return weight_KVD.flatten(0, 1)[ids_KX + first_K.view(-1, *[1] * (ids_KX.dim() - 1))]
+
+
+def product(a_KXY: Tensor, b_KYZ: Tensor) -> Tensor:
+    """Multiply the matrices of each model. One model alone is multiplied without a batch, which
+    keeps the order of sums that trials have had before arrays were measured together."""
+    if len(a_KXY) == 1:
+        return (a_KXY[0] @ b_KYZ[0])[None]
+    return a_KXY @ b_KYZ
+
+
+def distinct_tokens(ids_KN: Tensor, *, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the distinct tokens of each model's inputs.
+
+    Args:
+        ids_KN: tokens, of one model unless `padded`.
+        padded: whether U is N, which is known without waiting for the device. The places after the
+            distinct tokens then repeat one of them.
+
+    Returns:
+        The distinct tokens in ascending order, [K, U]; the place of each input among them, [K, N];
+        and 1 at the places of distinct tokens, 0 after them, [K, U].
+    """
+    if not padded:
+        present_U, which_N = ids_KN.unique(return_inverse=True)
+        return present_U[None], which_N.view_as(ids_KN), torch.ones_like(present_U)[None]
+    sorted_KN, order_KN = ids_KN.sort(dim=1)
+    is_new_KN = torch.ones_like(sorted_KN)
+    is_new_KN[:, 1:] = sorted_KN[:, 1:] != sorted_KN[:, :-1]
+    place_KN = is_new_KN.cumsum(1) - 1
+    which_KN = torch.empty_like(ids_KN).scatter_(1, order_KN, place_KN)
+    present_KN = sorted_KN[:, :1].repeat(1, ids_KN.shape[1]).scatter_(1, place_KN, sorted_KN)
+    is_used_KN = torch.zeros_like(ids_KN).scatter_(1, place_KN, 1)
+    return present_KN, which_KN, is_used_KN
 
 
 def token_group_rows(
-    step: int, reading: Reading, weight_VD: Tensor, groups: TokenGroups
-) -> list[TokenGroupRow]:
+    reading: Reading, head_KVD: Tensor, groups: GroupTensors, *, padded: bool
+) -> Measured:
     """Compute the mean log-probability of every group under every mask.
 
     This needs no logits of the complete vocabulary: over the tokens j of a group, the logits
@@ -69,80 +151,101 @@ def token_group_rows(
     then subtracted. They are among the inputs, so there are few of them.
 
     Args:
-        reading: the output of the model on the sequences.
-        weight_VD: the weight of the head.
+        reading: the output of the models on the sequences.
+        head_KVD: the weights of the heads.
         groups: the groups, with the unigram model of the training text.
+        padded: as in distinct_tokens.
     """
-    members_GV = members_of(groups, weight_VD)
-    B, T = reading.ids_BT.shape
-    present_U, which_BT = reading.ids_BT.unique(return_inverse=True)
-    position_T = torch.arange(T, device=present_U.device)
-    first_BU = torch.full((B, len(present_U)), T, device=present_U.device)
-    first_BU.scatter_reduce_(1, which_BT, position_T.expand(B, T), "amin")
-    is_present_BU = first_BU < T
-    from_first_BTU = (position_T[:, None] >= first_BU[:, None, :]).to(weight_VD.dtype)
+    members_KGV = groups.members_KGV
+    K, B, T = reading.ids_KBT.shape
+    present_KU, which_KN, is_used_KU = distinct_tokens(reading.ids_KBT.flatten(1), padded=padded)
+    U, which_KBT = present_KU.shape[1], which_KN.view(K, B, T)
+    position_T = torch.arange(T, device=present_KU.device)
+    first_KBU = torch.full((K, B, U), T, device=present_KU.device)
+    first_KBU.scatter_reduce_(2, which_KBT, position_T.expand(K, B, T), "amin")
+    is_present_KBU = first_KBU < T
+    from_first_KBTU = (position_T[:, None] >= first_KBU[:, :, None, :]).to(head_KVD.dtype)
 
     # The terms of the sums: for each token that can be left out, and over all tokens of a group.
-    log_z_BT1, ones_BT1 = reading.log_z_BT[..., None], torch.ones_like(reading.log_z_BT)[..., None]
-    logit_BTU = reading.hidden_BTD @ weight_VD[present_U].T
-    size_G = members_GV.sum(1)
-    unigram_G = torch.tensor([groups.log_unigram[ids].sum() for ids in groups.ids.values()])
-    unigram_U = torch.from_numpy(groups.log_unigram[present_U.cpu().numpy()])
-    token_values = {"tokens": ones_BT1, "log_z": log_z_BT1, "logit": logit_BTU}
+    log_z_KBT1, ones_KBT1 = (
+        reading.log_z_KBT[..., None],
+        torch.ones_like(reading.log_z_KBT)[..., None],
+    )
+    hidden_KND = reading.hidden_KBTD.flatten(1, 2)
+    present_KUD = rows_of_tokens(head_KVD, present_KU)
+    logit_KBTU = product(hidden_KND, present_KUD.mT).view(K, B, T, U)
+    size_KG = members_KGV.sum(2)
+    unigram_KU = groups.log_unigram_KX.gather(1, present_KU)
+    token_values = {"tokens": ones_KBT1, "log_z": log_z_KBT1, "logit": logit_KBTU}
     group_values = {
-        "tokens": ones_BT1 * size_G,
-        "log_z": log_z_BT1 * size_G,
-        "logit": reading.hidden_BTD @ (members_GV @ weight_VD).T,
-        "unigram": ones_BT1 * unigram_G.to(ones_BT1.device),
+        "tokens": ones_KBT1 * size_KG[:, None, None],
+        "log_z": log_z_KBT1 * size_KG[:, None, None],
+        "logit": product(hidden_KND, product(members_KGV, head_KVD).mT).view(K, B, T, -1),
+        "unigram": ones_KBT1 * groups.log_unigram_KG[:, None, None],
     }
-    if reading.prob_BTG is not None:
-        token_values["prob"] = (logit_BTU - log_z_BT1).exp()
-        group_values["prob"] = reading.prob_BTG
-    sums_PBU = {name: _by_position(values) for name, values in token_values.items()}
-    left_out_PBU = {
-        "sequence": {name: sums * is_present_BU for name, sums in sums_PBU.items()},
+    if reading.prob_KBTG is not None:
+        token_values["prob"] = (logit_KBTU - log_z_KBT1).exp()
+        group_values["prob"] = reading.prob_KBTG
+    sums_KPBU = {name: _by_position(values) for name, values in token_values.items()}
+    left_out_KPBU = {
+        "sequence": {name: sums * is_present_KBU[:, None] for name, sums in sums_KPBU.items()},
         "prefix": {
-            name: _by_position(values * from_first_BTU) for name, values in token_values.items()
+            name: _by_position(values * from_first_KBTU) for name, values in token_values.items()
         },
-        "batch": {name: sums.expand(2, B, len(present_U)) for name, sums in sums_PBU.items()},
-        "none": {name: torch.zeros_like(first_BU).expand(2, -1, -1) for name in token_values},
+        "batch": {name: sums.expand(K, 2, B, U) for name, sums in sums_KPBU.items()},
+        "none": {
+            name: torch.zeros_like(first_KBU)[:, None].expand(K, 2, B, U) for name in token_values
+        },
     }
-    members_UG = members_GV[:, present_U].T.double()
+    members_KUG = members_KGV.gather(2, present_KU[:, None].expand(-1, members_KGV.shape[1], -1)).mT
+    members_KUG = members_KUG.double() * is_used_KU[..., None]
     # In float64, because float32 cannot hold large counts of pairs exactly.
-    total_PG = {name: _by_position(values.double()).sum(1) for name, values in group_values.items()}
+    total_KPG = {
+        name: _by_position(values.double()).sum(2) for name, values in group_values.items()
+    }
+    tables = []
+    for out_KPBU in left_out_KPBU.values():
+        out_KPU = {name: sums.sum(2, dtype=torch.float64) for name, sums in out_KPBU.items()}
+        out_KPU["unigram"] = out_KPU["tokens"] * unigram_KU[:, None]
+        left_KPG = {
+            name: total - product(out_KPU[name], members_KUG) for name, total in total_KPG.items()
+        }
+        if "prob" in left_KPG:
+            too_small = left_KPG["prob"] < MIN_PROB_SHARE * total_KPG["prob"]
+            left_KPG["prob"] = left_KPG["prob"].masked_fill(too_small, 0.0)
+        tables.append(torch.stack(list(left_KPG.values()), dim=3))
+    sums_of, masks = list(total_KPG), list(left_out_KPBU)
     n_positions = {"first": B, "rest": B * (T - 1)}
-    rows = []
-    for mask, out_PBU in left_out_PBU.items():
-        out_PU = {name: sums.sum(1, dtype=torch.float64) for name, sums in out_PBU.items()}
-        out_PU["unigram"] = out_PU["tokens"] * unigram_U.to(ones_BT1.device)
-        left_PG = {name: total - out_PU[name] @ members_UG for name, total in total_PG.items()}
-        if "prob" in left_PG:
-            too_small = left_PG["prob"] < MIN_PROB_SHARE * total_PG["prob"]
-            left_PG["prob"] = left_PG["prob"].masked_fill(too_small, 0.0)
-        table = torch.stack(list(left_PG.values()), dim=2).tolist()
-        for positions, by_group in zip(n_positions, table, strict=True):
-            for group, sums in zip(groups.ids, by_group, strict=True):
-                found = dict(zip(left_PG, sums, strict=True))
-                pairs = found.pop("tokens")
-                n_tokens = pairs / n_positions[positions]
-                means = {name: value / pairs for name, value in found.items()} if pairs else None
-                rows.append(
-                    TokenGroupRow(
-                        step=step,
-                        text=reading.text,
-                        group=group,
-                        mask=mask,
-                        positions=positions,
-                        n_tokens=n_tokens,
-                        **_values(means if n_tokens >= MIN_TOKENS else None),
+    text = reading.text  # `rows` must not keep tensors alive
+
+    def rows(step: int, by_mask: Any) -> list[Row]:
+        found: list[Row] = []
+        for mask, table in zip(masks, by_mask, strict=True):
+            for positions, by_group in zip(n_positions, table, strict=True):
+                for group, values in zip(groups.names, by_group, strict=True):
+                    sums = dict(zip(sums_of, values, strict=True))
+                    pairs = sums.pop("tokens")
+                    n_tokens = pairs / n_positions[positions]
+                    means = {name: value / pairs for name, value in sums.items()} if pairs else None
+                    found.append(
+                        TokenGroupRow(
+                            step=step,
+                            text=text,
+                            group=group,
+                            mask=mask,
+                            positions=positions,
+                            n_tokens=n_tokens,
+                            **_values(means if n_tokens >= MIN_TOKENS else None),
+                        )
                     )
-                )
-    return rows
+        return found
+
+    return Measured(torch.stack(tables, dim=1), rows)
 
 
-def _by_position(values_BTX: Tensor) -> Tensor:
-    """Sum over position 0, and over all other positions, [2, B, X]."""
-    return torch.stack([values_BTX[:, 0], values_BTX[:, 1:].sum(1)])
+def _by_position(values_KBTX: Tensor) -> Tensor:
+    """Sum over position 0, and over all other positions, [K, 2, B, X]."""
+    return torch.stack([values_KBTX[:, :, 0], values_KBTX[:, :, 1:].sum(2)], dim=1)
 
 
 def _values(means: dict[str, float] | None) -> dict[str, float | None]:
@@ -159,48 +262,50 @@ def _values(means: dict[str, float] | None) -> dict[str, float | None]:
     }
 
 
-def group_weight_rows(
-    step: int, weight_VD: Tensor, initial_VD: Tensor, groups: TokenGroups
-) -> list[GroupWeightRow]:
+def group_weight_rows(head_KVD: Tensor, initial_KVD: Tensor, groups: GroupTensors) -> Measured:
     """Measure each group's rows of the head's weight, and their distance from step 0."""
-    members_GV = members_of(groups, weight_VD)
-    squares_V2 = torch.stack(
-        [weight_VD.norm(dim=1).square(), (weight_VD - initial_VD).norm(dim=1).square()], dim=1
+    squares_KV2 = torch.stack(
+        [head_KVD.norm(dim=2).square(), (head_KVD - initial_KVD).norm(dim=2).square()], dim=2
     )
-    elements_G1 = members_GV.sum(1, keepdim=True) * weight_VD.shape[1]
-    rms_G2 = (members_GV @ squares_V2 / elements_G1).sqrt()
-    return [
-        GroupWeightRow(step=step, group=group, rms=rms, rms_displacement=displacement)
-        for group, (rms, displacement) in zip(groups.ids, rms_G2.tolist(), strict=True)
-        if len(groups.ids[group])
-    ]
+    size_KG1 = groups.members_KGV.sum(2, keepdim=True)
+    rms_KG2 = (product(groups.members_KGV, squares_KV2) / (size_KG1 * head_KVD.shape[2])).sqrt()
+
+    def rows(step: int, by_group: Any) -> list[Row]:
+        return [
+            GroupWeightRow(step=step, group=group, rms=rms, rms_displacement=displacement)
+            for group, (size, rms, displacement) in zip(groups.names, by_group, strict=True)
+            if size
+        ]
+
+    return Measured(torch.cat([size_KG1, rms_KG2], dim=2), rows)
 
 
 def tokens_row(
-    step: int, reading: Reading, weight_VD: Tensor, initial_VD: Tensor, groups: TokenGroups
-) -> TokensRow:
+    reading: Reading, head_KVD: Tensor, initial_KVD: Tensor, groups: GroupTensors
+) -> Measured:
     """Measure the log-probability of every token, and its row of the head's weight."""
-    # Mean of log p(j) = z_j - log Z over all positions except 0, [V, B].
-    log_prob_VB = (weight_VD @ reading.hidden_BTD[:, 1:].mean(1).T).double()
-    log_prob_VB -= reading.log_z_BT[:, 1:].double().mean(1)
-    absent_VB = torch.ones_like(log_prob_VB, dtype=torch.bool)
-    absent_VB.T.scatter_(1, reading.ids_BT, False)
-    sequences_V = absent_VB.sum(1)
-    masked_V = (log_prob_VB * absent_VB).sum(1) / sequences_V
-    vocab = len(groups.counts)  # the model may have more rows than there are tokens
+    # Mean of log p(j) = z_j - log Z over all positions except 0, [K, V, B].
+    log_prob_KVB = product(head_KVD, reading.hidden_KBTD[:, :, 1:].mean(2).mT).double()
+    log_prob_KVB -= reading.log_z_KBT[:, :, 1:].double().mean(2)[:, None]
+    absent_KVB = torch.ones_like(log_prob_KVB, dtype=torch.bool)
+    absent_KVB.mT.scatter_(2, reading.ids_KBT, False)
+    sequences_KV = absent_KVB.sum(2)
+    X = groups.counts_KX.shape[1]  # the model may have more rows than there are tokens
+    columns = {
+        "count": groups.counts_KX,
+        "log_unigram": groups.log_unigram_KX,
+        "log_prob": log_prob_KVB.mean(2),
+        "log_prob_masked": (log_prob_KVB * absent_KVB).sum(2) / sequences_KV,
+        "sequences": sequences_KV,
+        "norm": head_KVD.norm(dim=2),
+        "displacement": (head_KVD - initial_KVD).norm(dim=2),
+    }
 
-    def listed(values_V: Tensor) -> list[Any]:
-        return values_V[:vocab].tolist()
+    def rows(step: int, values: Any) -> list[Row]:
+        found = dict(zip(columns, values, strict=True))
+        masked = zip(found["log_prob_masked"], found.pop("sequences"), strict=True)
+        found["log_prob_masked"] = [value if n else None for value, n in masked]
+        found["count"] = [int(count) for count in found["count"]]
+        return [TokensRow(step=step, **found)]
 
-    return TokensRow(
-        step=step,
-        count=groups.counts.tolist(),
-        log_unigram=groups.log_unigram.tolist(),
-        log_prob=listed(log_prob_VB.mean(1)),
-        log_prob_masked=[
-            value if n else None
-            for value, n in zip(listed(masked_V), listed(sequences_V), strict=True)
-        ],
-        norm=listed(weight_VD.norm(dim=1)),
-        displacement=listed((weight_VD - initial_VD).norm(dim=1)),
-    )
+    return Measured(torch.stack([column[:, :X].double() for column in columns.values()], 1), rows)

@@ -22,12 +22,14 @@ from gptcore.array import ModelArray, State
 from gptcore.checkpoint import Checkpoint, Progress
 from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
+from gptcore.looks import Looks, OnTheWay, Packed
 from gptcore.model import GPT, head_errors
 from gptcore.optimizers import learning_rate
-from gptcore.probes import Moment, observe, probes_due, update_rows, values_of
+from gptcore.probes import probes_due, subjects_of
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
+from gptcore.replay import GRAPHS
+from gptcore.steps import Steps
 from gptcore.token_groups import TokenGroups
-from gptcore.token_probs import Reading
 
 EXPLOSION = 10.0
 """A trial has diverged when its loss exceeds this many times its first loss, or ln V if larger."""
@@ -53,7 +55,8 @@ class Member:
     def __post_init__(self) -> None:
         device = self.model.wte.weight.device
         self.fixed_texts = {
-            text: upload(windows, device) for text, windows in self.corpus.fixed_texts().items()
+            text: torch.from_numpy(windows).to(device)
+            for text, windows in self.corpus.fixed_texts().items()
         }
         self.rows = self.start.rows
         self.losses = [
@@ -63,8 +66,8 @@ class Member:
         self.reason = ""
         self.errors: tuple[float | None, float | None] = (None, None)
 
-    def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the inputs and targets of one step, [batch_size, context] each."""
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the sequences of one step, [batch_size, context + 1]."""
         return self.corpus.batch(
             step, batch_size=self.config.train.batch_size, seed=self.config.corpus.data_seed
         )
@@ -115,87 +118,174 @@ def train(
         members: trials that differ in PER_TRIAL_KNOBS only, and start at the same step.
         sync_every: steps between two reads from the device; by default DEVICE_SYNC_EVERY.
     """
-    config = members[0].config
-    optim, probes, steps = config.optim, config.probes, config.train.steps
-    device = members[0].model.wte.weight.device
-    layers = config.probed_layers()
-    sync_every = sync_every or DEVICE_SYNC_EVERY[device.type]
     for member in members:
         for rows in member.rows:
             member.recorder.log(rows)
-    array = make_array(members)
-    # Steps with their loss, log Z and gradient norm, [3, K], that are still on the device.
-    unread: list[tuple[int, Tensor]] = []
+    last, step = members[0].config.train.steps, members[0].start.step
     start = time.perf_counter()
-    for step in range(members[0].start.step, steps + 1):
-        if not unread:
-            save(members, array, step, time.perf_counter() - start)
-        batches = [member.batch(step) for member in members]
-        ids_KBT, targets_KBT = (
-            upload(np.stack(values), device) for values in zip(*batches, strict=True)
+    while members:
+        training = Training(members, start, sync_every)
+        step = training.run(step)
+        seconds = time.perf_counter() - start
+        for member in members:
+            if member.status == "diverged":
+                yield member, member.result(seconds)
+        left = [k for k, member in enumerate(members) if member.status != "diverged"]
+        for k in left:
+            if step > last:
+                members[k].errors = training.errors(k)
+                yield members[k], members[k].result(seconds)
+            else:
+                members[k].state = training.array.state(k)
+        members = [members[k] for k in left] if step <= last else []
+
+
+@dataclass
+class Segment:
+    """Steps that were run without reading from the device. Probes run at the last of them only."""
+
+    first_step: int
+    stats_M3K: Tensor  # loss, log Z and gradient norm of each step
+    packed: list[Packed]
+    training: list[list[TrainingRow | None]] | None = None
+    """Rows by step and member, once they were read; None for a trial that has diverged."""
+    on_the_way: OnTheWay | None = None
+
+
+class Training:
+    """The training of an array until one of its trials ends."""
+
+    def __init__(self, members: Sequence[Member], start: float, sync_every: int | None) -> None:
+        """Make the array.
+
+        Args:
+            members: the trials.
+            start: when their loop began, by time.perf_counter().
+            sync_every: as in train.
+        """
+        self.members, self.config, self.start = members, members[0].config, start
+        device = members[0].model.wte.weight.device
+        make_graphs = GRAPHS.get(device.type)
+        graphs = make_graphs() if make_graphs else None
+        self.array = make_array(members, capturable=graphs is not None)
+        self.sync_every = sync_every or DEVICE_SYNC_EVERY[device.type]
+        batch_shape = (self.config.train.batch_size, self.config.model.context + 1)
+        clip = self.config.optim.clip
+        self.steps = Steps(self.array, clip, batch_shape, self.sync_every, graphs)
+        subjects = subjects_of(self.array, members, self.config.probed_layers())
+        self.looks = Looks(subjects, self.steps, graphs)
+        self.runs_ahead = graphs is not None
+        """Whether the next steps are started before the values of these have been read."""
+
+    def run(self, step: int) -> int:
+        """Train from a step on, and return the next step to compute: that after the last one, or an
+        earlier one where a trial has diverged."""
+        last = self.config.train.steps
+        unread: Segment | None = None
+        while step <= last and not self._has_diverged():
+            if self._is_save_due():
+                self._log(unread)
+                unread = None
+                if self._has_diverged():
+                    break
+                save(self.members, self.array, step, time.perf_counter() - self.start)
+            segment = self._run_segment(step)
+            step += len(segment.stats_M3K)
+            self._log(unread if self.runs_ahead else segment)
+            unread = segment if self.runs_ahead else None
+        self._log(unread)
+        return step
+
+    def errors(self, k: int) -> tuple[float | None, float | None]:
+        """Measure the error of the precision at the latest step, for the result of trial k."""
+        output = self.steps.output
+        if self.array.head_dtype == torch.float32 or output is None:
+            return None, None
+        weight = self.members[k].model.head.weight
+        return head_errors(
+            output.hidden_KBTD[k], weight, output.targets_KBT[k], self.array.head_dtype
         )
-        hidden_KBTD, heads = array.gradients(ids_KBT, targets_KBT)
-        norm_K = array.norms()
-        loss_K = torch.stack([head.loss for head in heads])
-        log_z_K = torch.stack([head.log_z_BT.mean() for head in heads])
-        unread.append((step, torch.stack([loss_K.double(), log_z_K.double(), norm_K])))
-        due_probes = probes_due(probes, step, last=step == steps)
-        # The rows of this step by member, if it is read now; without trials that diverged.
-        step_rows: dict[int, list[Row]] = {}
-        if due_probes or len(unread) >= sync_every:
-            for rows_K in training_rows(unread, config):
-                for k, (member, row) in enumerate(zip(members, rows_K, strict=True)):
-                    if member.status == "diverged" or member.has_diverged(row):
-                        continue
-                    if row.step < step:
-                        member.log([row])
-                    else:
-                        step_rows[k] = [row]
-            unread = []
-        for k in step_rows if due_probes else ():
-            member = members[k]
-            moment = Moment(
-                step=step,
-                model=member.model,
-                initial=member.initial,
-                layers=layers,
-                groups=member.groups,
-                fixed_texts=member.fixed_texts,
-                batch=Reading(
-                    text="batch",
-                    ids_BT=ids_KBT[k],
-                    hidden_BTD=hidden_KBTD[k],
-                    log_z_BT=heads[k].log_z_BT,
-                ),
-            )
-            step_rows[k][:0] = observe(moment, due_probes)
-        if step < steps:
-            measured = step_rows if step % probes.every == 0 else ()
-            before = {k: values_of(members[k].model, layers) for k in measured}
-            array.update(learning_rate(optim, step, steps), optim.clip, norm_K)
-            for k, values in before.items():
-                step_rows[k][-1:-1] = update_rows(step, members[k].model, layers, values)
-        for k, rows in step_rows.items():
-            members[k].log(rows)
-        if any(member.status == "diverged" for member in members):
-            seconds = time.perf_counter() - start
-            for member in members:
-                if member.status == "diverged":
-                    yield member, member.result(seconds)
-            left = [k for k, member in enumerate(members) if member.status != "diverged"]
-            if not left:
-                return
-            for k in left:
-                members[k].state = array.state(k)
-            members = [members[k] for k in left]
-            hidden_KBTD, targets_KBT = hidden_KBTD[left], targets_KBT[left]
-            array = make_array(members)
-    seconds = time.perf_counter() - start
-    for k, member in enumerate(members):
-        if array.head_dtype != torch.float32:
-            weight = member.model.head.weight
-            member.errors = head_errors(hidden_KBTD[k], weight, targets_KBT[k], array.head_dtype)
-        yield member, member.result(seconds)
+
+    def _has_diverged(self) -> bool:
+        return any(member.status == "diverged" for member in self.members)
+
+    def _is_save_due(self) -> bool:
+        return all(member.checkpoint and member.checkpoint.due() for member in self.members)
+
+    def _run_segment(self, first_step: int) -> Segment:
+        """Run the steps up to the next that is measured, or to the next read from the device."""
+        probes, last = self.config.probes, self.config.train.steps
+        stop = first_step
+        due: list[str] = []
+        while stop <= last and stop < first_step + self.sync_every and not due:
+            due = probes_due(probes, stop, last=stop == last)
+            stop += 1
+        self.steps.load(
+            [[member.batch(step) for member in self.members] for step in range(first_step, stop)],
+            [
+                learning_rate(self.config.optim, step, last) if step < last else 0.0
+                for step in range(first_step, stop)
+            ],
+        )
+        for _ in range(first_step, stop - 1):
+            self.steps.step()
+        stats_M3K = self.steps.stats_M3K[: stop - first_step]
+        segment = Segment(first_step, stats_M3K, [])
+        if not due:
+            self.steps.step()
+        else:
+            self._look(segment, stop - 1, due)
+        values = [packed.values_KX for packed in segment.packed]
+        segment.on_the_way = OnTheWay([stats_M3K, *values])
+        return segment
+
+    def _look(self, segment: Segment, step: int, due: Sequence[str]) -> None:
+        """Run a step, with the probes between its gradients and its update."""
+        self.steps.gradients()
+        wanted = list(range(len(self.members)))
+        if not self.runs_ahead:
+            segment.training = self._training_rows(segment.first_step, segment.stats_M3K)
+            wanted = [k for k, row in enumerate(segment.training[-1]) if row]
+        segment.packed += self.looks.before_update(due, wanted)
+        if step == self.config.train.steps:
+            return
+        measures_update = step % self.config.probes.every == 0
+        if measures_update:
+            self.looks.remember(wanted)
+        self.steps.update()
+        if measures_update:
+            segment.packed += self.looks.after_update(wanted)
+
+    def _training_rows(self, first_step: int, stats_M3K: Tensor) -> list[list[TrainingRow | None]]:
+        """Make rows of statistics on the host, and mark the trials that have diverged."""
+        optim, steps = self.config.optim, self.config.train.steps
+        found = []
+        for step, (losses, log_zs, norms) in enumerate(stats_M3K.tolist(), first_step):
+            lr = learning_rate(optim, step, steps) if step < steps else None
+            rows: list[TrainingRow | None] = []
+            for member, loss, log_z, norm in zip(self.members, losses, log_zs, norms, strict=True):
+                row = TrainingRow(step=step, loss=loss, log_z=log_z, lr=lr, grad_norm=norm)
+                ended = member.status == "diverged" or member.has_diverged(row)
+                rows.append(None if ended else row)
+            found.append(rows)
+        return found
+
+    def _log(self, segment: Segment | None) -> None:
+        """Wait for the values of a segment, and log the rows of all trials."""
+        if segment is None or segment.on_the_way is None:
+            return
+        stats_M3K, *values = segment.on_the_way.arrived()
+        training = segment.training or self._training_rows(segment.first_step, stats_M3K)
+        for step, rows_K in enumerate(training, segment.first_step):
+            is_measured = step == segment.first_step + len(training) - 1
+            for k, (member, row) in enumerate(zip(self.members, rows_K, strict=True)):
+                if row is None:
+                    continue
+                rows: list[Row] = []
+                for packed, values_KX in zip(segment.packed, values, strict=True):
+                    if is_measured and k in packed.members:
+                        rows += packed.rows(k, step, values_KX[k - packed.members.start])
+                member.log([*rows, row])
 
 
 def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float) -> None:
@@ -217,12 +307,13 @@ def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float
         checkpoint.save(progress, array.state(k), start)
 
 
-def make_array(members: Sequence[Member]) -> ModelArray:
+def make_array(members: Sequence[Member], *, capturable: bool = False) -> ModelArray:
     """Make an array of the models, and load into it the states that the members carry."""
     array = ModelArray(
         [member.model for member in members],
         members[0].config.optim,
         members[0].config.train.precision,
+        capturable,
     )
     states = [member.state for member in members if member.state]
     # Where a member has no state, all are at step 0, which only some of them had saved.
@@ -231,37 +322,3 @@ def make_array(members: Sequence[Member]) -> ModelArray:
     for member in members:
         member.state = None
     return array
-
-
-def training_rows(
-    unread: Sequence[tuple[int, Tensor]], config: TrialConfig
-) -> list[list[TrainingRow]]:
-    """Read the statistics of some steps from the device, all at once.
-
-    Args:
-        unread: steps with their loss, log Z and gradient norm, [3, K].
-
-    Returns:
-        For each step, the rows of the K members.
-    """
-    optim, steps = config.optim, config.train.steps
-    values = torch.stack([stats_3K for _, stats_3K in unread]).tolist()
-    return [
-        [
-            TrainingRow(
-                step=step,
-                loss=loss,
-                log_z=log_z,
-                lr=learning_rate(optim, step, steps) if step < steps else None,
-                grad_norm=norm,
-            )
-            for loss, log_z, norm in zip(*stats_3K, strict=True)
-        ]
-        for (step, _), stats_3K in zip(unread, values, strict=True)
-    ]
-
-
-def upload(values: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Copy to the device asynchronously."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

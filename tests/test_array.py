@@ -11,7 +11,7 @@ from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
 from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import Trial, conflicting_knobs, run_trial, run_trials
-from gptcore.model import CHUNK_AND_TILE, GPT, workspace
+from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.records import MemoryRecorder
 from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
@@ -19,8 +19,8 @@ from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Run trunks under vmap on a CPU too, except where a test turns it off again."""
-    monkeypatch.setitem(array.USES_VMAP, "cpu", True)
+    """Run and measure models together on a CPU too, except where a test turns it off again."""
+    monkeypatch.setitem(array.RUNS_TOGETHER, "cpu", True)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_each_trial_of_an_array_is_what_it_is_alone(trio, name, tied):
 def test_on_a_cpu_an_array_leaves_each_trial_the_bits_that_it_has_alone(
     trio, name, tied, monkeypatch
 ):
-    monkeypatch.setitem(array.USES_VMAP, "cpu", False)
+    monkeypatch.setitem(array.RUNS_TOGETHER, "cpu", False)
     knobs = {"optim__name": name, "model__tied": tied, "optim__clip": 0.5, "train__steps": 30}
     configs = [with_knobs(config, **knobs) for config in trio]
     configs.append(with_knobs(configs[1], init__std=1e18, init__scheme="normal"))  # diverges
@@ -193,7 +193,7 @@ def test_an_array_is_saved_at_one_step_and_takes_the_share_of_time_of_one_trial(
 
 
 def test_on_a_cpu_a_member_that_goes_on_alone_ends_as_if_it_had_always_been(saved, monkeypatch):
-    monkeypatch.setitem(array.USES_VMAP, "cpu", False)
+    monkeypatch.setitem(array.RUNS_TOGETHER, "cpu", False)
     configs, files = saved
     with pytest.raises(Cut):
         run_trials([Trial(c, CutAt(3), file) for c, file in zip(configs, files, strict=True)])
@@ -234,7 +234,8 @@ def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
     monkeypatch.setitem(train.DEVICE_SYNC_EVERY, "cpu", 4)
     found = MemoryRecorder()
     run_trial(config, found)
-    assert found.rows == expected.rows
+    # A diverging trial has NaN among its rows, which does not equal itself.
+    assert repr(found.rows) == repr(expected.rows)
     assert replace(found.result, seconds=1, tokens_per_second=1) == replace(
         expected.result, seconds=1, tokens_per_second=1
     )
@@ -275,15 +276,11 @@ def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
 
 def step_without_values(config):
     """Run a step on tensors without values; it raises if a value is read."""
-    workspace.cache_clear()
-    try:
-        with FakeTensorMode():
-            models = ModelArray([GPT(config.model)], config.optim, config.train.precision)
-            ids = torch.randint(config.model.vocab_size, (1, 4, config.model.context + 1))
-            models.gradients(ids[..., :-1], ids[..., 1:])
-            models.update(1e-3, 1.0, models.norms())
-    finally:
-        workspace.cache_clear()
+    with FakeTensorMode():
+        models = ModelArray([GPT(config.model)], config.optim, config.train.precision)
+        ids = torch.randint(config.model.vocab_size, (1, 4, config.model.context + 1))
+        models.gradients(ids[..., :-1], ids[..., 1:])
+        models.update(1e-3, 1.0, models.norms())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -8,8 +8,7 @@ import torch
 
 from gptcore.config import InitConfig, InputError, ModelConfig
 from gptcore.init_schemes import INIT_SCHEMES, Draw, check_init, initialise
-from gptcore.model import GPT
-from gptcore.probes import module_outputs
+from gptcore.model import GPT, module_outputs
 
 L, V, T = 4, 8192, 64
 EMBEDDINGS, BRANCH_ENDS = ("wte", "wpe"), ("proj", "mlp_proj")

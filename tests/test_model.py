@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from gptcore.config import InitConfig, ModelConfig
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT, head_errors, head_loss, parts_of, softmax_sums
-from gptcore.probes import model_parts
+from gptcore.weights import model_parts
 
 SMALL = ModelConfig(n_layer=2, n_head=2, d_model=16, context=12)
 

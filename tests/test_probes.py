@@ -1,28 +1,33 @@
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from gptcore import array as arrays
 from gptcore.array import ModelArray
 from gptcore.config import InitConfig, ModelConfig, OptimConfig, ProbesConfig
 from gptcore.init_schemes import initialise
+from gptcore.looks import pack
 from gptcore.model import GPT
 from gptcore.probes import (
     HISTOGRAM_EDGES,
     PROBES,
-    Moment,
-    model_parts,
+    moment_of,
     observe,
     probes_due,
+    subjects_of,
     update_rows,
-    values_of,
 )
 from gptcore.records import TABLE_OF
+from gptcore.steps import StepOutput
 from gptcore.token_groups import TokenGroups
-from gptcore.token_probs import MIN_TOKENS, Reading
+from gptcore.token_probs import MIN_TOKENS, distinct_tokens
+from gptcore.weights import model_parts, values_of
 
 LAYERS = [0, 1]
 
@@ -31,6 +36,41 @@ GROUPS = {
     "unused": np.arange(1000, 1100),
     "few": np.arange(2000, 2000 + MIN_TOKENS - 1),
 }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A model in the middle of its training, and what probes are given of its trial."""
+
+    model: GPT
+    initial: dict[str, torch.Tensor]
+    fixed_texts: dict[str, torch.Tensor]
+    ids_BT: torch.Tensor
+    hidden_BTD: torch.Tensor
+    log_z_BT: torch.Tensor
+    layers: Any = tuple(LAYERS)
+    step: int = 7
+
+    def subject(self):
+        """The subject of the probes: the model, as the only one of an array."""
+        array = SimpleNamespace(
+            models=[self.model],
+            parameters={name: values[None] for name, values in self.model.named_parameters()},
+        )
+        for name, stacked in array.parameters.items():
+            stacked = stacked.detach()
+            stacked.grad = self.model.get_parameter(name).grad[None]
+            array.parameters[name] = stacked
+        array.outputs = lambda ids_KBT, of: ModelArray.outputs(
+            SimpleNamespace(models=[self.model], vmapped_trunk=None), ids_KBT, of
+        )
+        trial = SimpleNamespace(
+            initial=self.initial,
+            fixed_texts=self.fixed_texts,
+            groups=TokenGroups(GROUPS, np.arange(50257), -np.arange(50257) / 1000),
+        )
+        (subject,) = subjects_of(array, [trial], self.layers)
+        return subject
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +82,42 @@ def moment():
         part.name: part.values.detach() + 0.01 * torch.randn(part.values.shape, generator=generator)
         for part in model_parts(model, LAYERS)
     }
+    for layer in LAYERS:  # Q, K and V are parts of the merged weight at step 0 too
+        merged = initial[f"blocks.{layer}.attn.qkv"].chunk(3)
+        initial |= dict(zip((f"blocks.{layer}.attn.{kind}" for kind in "qkv"), merged, strict=True))
     ids, targets = torch.randint(40, (2, 5, 12), generator=generator)
-    array = ModelArray([model], OptimConfig())
-    (hidden,), (head,) = array.gradients(ids[None], targets[None])
-    return Moment(
-        step=7,
-        model=model,
-        initial=initial,
-        layers=LAYERS,
-        groups=TokenGroups(GROUPS, np.arange(50257), -np.arange(50257) / 1000),
-        fixed_texts={
-            text: torch.randint(80, (3, 13), generator=generator) for text in ("probe", "held_out")
-        },
-        batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=head.log_z_BT),
+    (hidden,), (head,) = ModelArray([model], OptimConfig()).gradients(ids[None], targets[None])
+    texts = {
+        text: torch.randint(80, (3, 13), generator=generator) for text in ("probe", "held_out")
+    }
+    return Seen(model, initial, texts, ids, hidden, head.log_z_BT)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def together(request, monkeypatch):
+    """Both ways to measure: model by model in the CPU's cache, and all at once."""
+    monkeypatch.setitem(arrays.RUNS_TOGETHER, "cpu", request.param)
+
+
+def copied(model):
+    """A copy of a model with its gradients."""
+    copied = copy.deepcopy(model)
+    for name, parameter in copied.named_parameters():
+        parameter.grad = model.get_parameter(name).grad.clone()
+    return copied
+
+
+def made(seen, measured):
+    """The rows of what was measured."""
+    packed = pack(range(1), measured)
+    return list(packed.rows(0, seen.step, packed.values_KX[0]))
+
+
+def rows_of(probe, seen):
+    output = StepOutput(
+        *(x[None] for x in (seen.ids_BT, seen.ids_BT, seen.hidden_BTD, seen.log_z_BT))
     )
-
-
-def rows_of(probe, moment):
-    with torch.no_grad():
-        return PROBES[probe].rows(moment)
+    return made(seen, observe(moment_of(seen.subject(), output), [probe]))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -85,9 +142,9 @@ def test_every_probe_only_reads(probe, moment):
 
 def test_probes_are_due_at_their_cadence_at_the_start_and_at_the_end(moment):
     def seen(step, last=False):
-        at = replace(moment, step=step)
         config = ProbesConfig(every=5, histogram_every=10, spectrum_every=15, text_every=20)
-        return {TABLE_OF[type(row)] for row in observe(at, probes_due(config, step, last=last))}
+        due = probes_due(config, step, last=last)
+        return {TABLE_OF[type(row)] for probe in due for row in rows_of(probe, moment)}
 
     often = {"weights", "activations", "attention", "token_groups"}
     texts = {"text_losses", "group_weights"}
@@ -119,14 +176,17 @@ def test_spectra_are_numpys(moment):
 
 
 def test_what_an_update_does_is_measured_against_the_weights_before_it(moment):
-    model = copy.deepcopy(moment.model)
+    model = copied(moment.model)
     before = values_of(model, LAYERS)
+    subject = replace(moment, model=model).subject()
     with torch.no_grad():
+        subject.weights.statistics()
+        subject.weights.remember()
         model.wpe.weight.mul_(1.25)
         model.blocks[1].attn.qkv.weight[16:32] += 0.5  # K of the second block
-    rows = {row.tensor: row for row in update_rows(3, model, LAYERS, before)}
+    rows = {row.tensor: row for row in made(moment, update_rows(subject))}
     assert set(rows) == set(before)
-    assert {row.step for row in rows.values()} == {3}
+    assert {row.step for row in rows.values()} == {moment.step}
     assert rows["wpe"].ratio == pytest.approx(0.25, rel=1e-5)
     assert rows["blocks.1.attn.k"].rms == pytest.approx(0.5, rel=1e-5)
     assert rows["blocks.1.attn.qkv"].rms == pytest.approx(0.5 / 3**0.5, rel=1e-5)
@@ -137,9 +197,9 @@ def test_what_an_update_does_is_measured_against_the_weights_before_it(moment):
 
 
 def test_tensors_of_zeros_have_no_angle_and_no_rank(moment):
-    model = copy.deepcopy(moment.model)
+    model = copied(moment.model)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.zero_()
     with torch.no_grad():
         model.blocks[0].mlp.proj.weight.zero_()
     zeroed = replace(moment, model=model)
@@ -221,7 +281,7 @@ def expected_pairs(ids_BT, mask, positions):
 
 def test_group_log_probs_are_those_of_a_full_log_softmax(moment):
     weight = moment.model.head.weight.detach()
-    texts = {"batch": (moment.batch.ids_BT, moment.batch.hidden_BTD.detach())}
+    texts = {"batch": (moment.ids_BT, moment.hidden_BTD.detach())}
     for text, windows in moment.fixed_texts.items():
         texts[text] = windows[:, :-1], moment.model(windows[:, :-1]).detach()
     rows = [*rows_of("batch_groups", moment), *rows_of("fixed_texts", moment)]
@@ -309,7 +369,9 @@ def test_a_groups_rows_are_measured_together(moment):
 def test_a_token_of_every_sequence_has_no_masked_log_prob(moment):
     windows = moment.fixed_texts["probe"].clone()
     windows[:, 5] = 77
-    (row,) = rows_of("tokens", replace(moment, fixed_texts={"probe": windows}))
+    (row,) = rows_of(
+        "tokens", replace(moment, fixed_texts={**moment.fixed_texts, "probe": windows})
+    )
     assert row.log_prob_masked[77] is None
     assert row.log_prob[77] < 0
 
@@ -355,10 +417,21 @@ def test_streams_are_those_of_the_forward_pass(moment):
 
 
 def test_attention_without_queries_is_uniform(moment):
-    model = copy.deepcopy(moment.model)
+    model = copied(moment.model)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[:16].zero_()
     rows = rows_of("activations", replace(moment, model=model))
     heads = [row for row in rows if TABLE_OF[type(row)] == "attention" and row.layer == 0]
     assert [row.entropy_share for row in heads] == pytest.approx([1.0, 1.0])
     assert [row.max_logit for row in heads] == [0.0, 0.0]
+
+
+def test_distinct_tokens_are_found_in_two_ways():
+    ids_KN = torch.tensor([[5, 3, 5, 9, 3, 3]])
+    present, which, is_used = distinct_tokens(ids_KN, padded=False)
+    assert (present.tolist(), which.tolist()) == ([[3, 5, 9]], [[1, 0, 1, 2, 0, 0]])
+    assert is_used.tolist() == [[1, 1, 1]]
+    padded, padded_which, padded_is_used = distinct_tokens(ids_KN, padded=True)
+    assert padded[0, :3].tolist() == [3, 5, 9]
+    assert padded_which.tolist() == which.tolist()
+    assert padded_is_used.tolist() == [[1, 1, 1, 0, 0, 0]]

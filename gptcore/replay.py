@@ -1,0 +1,102 @@
+"""Repeat a function on fixed memory: on a GPU, as one CUDA graph.
+
+A training step of a small model is hundreds of operations. To issue one of them from Python takes
+longer than the GPU needs to compute it. CUDA can record the operations of a function in a graph,
+and then repeat them all by one call, on the same memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Graphs(Protocol):
+    """A way to record functions, for all functions that work on one array."""
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Run the function, so that all that it sets up once exists before it is recorded."""
+
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Record the function without running it.
+
+        Returns:
+            What it returned, whose tensors hold their values after each repetition, and what
+            repeats it.
+        """
+
+
+class CudaGraphs:
+    """Records functions in CUDA graphs, which share their memory: they never run at once."""
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Run the function on another stream than the default, as PyTorch asks for."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Record the function in a graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            result = function()
+        return result, graph.replay
+
+
+GRAPHS: dict[str, Callable[[], Graphs]] = {"cuda": CudaGraphs}
+"""How functions are recorded, by type of device. On other devices they run as they are."""
+
+WARM_UP_CALLS = 3
+"""Calls of a function before it is recorded. They are part of the training, not extra work."""
+
+
+class Replayed(Generic[T]):
+    """A function without arguments that is recorded after some calls, and then repeated.
+
+    What it reads and writes has to stay in the same memory. It must not wait for the GPU, and what
+    it does in Python alone happens only in the calls before.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], T],
+        graphs: Graphs | None,
+        warm_up_calls: int = WARM_UP_CALLS,
+    ) -> None:
+        """Wrap a function, which is never recorded if there are no `graphs`."""
+        self.function, self.graphs = function, graphs
+        self.warm_up_calls = warm_up_calls
+        self.recorded: tuple[T, Callable[[], None]] | None = None
+
+    def __call__(self) -> T:
+        """Run the function, or repeat it. Tensors that it returns hold until the next call."""
+        if self.graphs is None:
+            return self.function()
+        if self.warm_up_calls > 0:
+            self.warm_up_calls -= 1
+            return self.graphs.warm_up(self.function)
+        if self.recorded is None:
+            try:
+                self.recorded = self.graphs.record(self.function)
+            except RuntimeError as error:  # an old driver, or no memory
+                logging.getLogger(__name__).warning(
+                    "Training is slower than it could be, because its steps cannot be recorded in "
+                    "a CUDA graph: %s",
+                    str(error).partition("\n")[0],
+                )
+                self.graphs = None
+                return self.function()
+        result, repeat = self.recorded
+        repeat()
+        return result

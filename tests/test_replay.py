@@ -1,0 +1,139 @@
+"""Functions that are recorded once and then repeated: the same training as step by step."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from gptcore import array, replay, train
+from gptcore.experiment import Trial, run_trials
+from gptcore.model import CHUNK_AND_TILE
+from gptcore.optimizers import OPTIMIZERS
+from gptcore.records import MemoryRecorder
+from gptcore.replay import Replayed
+from helpers.tape import TapeGraphs
+from helpers.trials import Cut, CutAt, with_knobs
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Models that run together in a GPU's tiles, and are read every tenth step."""
+    monkeypatch.setitem(CHUNK_AND_TILE, "cpu", CHUNK_AND_TILE["cuda"])
+    monkeypatch.setitem(array.RUNS_TOGETHER, "cpu", True)
+    monkeypatch.setitem(train.DEVICE_SYNC_EVERY, "cpu", 10)
+
+
+@pytest.fixture
+def recording(monkeypatch, caplog):
+    """Return what records functions from now on, as CUDA graphs do; a test fails if it cannot."""
+    yield lambda: monkeypatch.setitem(replay.GRAPHS, "cpu", TapeGraphs)
+    assert not caplog.messages
+
+
+@pytest.fixture
+def trio(tiny):
+    """Three trials of 40 steps, each with its own start, data and text."""
+    tiny = with_knobs(tiny, train__steps=40, probes__every=5, optim__schedule="cosine")
+    return [
+        with_knobs(tiny, init__scheme="model5"),
+        with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
+        with_knobs(tiny, init__scheme="normal", init__std=0.1, corpus__subset="0-0.5"),
+    ]
+
+
+def run(configs, files=None):
+    recorders = [MemoryRecorder() for _ in configs]
+    files = files or [None] * len(configs)
+    run_trials([Trial(*each) for each in zip(configs, recorders, files, strict=True)])
+    return recorders
+
+
+def assert_alike(found, expected):
+    """Assert the same rows in the same order, with numbers equal up to rounding."""
+    assert set(found.rows) == set(expected.rows)
+    assert found.result.status == expected.result.status
+    assert found.result.steps == expected.result.steps
+    for table, rows in expected.rows.items():
+        assert len(found.rows[table]) == len(rows), table
+        for ours, theirs in zip(found.rows[table], rows, strict=True):
+            # The gradient of K's bias is rounding error, which Adam makes as large as any other.
+            noisy = getattr(ours, "kind", None) == "bias"
+            for name in ("tensor", "layer") if noisy else type(ours).__slots__:
+                mine, other = getattr(ours, name), getattr(theirs, name)
+                if table == "histograms" and name == "counts":
+                    mine, other = sum(mine), sum(other)  # rounding moves a few to the next bin
+                if isinstance(other, list):
+                    mine, other = (
+                        [math.nan if value is None else value for value in values]
+                        for values in (mine, other)
+                    )
+                if isinstance(other, float | list):
+                    other = pytest.approx(other, rel=2e-3, abs=2e-5, nan_ok=True)
+                assert mine == other, (table, ours, theirs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_recorded_steps_are_the_steps_themselves(trio, recording, name):
+    configs = [with_knobs(config, optim__name=name) for config in trio]
+    expected = run(configs)
+    recording()
+    for ours, theirs in zip(run(configs), expected, strict=True):
+        assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", array.DTYPES)
+def test_a_trial_alone_is_recorded_too(trio, recording, precision):
+    config = with_knobs(trio[0], train__precision=precision)
+    expected = run([config])
+    recording()
+    assert_alike(run([config])[0], expected[0])
+
+
+def test_a_trial_that_diverges_leaves_without_disturbing_the_others(trio, recording):
+    hot = with_knobs(trio[1], init__scheme="normal", init__std=1e30)
+    expected = run([trio[0], hot, trio[2]])
+    assert expected[1].result.status == "diverged"
+    recording()
+    for ours, theirs in zip(run([trio[0], hot, trio[2]]), expected, strict=True):
+        assert_alike(ours, theirs)
+
+
+def test_a_checkpoint_goes_on_into_recorded_steps(trio, recording, tmp_path):
+    expected = run(trio)
+    configs = [with_knobs(config, train__checkpoint_seconds=0.0) for config in trio]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    recording()
+    with pytest.raises(Cut):
+        run_trials([Trial(c, CutAt(23), f) for c, f in zip(configs, files, strict=True)])
+    assert all(file.exists() for file in files)
+    for ours, theirs in zip(run(configs, files), expected, strict=True):
+        assert_alike(ours, theirs)
+
+
+def test_what_is_recorded_reads_and_writes_the_same_memory_each_time():
+    x, total = torch.ones(3), torch.zeros(3)
+    function = Replayed(lambda: total.add_(x * 2).sum(), TapeGraphs(), warm_up_calls=1)
+    for k in range(1, 5):
+        x.fill_(float(k))
+        assert float(function()) == 3 * k * (k + 1)
+    assert total.tolist() == [20.0] * 3
+
+
+def test_a_function_that_waits_for_the_device_is_run_as_it_is_with_one_line(caplog):
+    x = torch.ones(3)
+    graphs = TapeGraphs()
+    function = Replayed(lambda: x.sum().item(), graphs, warm_up_calls=0)
+    with caplog.at_level(logging.WARNING):
+        assert [function() for _ in range(3)] == [3.0] * 3
+    (line,) = caplog.messages
+    assert line.startswith("Training is slower than it could be")
+    assert graphs.recorded == 1
+
+
+def test_without_a_way_to_record_functions_run_as_they_are():
+    calls = []
+    function = Replayed(lambda: calls.append(1), None)
+    for _ in range(5):
+        function()
+    assert len(calls) == 5
