@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
-from analysis.jsonable import JsonObject
 from gptcore.config import KNOBS, InputError, TrialConfig
+from gptcore.files import JsonObject
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, artifact_folder, named_runs, trial_status
 

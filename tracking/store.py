@@ -17,7 +17,6 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -33,6 +32,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
+from gptcore.files import JsonObject
 from tracking.address import StoreAddress, mask_password
 from tracking.health import check_server
 from tracking.private_api import create_engine, runs_in_database
@@ -175,8 +175,8 @@ class Store:
         launched = sorted(found, key=lambda run: float(run.data.tags["launched"]))
         return {run.data.tags["sweep"]: run for run in launched}
 
-    def read_json(self, run: Run, name: str) -> Any:
-        """Read a JSON file that a sweep's own run holds.
+    def read_json(self, run: Run, name: str) -> JsonObject:
+        """Read the object of a JSON file that a sweep's own run holds.
 
         Raises:
             InputError: the file is not there, or the store stops answering.
@@ -187,7 +187,8 @@ class Store:
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{run.info.artifact_uri}: was the runs folder moved?"
                 )
-            return json.loads(Path(folder, name).read_text())
+            contents: JsonObject = json.loads(Path(folder, name).read_text())
+            return contents
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
