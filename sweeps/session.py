@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,7 @@ from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
 from tracking.store import Store
-from tracking.sweep_run import SweepRun
+from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepEnd, SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Session:
         self.texts: Texts = NO_TEXTS
         self._sweep_run: SweepRun | None = None
         self._interim: JsonObject | None = None  # the contents of looks.json
-        self._ended = "FAILED"
+        self._ended: SweepEnd = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
         self._ctrl_c = CtrlC()
@@ -182,7 +184,7 @@ class Session:
     def record(self, plan: Plan) -> None:
         """Record the plan; the first time, open the sweep's own MLflow run."""
         self.plan = plan
-        planned = {**plan.as_dict(), "claims_digest": digest()}
+        planned = recorded(plan)
         if self._sweep_run:
             self._sweep_run.plans(planned)
             return
@@ -302,6 +304,22 @@ class Session:
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             depends_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recorded(plan: Plan) -> RecordedPlan:
+    """Return what the sweep's run keeps of a plan."""
+    return RecordedPlan(
+        sweep=plan.name,
+        preset=plan.preset,
+        command=shlex.join(["python", *sys.argv]),
+        notes=plan.notes,
+        tags=plan.tags(),
+        trials={
+            key: RecordedTrial(params=config.to_flat(), corpus_digest=plan.corpora[key].digest)
+            for key, config in plan.trials.items()
+        },
+        claims_digest=digest(),
+    )
 
 
 @contextmanager
