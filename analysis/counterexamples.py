@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, CONTRADICTED, INTERVALS, combined, decide, only_bound
-from analysis.jsonable import JsonObject, to_json
+from analysis.jsonable import to_json
 from analysis.sentences import format_estimate
 from analysis.verdicts import PartFinding, judge_part
 from gptcore.config import Scalar, spelling
+from gptcore.files import JsonObject
 
 REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
 """The claims for which a single trial has a number."""

@@ -9,7 +9,7 @@ import polars as pl
 import polars.selectors as cs
 
 from analysis import plots
-from analysis.jsonable import JsonObject
+from gptcore.files import JsonObject
 
 
 @dataclass(frozen=True)

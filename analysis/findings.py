@@ -14,7 +14,7 @@ import polars as pl
 from analysis.claims import CLAIMS, digest
 from analysis.decisions import ALPHA
 from analysis.depth_gradient import last_steps
-from analysis.frames import trials_to_judge
+from analysis.frames import RunFrames, trials_to_judge
 from analysis.interim import (
     InterimPlan,
     PlannedAnalysis,
@@ -132,12 +132,12 @@ class Findings:
     runs: Sequence[RunRow]
 
 
-def find(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> Findings:
+def find(sweep: RunTables, by_run: RunFrames) -> Findings:
     """Compute the findings of a sweep.
 
     Args:
         sweep: the runs; its trials have the column of with_scheme.
-        by_run: the frames of frames_of_runs.
+        by_run: their statistics.
     """
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
@@ -152,7 +152,7 @@ def find(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> Findings:
         notes.append(PROVISIONAL)
     return Findings(
         sweep=sweep.name,
-        notes=[*notes, *_left_out(sweep, by_run["left_out"])],
+        notes=[*notes, *_left_out(sweep, by_run.left_out)],
         trials={**ended, "unfinished": len(sweep.trials) - sum(ended.values())},
         interim=_summary(own) if own else None,
         claims=claim_findings(sweep, values, own, alpha),
@@ -304,14 +304,14 @@ def _counted(choices: Sequence[str], every: Sequence[Specification]) -> CountedS
     )
 
 
-def runs(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> list[RunRow]:
+def runs(sweep: RunTables, by_run: RunFrames) -> list[RunRow]:
     """List every trial of the plan: its knobs that vary, how it ended, and its main numbers."""
     losses = (
         sweep.tables["training"]
         .group_by("trial_key")
         .agg(last_loss=pl.col("loss").sort_by("step").last())
     )
-    tau = by_run["depth_gradient"].select("trial_key", "tau", "widest_layer")
+    tau = by_run.depth_gradient.select("trial_key", "tau", "widest_layer")
     knobs = varying_knobs(sweep.trials.to_dicts())
     rows: list[RunRow] = []
     rows += (
@@ -323,9 +323,9 @@ def runs(sweep: RunTables, by_run: Mapping[str, pl.DataFrame]) -> list[RunRow]:
     return rows
 
 
-def _depth_finding(by_run: Mapping[str, pl.DataFrame], scheme: str) -> DepthFinding:
-    runs = by_run["depth_gradient"].filter(pl.col("scheme") == scheme)
-    growth = last_steps(by_run["layer_growth"].filter(pl.col("scheme") == scheme))
+def _depth_finding(by_run: RunFrames, scheme: str) -> DepthFinding:
+    runs = by_run.depth_gradient.filter(pl.col("scheme") == scheme)
+    growth = last_steps(by_run.layer_growth.filter(pl.col("scheme") == scheme))
     by_layer = growth.group_by("layer").agg(pl.col("growth").median()).sort("layer")
     widest = Counter(runs["widest_layer"])
     return DepthFinding(
@@ -341,10 +341,10 @@ def _depth_finding(by_run: Mapping[str, pl.DataFrame], scheme: str) -> DepthFind
     )
 
 
-def _token_finding(by_run: Mapping[str, pl.DataFrame], scheme: str) -> TokenFinding:
-    changes = by_run["group_changes"].filter(pl.col("scheme") == scheme)
-    orders = by_run["group_orders"].filter(pl.col("scheme") == scheme)
-    groups = by_run["group_changes"]["group"].unique(maintain_order=True)
+def _token_finding(by_run: RunFrames, scheme: str) -> TokenFinding:
+    changes = by_run.group_changes.filter(pl.col("scheme") == scheme)
+    orders = by_run.group_orders.filter(pl.col("scheme") == scheme)
+    groups = by_run.group_changes["group"].unique(maintain_order=True)
     columns = ("start", "end", "change", "logit_change", "log_z_change", "excess")
 
     def mean_of(rows: pl.DataFrame, group: str, column: str) -> Estimate:

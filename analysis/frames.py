@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import polars as pl
 
 from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
@@ -44,14 +46,33 @@ def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
-    """Compute all statistics of runs.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunFrames:
+    """The frame of each statistic of runs, with the columns of with_trial.
 
-    Returns:
-        By name the frame of each statistic, with the columns of with_trial. A frame is empty where
-        the sweep has no such numbers. The frame `left_out` names runs whose large tables cannot be
-        read.
+    A frame is empty where the sweep has no such numbers. The fields name the report's Parquet
+    files, and figures choose a frame by the same name.
     """
+
+    layer_growth: pl.DataFrame
+    depth_gradient: pl.DataFrame
+    tau_over_steps: pl.DataFrame
+    group_changes: pl.DataFrame
+    group_orders: pl.DataFrame
+    init_errors: pl.DataFrame
+    group_log_probs: pl.DataFrame
+    rare_by_size: pl.DataFrame
+    histograms: pl.DataFrame
+    same_tokens: pl.DataFrame
+    left_out: pl.DataFrame  # runs whose large tables cannot be read, and why
+
+    def by_name(self) -> dict[str, pl.DataFrame]:
+        """Return the frames by the names of their files."""
+        return dict(vars(self))
+
+
+def frames_of_runs(sweep: RunTables) -> RunFrames:
+    """Compute all statistics of runs."""
     growth, changes = growth_of(sweep, "qkv"), changes_of(sweep)
     log_probs = primary(sweep.tables["token_groups"].lazy()).collect()
     frames = {
@@ -70,7 +91,7 @@ def frames_of_runs(sweep: RunTables) -> dict[str, pl.DataFrame]:
     frames["left_out"] = pl.DataFrame(
         left_out, schema={"trial_key": pl.String, "why": pl.String}, orient="row"
     )
-    return {name: with_trial(frame, sweep) for name, frame in frames.items()}
+    return RunFrames(**{name: with_trial(frame, sweep) for name, frame in frames.items()})
 
 
 def runs_of_lowest_seeds(sweep: RunTables, seeds: int) -> pl.DataFrame:

@@ -23,11 +23,12 @@ from mlflow.entities import Run
 
 from analysis.claims import CLAIMS, digest
 from analysis.decisions import ALPHA, NOT_MEASURED, UNDERPOWERED
-from analysis.jsonable import KEY, JsonObject, to_json
+from analysis.jsonable import KEY, to_json
 from analysis.power import least_seeds
 from analysis.runs import RunTables
 from analysis.stats import Estimate, SpreadEstimate
 from analysis.verdicts import Finding, PartFinding
+from gptcore.files import JsonObject
 from tracking.store import Store
 
 MAX_ANALYSES = 5

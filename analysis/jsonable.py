@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
 
-JsonObject = dict[str, Any]
-"""An object of a JSON file, as json.load gives it and json.dump takes it."""
+from gptcore.files import Json, JsonObject
+
 KEY = "json_key"
 FLAT = {"json_flat": True}
 
 
-def to_json(value: object) -> Any:
+def to_json(value: object) -> Json:
     """Turn dataclasses, mappings and sequences into dicts and lists, at every depth."""
     if is_dataclass(value):
         found: JsonObject = {}

@@ -100,7 +100,7 @@ def build_report(
         f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
         for claim, found in findings.specifications.items()
     }
-    frames = {**sweep.tables, **by_run, **specified, "trials": sweep.trials}
+    frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
     page = render(sweep, frames, findings, shown)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
-from analysis.jsonable import JsonObject
 from gptcore.config import KNOBS, InputError, TrialConfig
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, artifact_folder, named_runs, trial_status
+from tracking.sweep_run import RecordedPlan, read_plan
 
 DOWNLOADS = 16
 """How many tables are fetched from a server at the same time."""
@@ -112,7 +112,7 @@ def read_sweeps(
     store.open()
     sweeps = named_runs(store, names)
     name = " + ".join(run.data.tags["sweep"] for run in sweeps)
-    plans = [store.read_json(run, "plan.json") for run in sweeps]
+    plans = [read_plan(store, run) for run in sweeps]
     runs = store.trial_runs()
     trials = _trials(plans, runs)
     if where is not None:
@@ -130,11 +130,11 @@ def read_sweeps(
         key, why = next(iter(unreadable.items()))
         raise InputError(f"no trial can be read; trial {key}: {why}")
     digests = {run.data.tags.get("claims_digest") for run in sweeps}
-    notes = dict.fromkeys(note for plan in plans for note in plan["notes"])
+    notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     return RunTables(
         name=name,
         notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
-        commands=tuple(plan["command"] for plan in plans),
+        commands=tuple(plan.command for plan in plans),
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
         # Trials that were selected after they ran cannot confirm a claim.
         claims_digest=digests.pop() if len(digests) == 1 and not where else None,
@@ -152,15 +152,15 @@ def read_sweeps(
     )
 
 
-def _trials(plans: Sequence[JsonObject], runs: Mapping[str, Run]) -> pl.DataFrame:
+def _trials(plans: Sequence[RecordedPlan], runs: Mapping[str, Run]) -> pl.DataFrame:
     """Make RunTables.trials of the plans.
 
     Args:
-        plans: the contents of plan.json of each sweep.
+        plans: of each sweep.
         runs: by trial key the run that counts.
     """
     defaults = TrialConfig().to_flat()
-    params = {key: trial["params"] for plan in plans for key, trial in plan["trials"].items()}
+    params = {key: trial.params for plan in plans for key, trial in plan.trials.items()}
     return pl.DataFrame(
         [
             {

@@ -80,7 +80,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
     from gptcore.experiment import run_trial
     from tracking.job import Job
     from tracking.recorder import MlflowRecorder
-    from tracking.sweep_run import SweepRun
+    from tracking.sweep_run import RecordedPlan, SweepRun
 
     store = store_in(folder)
     store.open()
@@ -122,7 +122,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
         "sweep": "scale", "tags": {}, "notes": [], "command": "", "claims_digest": digest(),
         "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
     }  # fmt: skip
-    SweepRun(store, experiment_id, plan, launched=1).end("FINISHED")
+    SweepRun(store, experiment_id, RecordedPlan.from_json(plan), launched=1).end("FINISHED")
 
 
 def time_phases(folder: Path) -> dict[str, float]:

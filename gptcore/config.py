@@ -375,7 +375,8 @@ def check_value(key: str, value: Any) -> Scalar:
     in_range = finite and all(COMPARISONS[sign](value, limits[sign]) for sign in limits)
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
-    return value
+    checked: Scalar = value
+    return checked
 
 
 def parse_value(key: str, text: str) -> Scalar:

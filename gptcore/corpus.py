@@ -108,7 +108,9 @@ class Corpus:
         return total - np.bincount(held_out, minlength=n_vocab)
 
     def _windows(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
+        places = starts[:, None] + np.arange(self.context + 1)
+        windows: NDArray[np.int64] = self.tokens[places].astype(np.int64)
+        return windows
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,8 @@ def _tokens(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
     if not file.exists():
         tokens = encode(tokenizer, text)
         _write_to_cache(file, lambda temporary: np.save(temporary, tokens))
-    return np.load(file, mmap_mode="r")
+    cached: NDArray[np.uint16] = np.load(file, mmap_mode="r")
+    return cached
 
 
 def cache_dir() -> Path:

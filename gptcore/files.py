@@ -1,4 +1,4 @@
-"""Write files so that each appears complete or not at all."""
+"""Write files so that each appears complete or not at all, and name what JSON files hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Json = Any
+"""A value of a JSON file: None, a bool, a number, a text, a list, an object."""
+JsonObject = dict[str, Json]
+"""An object of a JSON file, as json.load gives it and json.dump takes it."""
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:

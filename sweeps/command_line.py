@@ -6,7 +6,6 @@ import argparse
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gptcore.config import KNOBS, InputError, TrialConfig, spelling
 from gptcore.corpus import CORPORA
@@ -35,7 +34,7 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
     """Add a flag for each knob."""
     knobs = parser.add_argument_group("knobs", description)
     defaults = TrialConfig().to_flat()
-    registries: dict[str, Mapping[str, Any]] = {
+    registries: dict[str, Mapping[str, object]] = {
         "init.scheme": INIT_SCHEMES,
         "corpus.name": CORPORA,
         "optim.name": OPTIMIZERS,

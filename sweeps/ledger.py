@@ -17,19 +17,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mlflow.entities import Run
 
 from gptcore.config import InputError
 from sweeps.execution.checkpoints import with_checkpoint
-from tracking.store import DONE, Store, trial_status
+from tracking.store import DONE, Store, TrialStatus, trial_status
+
+EntryStatus = TrialStatus | Literal["cut off"]
+"""Also `cut off`: the trial's run is RUNNING, and no driver works on it."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """The state of one trial: its status, a note for the user, its MLflow run."""
 
-    status: str  # as trial_status; or `cut off`: its run is RUNNING, and no driver works on it
+    status: EntryStatus
     why: str  # what the user has to know about it; may be empty
     run: Run | None
 
@@ -50,7 +54,8 @@ def read_ledger(keys: Iterable[str], sweep: str, store: Store, runs_dir: Path) -
 
 
 def _entry(run: Run | None, sweep: str, held: bool, has_checkpoint: bool) -> Entry:
-    status, why = trial_status(run), []
+    status: EntryStatus = trial_status(run)
+    why = []
     if run is not None:
         of_sweep = run.data.tags["sweep"]
         if of_sweep != sweep:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from gptcore.config import KNOBS, InputError, TrialConfig, compared_knobs, spelling, varying_knobs
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
@@ -33,20 +30,6 @@ class Plan:
     corpora: Mapping[str, Corpus]  # by trial key
     notes: tuple[str, ...] = ()  # what the user has to know about the plan
     searched: tuple[str, ...] = ()  # knobs in which trials that are added later may differ
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what plan.json holds."""
-        return {
-            "sweep": self.name,
-            "preset": self.preset,
-            "command": shlex.join(["python", *sys.argv]),
-            "notes": list(self.notes),
-            "tags": self.tags(),
-            "trials": {
-                key: {"params": config.to_flat(), "corpus_digest": self.corpora[key].digest}
-                for key, config in self.trials.items()
-            },
-        }
 
     def of_seeds(self, seeds: Sequence[int]) -> Plan:
         """Return the plan with only the trials of these seeds."""

@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from analysis.claims import digest
 from analysis.interim import InterimPlan
-from analysis.jsonable import JsonObject
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
+from gptcore.files import JsonObject
 from gptcore.units import clock
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
@@ -33,7 +35,7 @@ from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
 from tracking.store import Store
-from tracking.sweep_run import SweepRun
+from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepEnd, SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class Session:
         self.texts: Texts = NO_TEXTS
         self._sweep_run: SweepRun | None = None
         self._interim: JsonObject | None = None  # the contents of looks.json
-        self._ended = "FAILED"
+        self._ended: SweepEnd = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
         self._ctrl_c = CtrlC()
@@ -182,7 +184,7 @@ class Session:
     def record(self, plan: Plan) -> None:
         """Record the plan; the first time, open the sweep's own MLflow run."""
         self.plan = plan
-        planned = {**plan.as_dict(), "claims_digest": digest()}
+        planned = recorded(plan)
         if self._sweep_run:
             self._sweep_run.plans(planned)
             return
@@ -298,10 +300,26 @@ class Session:
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
-        depends_on: list[Any] = [runs, digest(), plan.tags(), self._interim]
+        depends_on: list[object] = [runs, digest(), plan.tags(), self._interim]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             depends_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recorded(plan: Plan) -> RecordedPlan:
+    """Return what the sweep's run keeps of a plan."""
+    return RecordedPlan(
+        sweep=plan.name,
+        preset=plan.preset,
+        command=shlex.join(["python", *sys.argv]),
+        notes=plan.notes,
+        tags=plan.tags(),
+        trials={
+            key: RecordedTrial(params=config.to_flat(), corpus_digest=plan.corpora[key].digest)
+            for key, config in plan.trials.items()
+        },
+        claims_digest=digest(),
+    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from helpers.store import job_of
 from helpers.trials import undisturbed_tables
 from tracking.recorder import MlflowRecorder, close_runs
 from tracking.store import trial_status
-from tracking.sweep_run import SweepRun
+from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepRun
 
 
 @pytest.fixture
@@ -34,14 +34,10 @@ def recorder(store, experiment_id, tiny):
 
 
 def plan_of(trials):
-    return {
-        "sweep": "sweep",
-        "notes": [],
-        "command": "",
-        "claims_digest": "d",
-        "tags": {"notes": ""},
-        "trials": trials,
-    }
+    return RecordedPlan(
+        sweep="sweep", preset="", command="", notes=(), tags={"notes": ""}, trials=trials,
+        claims_digest="d",
+    )  # fmt: skip
 
 
 def test_a_trial_leaves_params_tags_metrics_and_tables(store, recorder, key, tiny):
@@ -169,11 +165,23 @@ def test_closing_asks_the_store_once_however_many_trials_have_ended_well(
     assert status == {key: "FINISHED", "stopped": "KILLED"}
 
 
+def test_plan_json_keeps_its_keys_and_their_order_for_sweeps_older_than_this_code():
+    trial = {"params": {"init.seed": 0}, "corpus_digest": "c"}
+    stored = {
+        "sweep": "sweep", "preset": "quick", "command": "python", "notes": ["a note"],
+        "tags": {"notes": "a note"}, "trials": {"key": trial}, "claims_digest": "d",
+    }  # fmt: skip
+    assert json.dumps(RecordedPlan.from_json(stored).to_json()) == json.dumps(stored)
+    oldest = {"command": "python", "notes": [], "trials": {"key": {"params": trial["params"]}}}
+    assert RecordedPlan.from_json(oldest).trials["key"].params == trial["params"]
+
+
 def test_a_sweep_has_one_run_and_its_latest_plan_counts(
     store, experiment_id, recorder, key, tiny, tmp_path
 ):
     run_trial(tiny, recorder(key))
-    trials = {key: {"params": tiny.to_flat()}, "other": {"params": tiny.to_flat()}}
+    trial = RecordedTrial(params=tiny.to_flat(), corpus_digest="d")
+    trials = {key: trial, "other": trial}
     first, second = (
         SweepRun(store, experiment_id, plan_of(wanted), launched=1) for wanted in ({}, trials)
     )

@@ -19,7 +19,7 @@ from analysis.runs import READ, read_sweeps
 from gptcore.config import InputError
 from helpers.paths import ROOT
 from helpers.store import moved, open_store, store_in
-from tracking.sweep_run import SweepRun
+from tracking.sweep_run import RecordedPlan, SweepRun
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,15 @@ def test_a_folder_without_sweeps_is_named_and_left_empty(tmp_path, capsys):
 
 def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
     store = store_in(tmp_path)
-    plan = {
-        "sweep": "empty",
-        "notes": [],
-        "tags": {},
-        "claims_digest": "d",
-        "command": "",
-        "trials": {"k": {"params": {"init.seed": 0}}},
-    }
+    # As one that is older than some keys.
+    plan = RecordedPlan.from_json(
+        {
+            "sweep": "empty",
+            "notes": [],
+            "command": "",
+            "trials": {"k": {"params": {"init.seed": 0}}},
+        }
+    )
     SweepRun(store, store.open_experiment("empty", tmp_path), plan, launched=1)
     assert main(["--runs-dir", str(tmp_path)]) == 2
     assert "sweep empty has no finished trials yet" in capsys.readouterr().err

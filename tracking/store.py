@@ -17,7 +17,7 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -33,11 +33,14 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
+from gptcore.files import JsonObject
 from tracking.address import StoreAddress, mask_password
 from tracking.health import check_server
 from tracking.private_api import create_engine, runs_in_database
 
-DONE = ("finished", "diverged")
+TrialStatus = Literal["finished", "diverged", "failed", "pruned", "stopped", "running", "missing"]
+"""What became of a trial: the tag of its run, or `missing` where there is no run."""
+DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
@@ -175,8 +178,8 @@ class Store:
         launched = sorted(found, key=lambda run: float(run.data.tags["launched"]))
         return {run.data.tags["sweep"]: run for run in launched}
 
-    def read_json(self, run: Run, name: str) -> Any:
-        """Read a JSON file that a sweep's own run holds.
+    def read_json(self, run: Run, name: str) -> JsonObject:
+        """Read the object of a JSON file that a sweep's own run holds.
 
         Raises:
             InputError: the file is not there, or the store stops answering.
@@ -187,7 +190,8 @@ class Store:
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{run.info.artifact_uri}: was the runs folder moved?"
                 )
-            return json.loads(Path(folder, name).read_text())
+            contents: JsonObject = json.loads(Path(folder, name).read_text())
+            return contents
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
@@ -243,9 +247,9 @@ def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {name: value[:MAX_TAG_LENGTH] for name, value in tags.items()}
 
 
-def trial_status(run: Run | None) -> str:
-    """Return finished, diverged, failed, pruned, stopped or running; missing where no run is."""
-    return "missing" if run is None else str(run.data.tags["trial_status"])
+def trial_status(run: Run | None) -> TrialStatus:
+    """Return what became of the trial whose run this is."""
+    return "missing" if run is None else cast(TrialStatus, run.data.tags["trial_status"])
 
 
 def artifact_folder(run: Run) -> Path | None:

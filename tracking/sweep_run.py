@@ -3,10 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from mlflow.entities import Run
+
+from gptcore.config import Scalar
+from gptcore.files import JsonObject
 from tracking.store import Store
+
+PLAN_FILE = "plan.json"
+
+SweepEnd = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a driver leaves the sweep's run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTrial:
+    """One trial of a plan."""
+
+    params: Mapping[str, Scalar]  # every knob that there was when it was planned
+    corpus_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedPlan:
+    """What a sweep runs, as plan.json keeps it: the fields are its keys, in their order."""
+
+    sweep: str
+    preset: str
+    command: str  # that made the sweep
+    notes: tuple[str, ...]  # what the user has to know
+    tags: Mapping[str, str]  # of every run of the sweep
+    trials: Mapping[str, RecordedTrial]  # by trial key
+    claims_digest: str
+
+    @classmethod
+    def from_json(cls, stored: JsonObject) -> RecordedPlan:
+        """Read what to_json gave, perhaps long ago: what readers can do without may be missing."""
+        return cls(
+            sweep=stored.get("sweep", ""),
+            preset=stored.get("preset", ""),
+            command=stored["command"],
+            notes=tuple(stored["notes"]),
+            tags=stored.get("tags", {}),
+            trials={
+                key: RecordedTrial(
+                    params=trial["params"], corpus_digest=trial.get("corpus_digest", "")
+                )
+                for key, trial in stored["trials"].items()
+            },
+            claims_digest=stored.get("claims_digest", ""),
+        )
+
+    def to_json(self) -> JsonObject:
+        """Return the contents of plan.json."""
+        trials = {key: dict(vars(trial)) for key, trial in self.trials.items()}
+        return {**vars(self), "notes": list(self.notes), "trials": trials}
+
+
+def read_plan(store: Store, sweep_run: Run) -> RecordedPlan:
+    """Read the latest plan of a sweep from its own run. Raises what Store.read_json raises."""
+    return RecordedPlan.from_json(store.read_json(sweep_run, PLAN_FILE))
 
 
 class SweepRun:
@@ -16,45 +75,44 @@ class SweepRun:
         self,
         store: Store,
         experiment_id: str,
-        plan: Mapping[str, Any],
+        plan: RecordedPlan,
         launched: float,
-        interim: Mapping[str, Any] | None = None,
+        interim: JsonObject | None = None,
     ) -> None:
         """Open the sweep's run, made if it is new.
 
         Args:
             store: where trials are recorded.
             experiment_id: the sweep's experiment.
-            plan: what is about to run, as plan.json holds it.
+            plan: what is about to run.
             launched: seconds since the epoch; the newest sweep is found by it.
-            interim: the interim analyses, for a sweep that has them.
+            interim: the contents of looks.json, for a sweep with interim analyses.
         """
-        name = plan["sweep"]
         self.store, self.experiment_id, client = store, experiment_id, store.client
         run = store.find_run("sweep", experiment_id)
         if run is None:
             # Claims are confirmatory only if they were fixed before the first trial.
             run = client.create_run(
                 experiment_id,
-                run_name=f"sweep {name}",
-                tags={"claims_digest": plan["claims_digest"]},
+                run_name=f"sweep {plan.sweep}",
+                tags={"claims_digest": plan.claims_digest},
             )
         self.run_id = run.info.run_id
         self.plans(plan)
         if interim:
             self.keep_interim_plan(interim)
         # The tag `kind` comes last: readers find a sweep by it, and expect its plan to be there.
-        store.set_tags(self.run_id, sweep=name, launched=f"{launched:.3f}", **plan["tags"])
+        store.set_tags(self.run_id, sweep=plan.sweep, launched=f"{launched:.3f}", **plan.tags)
         store.set_tags(self.run_id, kind="sweep")
         client.update_run(self.run_id, status="RUNNING")
 
-    def plans(self, plan: Mapping[str, Any]) -> None:
+    def plans(self, plan: RecordedPlan) -> None:
         """Record what is about to run, in place of an earlier plan."""
-        self.store.client.log_dict(self.run_id, dict(plan), "plan.json")
+        self.store.client.log_dict(self.run_id, plan.to_json(), PLAN_FILE)
 
-    def keep_interim_plan(self, interim: Mapping[str, Any]) -> None:
+    def keep_interim_plan(self, interim: JsonObject) -> None:
         """Record the interim analyses, made and planned, in place of an earlier record."""
-        self.store.client.log_dict(self.run_id, dict(interim), "looks.json")
+        self.store.client.log_dict(self.run_id, interim, "looks.json")
         self.store.set_tags(self.run_id, until_decided=str(len(interim["seeds"])))
 
     def keep(self, files: Sequence[Path], **tags: str) -> None:
@@ -69,6 +127,6 @@ class SweepRun:
         tag: str | None = self.store.client.get_run(self.run_id).data.tags.get("report_of")
         return tag
 
-    def end(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
+    def end(self, status: SweepEnd) -> None:
+        """End the run."""
         self.store.client.set_terminated(self.run_id, status)

@@ -7,8 +7,8 @@ holds was read from MLflow's own page and is not documented: a test opens the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from gptcore.files import JsonObject
 from tracking.address import VIEW
 from tracking.private_api import shared_view, shared_view_tag
 
@@ -25,7 +25,7 @@ def view_of_sweep(group_by: Sequence[str], n_layer: int) -> str:
     return shared_view(VIEW, view_state(group_by, n_layer))
 
 
-def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:
+def view_state(group_by: Sequence[str], n_layer: int) -> JsonObject:
     """Return what MLflow's page of runs is to show: filter, order, columns, groups, charts."""
     first = "What the claims are about"
     charts = {
@@ -73,7 +73,7 @@ def view_state(group_by: Sequence[str], n_layer: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _lines(title: str, *metrics: str) -> dict[str, Any]:
+def _lines(title: str, *metrics: str) -> JsonObject:
     """Return a chart of metrics over steps."""
     return {
         "type": "LINE", "displayName": title, "metricKey": metrics[0],

@@ -14,7 +14,7 @@ import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND
 
 from gptcore.config import InputError
-from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, workers, wrong_with
+from gptcore.files import JsonObject
+from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, ClusterFile, workers, wrong_with
 from sweeps.execution.private_api import aws_node_provider
 
 AWSNodeProvider: Any = aws_node_provider()
@@ -38,7 +39,7 @@ class Provider(AWSNodeProvider):
     """The provider that `ray up` uses; the cluster's machines get Ray's own provider."""
 
     @staticmethod
-    def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
+    def fillout_available_node_types_resources(cluster_config: JsonObject) -> JsonObject:
         """Add the cores, memory and GPUs of each machine to the file: Ray calls this first.
 
         Ends `ray up` with exit code 2 where a rule is broken.
@@ -52,7 +53,7 @@ class Provider(AWSNodeProvider):
             return dict(AWSNodeProvider.fillout_available_node_types_resources(cluster_config))
 
     @staticmethod
-    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+    def bootstrap_config(cluster_config: JsonObject) -> JsonObject:
         """Make what the cluster needs on AWS, and add it to the file.
 
         Ends `ray up` with exit code 2 where AWS refuses.
@@ -71,7 +72,7 @@ def _one_sentence() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def bootstrap(cluster_config: Mapping[str, Any]) -> dict[str, Any]:
+def bootstrap(cluster_config: ClusterFile) -> JsonObject:
     """Return a file for Ray's own provider, with the security group, rights and image made here.
 
     Raises:
@@ -218,7 +219,7 @@ def let_start(region: str, head_profile: str, role: str) -> None:
     )
 
 
-def _policy(*allowed: Mapping[str, Any]) -> str:
+def _policy(*allowed: JsonObject) -> str:
     statements = [{"Effect": "Allow", **statement} for statement in allowed]
     return json.dumps({"Version": "2012-10-17", "Statement": statements})
 

@@ -6,9 +6,13 @@ import functools
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import boto3
+
+from gptcore.files import Json, JsonObject
+
+ClusterFile = Mapping[str, Json]
+"""A cluster file, as YAML gives it."""
 
 TOKEN = "~/.ray/auth_token"
 ENVIRONMENT = "sweeps/clusters/environment"
@@ -21,12 +25,8 @@ SECRET = re.compile(
 S3_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
-def wrong_with(cluster: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each rule that a cluster file breaks.
-
-    Args:
-        cluster: the file, as YAML gives it.
-    """
+def wrong_with(cluster: ClusterFile) -> Iterator[str]:
+    """Yield one sentence for each rule that a cluster file breaks."""
     for place, text in _texts(cluster):
         if placeholder := re.search("<[a-z-]+>", text):
             yield f"{place} still has {placeholder[0]}: replace it by your own value"
@@ -76,7 +76,7 @@ def _regions() -> list[str]:
     return list(boto3.Session().get_available_regions("ec2"))
 
 
-def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+def _texts(value: Json, place: str = "") -> Iterator[tuple[str, str]]:
     """Yield every text and number of a YAML value, with its path."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -88,7 +88,7 @@ def _texts(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, str(value)
 
 
-def workers(cluster: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def workers(cluster: ClusterFile) -> Iterator[tuple[str, JsonObject]]:
     """Yield the kinds of machines that trials run on, by name."""
     for name, kind in cluster["available_node_types"].items():
         if name != cluster["head_node_type"]:

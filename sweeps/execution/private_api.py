@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray._common.usage.usage_lib import get_cluster_metadata
@@ -64,7 +64,7 @@ def started_cluster() -> str | None:
     return address
 
 
-def cluster_metadata(address: str) -> Mapping[str, Any]:
+def cluster_metadata(address: str) -> Mapping[str, object]:
     """Ask a cluster for its versions of Ray and Python; empty where it does not say.
 
     Reason: ray.init() would try for minutes, end the process, or say why in twenty lines.
@@ -75,7 +75,7 @@ def cluster_metadata(address: str) -> Mapping[str, Any]:
     return get_cluster_metadata(GcsClient(address=address)) or {}
 
 
-def check_versions(metadata: Mapping[str, Any]) -> None:
+def check_versions(metadata: Mapping[str, object]) -> None:
     """Raise RuntimeError where a cluster's versions are not this process's."""
     check_version_info(dict(metadata), "here")
 

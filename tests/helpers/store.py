@@ -123,7 +123,7 @@ def make_sweep(
     from analysis.claims import digest
     from gptcore.experiment import run_trial
     from tracking.recorder import MlflowRecorder
-    from tracking.sweep_run import SweepRun
+    from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepRun
     from tracking.view import VIEW_TAG, view_of_sweep
 
     store = open_store(uri)
@@ -140,14 +140,18 @@ def make_sweep(
             label = f"{flat['init.scheme']}, {flat['corpus.subset']}, seed {flat['init.seed']}"
             job = job_of(config, key, label, name)
             run_trial(config, MlflowRecorder(store, experiment_id, job))
-    plan = {
-        "sweep": name,
-        "tags": {},
-        "claims_digest": digest(),
-        "notes": ["made by a test <b>&</b>"],
-        "command": f"python sweeps/init_sweep.py --name {name}",
-        "trials": {key: {"params": config.to_flat()} for key, config in trials.items()},
-    }
+    plan = RecordedPlan(
+        sweep=name,
+        preset="",
+        command=f"python sweeps/init_sweep.py --name {name}",
+        notes=("made by a test <b>&</b>",),
+        tags={},
+        trials={
+            key: RecordedTrial(params=config.to_flat(), corpus_digest="")
+            for key, config in trials.items()
+        },
+        claims_digest=digest(),
+    )
     SweepRun(store, experiment_id, plan, launched=time.time()).end("FINISHED")
 
 
