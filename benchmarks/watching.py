@@ -12,6 +12,8 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,10 +32,22 @@ from gptcore.config import (
 )
 from gptcore.experiment import one_thread
 from gptcore.init_schemes import initialise
+from gptcore.looks import Looks, OnTheWay, Packed
 from gptcore.model import GPT
-from gptcore.probes import PROBES, Moment, update_rows, values_of
+from gptcore.probes import PROBES, subjects_of
+from gptcore.replay import GRAPHS, WARM_UP_CALLS
+from gptcore.steps import Steps
 from gptcore.token_groups import TokenGroups
-from gptcore.token_probs import Reading
+from gptcore.weights import values_of
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What probes need of a trial besides its model."""
+
+    initial: Mapping[str, torch.Tensor]
+    fixed_texts: Mapping[str, torch.Tensor]
+    groups: TokenGroups
 
 
 def random_groups(rng: np.random.Generator, vocab_size: int) -> TokenGroups:
@@ -64,19 +78,32 @@ def main() -> None:
     model = GPT(shape)
     initialise(model, InitConfig())
     model.to(args.device)
-    array = ModelArray([model], OptimConfig())
     layers = range(shape.n_layer)
-    initial = values_of(model, layers)
-    fixed_texts = {
-        text: random_ids(CorpusConfig().windows, shape).to(args.device)
-        for text in ("probe", "held_out")
-    }
-    groups = random_groups(np.random.default_rng(0), shape.vocab_size)
+    trial = Watched(
+        initial=values_of(model, layers),
+        fixed_texts={
+            text: random_ids(CorpusConfig().windows, shape).to(args.device)
+            for text in ("probe", "held_out")
+        },
+        groups=random_groups(np.random.default_rng(0), shape.vocab_size),
+    )
+    make_graphs = GRAPHS.get(torch.device(args.device).type)
+    graphs = make_graphs() if make_graphs else None
+    optim = OptimConfig()
+    array = ModelArray([model], optim, capturable=graphs is not None)
+    steps = Steps(array, optim.clip, (args.batch_size, shape.context + 1), 1, graphs)
+    looks = Looks(subjects_of(array, [trial], layers), steps, graphs)
 
     def clock() -> float:
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def read(found: Sequence[Packed]) -> None:
+        """Bring what was measured to the host, and make rows of it."""
+        values = OnTheWay([packed.values_KX for packed in found]).arrived()
+        for packed, values_KX in zip(found, values, strict=True):
+            list(packed.rows(0, 0, values_KX[0]))
 
     cadences = {
         name: getattr(ProbesConfig(), probe.cadence) if probe.cadence else TrainConfig().steps // 2
@@ -86,46 +113,37 @@ def main() -> None:
     times: dict[str, list[float]] = {"step": [], **{name: [] for name in cadences}}
     end = time.perf_counter() + args.seconds
     with one_thread():
-        while time.perf_counter() < end or len(times["step"]) < 5:
-            windows = random_ids(args.batch_size, shape).to(args.device)
-            ids, targets = windows[:, :-1], windows[:, 1:]
+        while time.perf_counter() < end or len(times["step"]) < 2 * WARM_UP_CALLS:
+            windows = random_ids(args.batch_size, shape).numpy()
             start = clock()
-            (hidden,), (head,) = array.gradients(ids[None], targets[None])
-            norm = array.norms()
-            torch.stack([head.loss.double()[None], norm]).tolist()
+            steps.load([[windows]], [optim.lr])
+            steps.gradients()
+            steps.stats_M3K.tolist()
             until_update = clock() - start
-            moment = Moment(
-                step=0,
-                model=model,
-                initial=initial,
-                layers=layers,
-                groups=groups,
-                fixed_texts=fixed_texts,
-                batch=Reading(text="batch", ids_BT=ids, hidden_BTD=hidden, log_z_BT=head.log_z_BT),
-            )
-            for name, probe in PROBES.items():
+            for name in PROBES:
+                # Whatever reads the fixed texts is due together with them, and shares the reading.
+                shared = ["fixed_texts"] if name == "tokens" else []
                 start = clock()
-                with torch.no_grad():
-                    probe.rows(moment)
-                times[name].append(clock() - start)
+                read(looks.before_update([*shared, name], [0]))
+                times[name].append(clock() - start - sum(times[each][-1] for each in shared))
             start = clock()
-            before = values_of(model, layers)
+            looks.remember([0])
             copying = clock() - start
             start = clock()
-            array.update(array.config.lr, array.config.clip, norm)
+            steps.update()
             times["step"].append(until_update + clock() - start)
             start = clock()
-            update_rows(0, model, layers, before)
+            read(looks.after_update([0]))
             times["updates"].append(copying + clock() - start)
 
-    step = statistics.median(times["step"][1:])
+    step = statistics.median(times["step"][WARM_UP_CALLS + 1 :])
     print(
         f"d{args.d_model} L{args.n_layer}, {args.batch_size} x {args.context} tokens, {args.device}"
     )
     print(f"step          {step * 1e3:8.2f} ms, median of {len(times['step'])}")
     total = 0.0
     for name, every in cadences.items():
-        median = statistics.median(times[name][1:])
+        median = statistics.median(times[name][WARM_UP_CALLS + 1 :])
         share = median / every / step
         total += share
         print(f"{name:13s} {median * 1e3:8.2f} ms every {every:3d} steps: {share:6.2%} of a step")

@@ -44,7 +44,7 @@ from gptcore.token_probs import (
     token_group_rows,
     tokens_row,
 )
-from gptcore.weights import RowWeights, TiledWeights, Weights, stacked_values
+from gptcore.weights import THIRDS, RowWeights, TiledWeights, Weights, stacked_values
 
 HISTOGRAM_EDGES = [0.01 * math.sinh(u / 10) for u in range(-67, 68)]
 """Edges of the bins in all runs. A bin is 0.001 wide near 0, and a tenth of its value far from 0.
@@ -345,11 +345,12 @@ def activation_rows(moment: Moment) -> list[Measured]:
     queries, keys = [], []
     for layer in subject.layers:
         block = f"blocks.{layer}"
-        q, k, v = split_heads(outputs[f"{block}.attn.qkv"], subject.n_head)
-        sites += [("q", layer, q), ("k", layer, k), ("v", layer, v)]
+        qkv = outputs[f"{block}.attn.qkv"]
+        sites += zip(THIRDS, [layer] * 3, qkv.chunk(3, dim=-1), strict=True)
         sites += [("attn", layer, outputs[f"{block}.attn"])]
         sites += [("fc", layer, outputs[f"{block}.mlp.fc"])]
         sites += [("mlp", layer, outputs[f"{block}.mlp"]), ("residual", layer, outputs[block])]
+        q, k, _ = split_heads(qkv, subject.n_head)
         queries.append(q)
         keys.append(k)
     places = [(site, layer) for site, layer, _ in sites]
@@ -379,8 +380,8 @@ def _sizes(sites: Sequence[Tensor], together: bool) -> Tensor:
         ]
     indexed = list(enumerate(sites))
     order, found = [], []
-    for same in _alike(indexed, lambda site: site[1][0].numel(), together):
-        x_KXN = torch.stack([x.flatten(1) for _, x in same], dim=1)
+    for same in _alike(indexed, lambda site: site[1].shape, together):
+        x_KXN = torch.stack([x for _, x in same], dim=1).flatten(2)
         found.append(torch.stack([x_KXN.square().mean(2).sqrt(), x_KXN.abs().amax(2)], dim=2))
         order += [i for i, _ in same]
     back = sorted(range(len(order)), key=order.__getitem__)

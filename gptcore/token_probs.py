@@ -141,6 +141,9 @@ def distinct_tokens(ids_KN: Tensor, *, padded: bool) -> tuple[Tensor, Tensor, Te
     return present_KN, which_KN, is_used_KN
 
 
+MASKS = ("sequence", "prefix", "batch", "none")
+
+
 def token_group_rows(
     reading: Reading, head_KVD: Tensor, groups: GroupTensors, *, padded: bool
 ) -> Measured:
@@ -159,73 +162,72 @@ def token_group_rows(
     members_KGV = groups.members_KGV
     K, B, T = reading.ids_KBT.shape
     present_KU, which_KN, is_used_KU = distinct_tokens(reading.ids_KBT.flatten(1), padded=padded)
-    U, which_KBT = present_KU.shape[1], which_KN.view(K, B, T)
+    U, G = present_KU.shape[1], members_KGV.shape[1]
     position_T = torch.arange(T, device=present_KU.device)
     first_KBU = torch.full((K, B, U), T, device=present_KU.device)
-    first_KBU.scatter_reduce_(2, which_KBT, position_T.expand(K, B, T), "amin")
+    first_KBU.scatter_reduce_(2, which_KN.view(K, B, T), position_T.expand(K, B, T), "amin")
     is_present_KBU = first_KBU < T
     from_first_KBTU = (position_T[:, None] >= first_KBU[:, :, None, :]).to(head_KVD.dtype)
 
     # The terms of the sums: for each token that can be left out, and over all tokens of a group.
-    log_z_KBT1, ones_KBT1 = (
-        reading.log_z_KBT[..., None],
-        torch.ones_like(reading.log_z_KBT)[..., None],
-    )
-    hidden_KND = reading.hidden_KBTD.flatten(1, 2)
-    present_KUD = rows_of_tokens(head_KVD, present_KU)
-    logit_KBTU = product(hidden_KND, present_KUD.mT).view(K, B, T, U)
-    size_KG = members_KGV.sum(2)
-    unigram_KU = groups.log_unigram_KX.gather(1, present_KU)
-    token_values = {"tokens": ones_KBT1, "log_z": log_z_KBT1, "logit": logit_KBTU}
+    log_z_KBT1, hidden_KND = reading.log_z_KBT[..., None], reading.hidden_KBTD.flatten(1, 2)
+    logit_KBTU = product(hidden_KND, rows_of_tokens(head_KVD, present_KU).mT).view(K, B, T, U)
+    size_K11G = members_KGV.sum(2)[:, None, None]
+    token_values = {"tokens": torch.ones_like(log_z_KBT1), "log_z": log_z_KBT1, "logit": logit_KBTU}
     group_values = {
-        "tokens": ones_KBT1 * size_KG[:, None, None],
-        "log_z": log_z_KBT1 * size_KG[:, None, None],
-        "logit": product(hidden_KND, product(members_KGV, head_KVD).mT).view(K, B, T, -1),
-        "unigram": ones_KBT1 * groups.log_unigram_KG[:, None, None],
+        "tokens": size_K11G,
+        "log_z": log_z_KBT1 * size_K11G,
+        "logit": product(hidden_KND, product(members_KGV, head_KVD).mT).view(K, B, T, G),
     }
     if reading.prob_KBTG is not None:
         token_values["prob"] = (logit_KBTU - log_z_KBT1).exp()
         group_values["prob"] = reading.prob_KBTG
-    sums_KPBU = {name: _by_position(values) for name, values in token_values.items()}
-    left_out_KPBU = {
-        "sequence": {name: sums * is_present_KBU[:, None] for name, sums in sums_KPBU.items()},
-        "prefix": {
-            name: _by_position(values * from_first_KBTU) for name, values in token_values.items()
-        },
-        "batch": {name: sums.expand(K, 2, B, U) for name, sums in sums_KPBU.items()},
-        "none": {
-            name: torch.zeros_like(first_KBU)[:, None].expand(K, 2, B, U) for name in token_values
-        },
-    }
-    members_KUG = members_KGV.gather(2, present_KU[:, None].expand(-1, members_KGV.shape[1], -1)).mT
-    members_KUG = members_KUG.double() * is_used_KU[..., None]
+    group_values["unigram"] = groups.log_unigram_KG[:, None, None]
+    values_KQBTU = torch.stack([x.expand(K, B, T, U) for x in token_values.values()], dim=1)
+    # Before they are repeated for U tokens, because longer rows may be summed in another order.
+    sums = [_by_position(x).expand(K, 2, B, U) for x in token_values.values()]
+    sums_KQPBU = torch.stack(sums, dim=1)
+    left_out_KMQPBU = torch.stack(
+        [
+            sums_KQPBU * is_present_KBU[:, None, None],
+            _by_position(values_KQBTU * from_first_KBTU[:, None]),
+            sums_KQPBU,
+            torch.zeros_like(sums_KQPBU),
+        ],
+        dim=1,
+    )
     # In float64, because float32 cannot hold large counts of pairs exactly.
-    total_KPG = {
-        name: _by_position(values.double()).sum(2) for name, values in group_values.items()
-    }
-    tables = []
-    for out_KPBU in left_out_KPBU.values():
-        out_KPU = {name: sums.sum(2, dtype=torch.float64) for name, sums in out_KPBU.items()}
-        out_KPU["unigram"] = out_KPU["tokens"] * unigram_KU[:, None]
-        left_KPG = {
-            name: total - product(out_KPU[name], members_KUG) for name, total in total_KPG.items()
-        }
-        if "prob" in left_KPG:
-            too_small = left_KPG["prob"] < MIN_PROB_SHARE * total_KPG["prob"]
-            left_KPG["prob"] = left_KPG["prob"].masked_fill(too_small, 0.0)
-        tables.append(torch.stack(list(left_KPG.values()), dim=3))
-    sums_of, masks = list(total_KPG), list(left_out_KPBU)
+    left_out_KMQPU = left_out_KMQPBU.sum(4, dtype=torch.float64)
+    unigram_K11U = groups.log_unigram_KX.gather(1, present_KU)[:, None, None]
+    left_out_KMQPU = torch.cat(
+        [left_out_KMQPU, (left_out_KMQPU[:, :, 0] * unigram_K11U)[:, :, None]], dim=2
+    )
+    members_KUG = members_KGV.gather(2, present_KU[:, None].expand(-1, G, -1)).mT
+    members_KUG = members_KUG.double() * is_used_KU[..., None]
+    if padded:
+        left_out_KMQPG = left_out_KMQPU.flatten(1, 3) @ members_KUG
+    else:  # one product after another, because a larger one may sum in another order
+        each = [out_PU @ members_KUG[0] for out_PU in left_out_KMQPU.flatten(0, 2)]
+        left_out_KMQPG = torch.stack(each)
+    left_out_KMQPG = left_out_KMQPG.view(*left_out_KMQPU.shape[:4], G)
+    totals_KQPG = _by_position(
+        torch.stack([x.double().expand(K, B, T, G) for x in group_values.values()], dim=1)
+    ).sum(3)
+    left_KMQPG = totals_KQPG[:, None] - left_out_KMQPG
+    text, names, sums_of = reading.text, groups.names, list(group_values)
+    if "prob" in sums_of:
+        prob_KMPG = left_KMQPG[:, :, sums_of.index("prob")]
+        total_K1PG = totals_KQPG[:, None, sums_of.index("prob")]
+        prob_KMPG.masked_fill_(prob_KMPG < MIN_PROB_SHARE * total_K1PG, 0.0)
     n_positions = {"first": B, "rest": B * (T - 1)}
-    text = reading.text  # `rows` must not keep tensors alive
 
     def rows(step: int, by_mask: Any) -> list[Row]:
         found: list[Row] = []
-        for mask, table in zip(masks, by_mask, strict=True):
-            for positions, by_group in zip(n_positions, table, strict=True):
-                for group, values in zip(groups.names, by_group, strict=True):
-                    sums = dict(zip(sums_of, values, strict=True))
+        for mask, table in zip(MASKS, by_mask, strict=True):
+            for p, (positions, n) in enumerate(n_positions.items()):
+                for g, group in enumerate(names):
+                    sums = {name: table[q][p][g] for q, name in enumerate(sums_of)}
                     pairs = sums.pop("tokens")
-                    n_tokens = pairs / n_positions[positions]
                     means = {name: value / pairs for name, value in sums.items()} if pairs else None
                     found.append(
                         TokenGroupRow(
@@ -234,18 +236,18 @@ def token_group_rows(
                             group=group,
                             mask=mask,
                             positions=positions,
-                            n_tokens=n_tokens,
-                            **_values(means if n_tokens >= MIN_TOKENS else None),
+                            n_tokens=pairs / n,
+                            **_values(means if pairs / n >= MIN_TOKENS else None),
                         )
                     )
         return found
 
-    return Measured(torch.stack(tables, dim=1), rows)
+    return Measured(left_KMQPG, rows)
 
 
-def _by_position(values_KBTX: Tensor) -> Tensor:
-    """Sum over position 0, and over all other positions, [K, 2, B, X]."""
-    return torch.stack([values_KBTX[:, :, 0], values_KBTX[:, :, 1:].sum(2)], dim=1)
+def _by_position(values_XBTU: Tensor) -> Tensor:
+    """Sum over position 0, and over all other positions, [..., B, T, U] to [..., 2, B, U]."""
+    return torch.stack([values_XBTU[..., 0, :], values_XBTU[..., 1:, :].sum(-2)], dim=-3)
 
 
 def _values(means: dict[str, float] | None) -> dict[str, float | None]:

@@ -250,9 +250,8 @@ class RowWeights:
         sums = [_row_sums(z_KRD), _row_sums(square_KRD)]
         sums += [_row_sums(z_KRD.mul_(square_KRD)), _row_sums(square_KRD.square_())]
         del z_KRD, square_KRD
-        s1, s2, s3, s4 = self._by_leaf(torch.stack(sums)) * torch.stack(
-            [scale_KL.double() ** power for power in (1, 2, 3, 4)]
-        )
+        power_411 = torch.arange(1, 5, device=scale_KL.device)[:, None, None]
+        s1, s2, s3, s4 = self._by_leaf(torch.stack(sums)) * scale_KL.double() ** power_411
         centre_KL = centre_KL.double()
         mean_KP = self._by_part(centre_KL * size_L + s1) / self.size_P
         # From moments about the centre of each leaf to moments about the mean of each part.
