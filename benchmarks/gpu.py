@@ -371,6 +371,8 @@ def watched(config: TrialConfig, rounds: int) -> list[str]:
     steps = config.train.steps
     cadences = [entry.name for entry in fields(ProbesConfig) if entry.name.endswith("every")]
     bare = replace(config, probes=ProbesConfig(**dict.fromkeys(cadences, steps)))
+    # The first trial of a shape pays for what is loaded once.
+    run_trial(replace(config, train=replace(config.train, steps=1)), MemoryRecorder())
     times: dict[str, list[float]] = {"bare": [], "watched": []}
     for _ in range(rounds):
         for name, each in (("bare", bare), ("watched", config)):
