@@ -51,7 +51,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.vocabulary import use_a_vocabulary
-from gptcore.array import DTYPES
 from gptcore.config import (
     VOCAB_SIZES,
     CorpusConfig,
@@ -63,6 +62,7 @@ from gptcore.config import (
 )
 from gptcore.experiment import one_thread, run_trial, step_seconds
 from gptcore.model import GPT
+from gptcore.precision import DTYPES
 from gptcore.records import MemoryRecorder
 
 PRODUCTS = {
@@ -653,7 +653,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), help="by default all")
     parser.add_argument("--sizes", nargs="+", type=int, help="models in an array")
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=280, help="start nothing after this time")
@@ -676,7 +676,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Run(
         scale=scale,
         device=args.device,
-        precisions=args.precisions,
+        precisions=args.precisions
+        or [name for name in DTYPES if name != "tf32" or args.device == "cuda"],
         deadline=start + args.seconds,
         rates=rates,
         quick=args.quick,

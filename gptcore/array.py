@@ -26,15 +26,8 @@ from gptcore.model import (
     module_outputs,
 )
 from gptcore.optimizers import make_optimizer
+from gptcore.precision import DTYPES, products
 from gptcore.private_api import is_shaped_like_parameter, make_capturable, share_memory_with
-
-DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "bf16-head": (torch.bfloat16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-}
-"""The dtypes of each `train.precision`: of the products in the head, and of those in the trunk. A
-product to which a bias is added rounds the sum to bfloat16 too, except under vmap."""
 
 RUNS_TOGETHER = {"cpu": False, "cuda": True}
 """Whether the models of an array are computed and measured together, by type of device. On a CPU
@@ -63,13 +56,13 @@ class ModelArray:
         Args:
             models: of one shape, on one device; they keep their values.
             config: of the optimiser.
-            precision: a name in DTYPES.
+            precision: as `train.precision`.
             capturable: whether updates can be recorded, as gptcore.replay does. The learning rate
                 is then a tensor that changes in place.
         """
         self.models, self.config = list(models), config
         self.workspace = Workspace()
-        self.head_dtype, self.trunk_dtype = DTYPES[precision]
+        self.precision, (self.head_dtype, self.trunk_dtype) = precision, DTYPES[precision]
         self.parameters: dict[str, Tensor] = {
             name: nn.Parameter(
                 torch.stack([model.get_parameter(name) for model in models]).detach()
@@ -97,6 +90,10 @@ class ModelArray:
             The final hidden states, [K, B, T, D], without gradient, and the output of each model's
             head.
         """
+        with products(self.precision):
+            return self._gradients(ids_KBT, targets_KBT)
+
+    def _gradients(self, ids_KBT: Tensor, targets_KBT: Tensor) -> tuple[Tensor, list[HeadOutput]]:
         self.optimizer.zero_grad(set_to_none=False)
         T = ids_KBT.shape[2]
         table_KVD, position_KTD = self.parameters["wte.weight"], self.parameters["wpe.weight"]

@@ -166,8 +166,9 @@ class TrainConfig:
     batch_size: int = knob(8, "sequences per step", low=1)
     precision: str = knob(
         "float32",
-        "precision of products: bf16-head is bfloat16 in the head only, bf16 in the complete model",
-        choices=("float32", "bf16-head", "bf16"),
+        "precision of products: tf32 is TensorFloat-32, which a GPU has; bf16-head is bfloat16 in "
+        "the head only, bf16 in the complete model",
+        choices=("float32", "tf32", "bf16-head", "bf16"),
         later=True,
     )
     checkpoint_seconds: float = knob(

@@ -19,6 +19,7 @@ from gptcore.corpus import NO_TEXTS, Corpus, Texts, load_corpus
 from gptcore.init_schemes import check_init, initialise
 from gptcore.model import GPT
 from gptcore.optimizers import check_optim
+from gptcore.precision import check_precision
 from gptcore.records import Recorder, TrialResult
 from gptcore.replay import GRAPHS, WARM_UP_CALLS
 from gptcore.steps import Steps
@@ -201,15 +202,19 @@ def device_of(config: TrialConfig) -> torch.device:
     """Return the device that `train.device` means on this machine.
 
     Raises:
-        InputError: it is cuda, and there is no CUDA device.
+        InputError: it is cuda, and there is no CUDA device, or the device does not have
+            `train.precision`.
     """
-    if config.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.train.device == "cuda" and not torch.cuda.is_available():
+    name = config.train.device
+    if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "train.device is cuda, but PyTorch finds no CUDA device here: take auto or cpu"
         )
-    return torch.device(config.train.device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    check_precision(config.train, device)
+    return device
 
 
 @contextmanager

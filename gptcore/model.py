@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
+from gptcore.precision import DTYPES, products
 
 
 class CausalSelfAttention(nn.Module):
@@ -282,18 +283,19 @@ def head_loss(
 
 
 def head_errors(
-    hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, dtype: torch.dtype
+    hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, precision: str
 ) -> tuple[float, float]:
-    """Measure the error that `dtype` causes in the head, compared with the dtype of the weight.
+    """Measure the error that a `train.precision` causes in the head, compared with float32.
 
     Returns:
         The absolute error of the loss, in nats, and the larger relative error of the two gradients,
         each the L2 norm of the error over the L2 norm of the gradient.
     """
     losses, gradients = [], []
-    for each_dtype in (weight_VD.dtype, dtype):
+    for each in ("float32", precision):
         weight = weight_VD.detach()  # a new tensor on the same memory, which has no gradient yet
-        head = head_loss(hidden_BTD, weight, targets_BT, each_dtype)
+        with products(each):
+            head = head_loss(hidden_BTD, weight, targets_BT, DTYPES[each][0])
         assert weight.grad is not None
         losses.append(head.loss)
         gradients.append((head.grad_BTD, weight.grad))

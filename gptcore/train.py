@@ -199,12 +199,11 @@ class Training:
     def errors(self, k: int) -> tuple[float | None, float | None]:
         """Measure the error of the precision at the latest step, for the result of trial k."""
         output = self.steps.output
-        if self.array.head_dtype == torch.float32 or output is None:
+        precision = self.config.train.precision
+        if precision == "float32" or output is None:
             return None, None
         weight = self.members[k].model.head.weight
-        return head_errors(
-            output.hidden_KBTD[k], weight, output.targets_KBT[k], self.array.head_dtype
-        )
+        return head_errors(output.hidden_KBTD[k], weight, output.targets_KBT[k], precision)
 
     def _has_diverged(self) -> bool:
         return any(member.status == "diverged" for member in self.members)

@@ -204,11 +204,11 @@ def expected(
     from sweeps.execution.ray_cluster import check_devices, start_ray, stop_ray, texts_for
     from sweeps.execution.resources import cluster_address
 
-    devices, measuring = {config.train.device for config in missing.values()}, not args.no_estimate
+    trials, measuring = {config.train for config in missing.values()}, not args.no_estimate
     if measuring or cluster_address():  # only a running Ray knows the machines of a cluster
-        start_ray(devices, console)
+        start_ray(trials, console)
     else:
-        check_devices(devices)
+        check_devices(trials)
     try:
         texts = texts_for({config.corpus.name for config in missing.values()}) if measuring else {}
         found, _ = estimate(missing, texts, console, args.runs_dir.resolve(), args.array, measuring)

@@ -22,7 +22,7 @@ from analysis.claims import digest
 from analysis.interim import InterimPlan
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
-from gptcore.config import InputError, TrialConfig, spelling
+from gptcore.config import InputError, TrainConfig, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.files import JsonObject
 from gptcore.units import clock
@@ -135,7 +135,7 @@ class Session:
         configs = [plan.trials[key] for key in missing]
         self.open(
             plan,
-            {config.train.device for config in configs},
+            {config.train for config in configs},
             {config.corpus.name for config in configs},
         )
         for key in again:
@@ -152,12 +152,12 @@ class Session:
         self.ledger = read_ledger(plan.trials, plan.name, self.store, self.runs_dir)
         return stopped
 
-    def open(self, plan: Plan, devices: Collection[str], corpora: Collection[str]) -> None:
-        """Open the store, and Ray where trials are to run on any devices; record the plan.
+    def open(self, plan: Plan, trials: Collection[TrainConfig], corpora: Collection[str]) -> None:
+        """Open the store, and Ray where trials are to run; record the plan.
 
         Args:
             plan: the trials of the sweep.
-            devices: `train.device` of the trials that are to run now; none starts no Ray.
+            trials: how the trials that are to run now train; none starts no Ray.
             corpora: `corpus.name` of the same trials.
 
         Raises:
@@ -166,16 +166,16 @@ class Session:
         # A new store takes as long to make as Ray to start.
         with ThreadPoolExecutor(max_workers=1) as background:
             opening = background.submit(self.store.open)
-            if devices and not self._has_ray:
+            if trials and not self._has_ray:
                 # Ray takes long to import, and a finished sweep needs none.
                 from sweeps.execution.ray_cluster import check_shared, start_ray, stop_ray
 
                 self._on_exit.callback(stop_ray)
-                start_ray(devices, self.console)
+                start_ray(trials, self.console)
                 check_shared(self.runs_dir, self.store.address)
                 self._has_ray = True
             opening.result()
-        if devices:
+        if trials:
             from sweeps.execution.ray_cluster import texts_for
 
             self.texts = texts_for(corpora)

@@ -13,6 +13,7 @@ from gptcore.config import InputError, TrialConfig
 from gptcore.experiment import Trial, conflicting_knobs, run_trial, run_trials
 from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
+from gptcore.precision import DTYPES
 from gptcore.records import MemoryRecorder
 from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
 
@@ -264,6 +265,24 @@ def test_less_precision_is_opt_in_and_its_error_is_reported(trio, precision):
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
 
 
+def test_a_precision_that_the_device_has_not_is_refused_before_the_trial(tiny):
+    config = with_knobs(tiny, train__precision="tf32")
+    with pytest.raises(
+        InputError, match=r"train\.precision is tf32, which a CPU does not have: take float32"
+    ):
+        run_trial(config, MemoryRecorder())
+
+
+def test_tf32_holds_for_the_products_of_a_step_alone(tiny):
+    models = ModelArray([GPT(tiny.model)], tiny.optim, "tf32")
+    ids = torch.randint(tiny.model.vocab_size, (1, 4, tiny.model.context + 1))
+    seen = []
+    models._trunk = lambda x: seen.append(torch.get_float32_matmul_precision()) or x * 1.0
+    models.gradients(ids[..., :-1], ids[..., 1:])
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_an_array_on_a_gpu_is_what_its_trials_are_alone_there(trio):
@@ -284,7 +303,7 @@ def step_without_values(config):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("precision", array.DTYPES)
+@pytest.mark.parametrize("precision", DTYPES)
 def test_a_step_in_a_gpus_tiles_asks_for_no_value(monkeypatch, name, precision):
     """So the CPU never waits for the GPU. Under vmap no value can be read anyway."""
     words = TrialConfig.from_flat(WORDS)  # a vocabulary of many tiles

@@ -22,7 +22,7 @@ from gptcore.config import InputError, TrialConfig
 from sweeps.execution.ray_cluster import check_cluster, ray, start_ray, stop_ray
 from sweeps.execution.resources import needs_of, slots
 
-start_ray({"cpu"}, Console(file=sys.stderr))
+start_ray(set(), Console(file=sys.stderr))
 ray.get(ray.remote(lambda: 1).remote())
 me = psutil.Process()
 listening = [

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore.array import DTYPES, ModelArray
+from gptcore.array import ModelArray
 from gptcore.config import OptimConfig, TrialConfig
 from gptcore.corpus import load_corpus
 from gptcore.init_schemes import initialise
 from gptcore.model import GPT
+from gptcore.precision import DTYPES
 from helpers.trials import with_knobs
 
 jax = pytest.importorskip("jax", reason="JAX is not installed: pip install jax")

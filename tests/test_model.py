@@ -145,7 +145,7 @@ def test_a_head_in_bfloat16_is_near_the_exact_one_and_its_error_is_reported(scal
     exact = head_loss(hidden, weight, targets)
     gradient, weight.grad = weight.grad, None
     low = head_loss(hidden, weight, targets, torch.bfloat16)
-    loss_error, gradient_error = head_errors(hidden, weight, targets, torch.bfloat16)
+    loss_error, gradient_error = head_errors(hidden, weight, targets, "bf16")
     assert loss_error == pytest.approx(abs(low.loss - exact.loss).item(), rel=1e-3)
     assert 0 < loss_error < 1e-3 * exact.loss.item()
     found = [

@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from gptcore.config import InputError
+from gptcore.config import InputError, TrainConfig
 from gptcore.corpus import read_text
 from sweeps.execution.private_api import (
     CHATTY_LOGGERS,
@@ -55,11 +55,11 @@ for chatty in CHATTY_LOGGERS:
 silence_workers()
 
 
-def start_ray(devices: Collection[str], console: Console) -> None:
+def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
     """Join the cluster that RAY_ADDRESS names or `ray start` made here, else start Ray here.
 
     Args:
-        devices: `train.device` of the trials that are to run.
+        trials: how the trials that are to run train.
         console: for a line on where trials run.
 
     Raises:
@@ -92,7 +92,7 @@ def start_ray(devices: Collection[str], console: Console) -> None:
             object_store_memory=OBJECT_STORE,
             **quiet,
         )
-    check_devices(devices)
+    check_devices(trials)
     cpus, gpus = (
         sum(one.get(name, 0) for one in schedulable_machines()) for name in ("CPU", "GPU")
     )
@@ -106,10 +106,14 @@ def start_ray(devices: Collection[str], console: Console) -> None:
     console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs{more}")
 
 
-def check_devices(devices: Collection[str]) -> None:
+def check_devices(trials: Collection[TrainConfig]) -> None:
     """Raise InputError where a trial asks for a GPU and there is none."""
-    if "cuda" in devices and not any(machine.get("GPU") for machine in schedulable_machines()):
+    if any(machine.get("GPU") for machine in schedulable_machines()):
+        return
+    if any(train.device == "cuda" for train in trials):
         raise InputError("train.device is cuda, but Ray has no GPU")
+    if any(train.precision == "tf32" for train in trials):
+        raise InputError("train.precision is tf32, but Ray has no GPU: take float32")
 
 
 def await_machines(address: str, console: Console) -> None:

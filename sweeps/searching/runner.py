@@ -91,8 +91,8 @@ class SearchRunner:
         )
         names = self.domains.get("corpus.name", [largest.corpus.name])
         assert not isinstance(names, Range)
-        devices = {largest.train.device} if left > 0 else set()
-        self.session.open(self.plan, devices, {str(name) for name in names})
+        training = {largest.train} if left > 0 else set()
+        self.session.open(self.plan, training, {str(name) for name in names})
         if left <= 0:
             return False
         from sweeps.execution.runner import run_search
