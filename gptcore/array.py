@@ -23,6 +23,7 @@ from gptcore.model import (
     HeadOutput,
     Workspace,
     head_loss,
+    head_losses,
     module_outputs,
 )
 from gptcore.optimizers import make_optimizer
@@ -32,6 +33,10 @@ from gptcore.private_api import is_shaped_like_parameter, make_capturable, share
 RUNS_TOGETHER = {"cpu": False, "cuda": True}
 """Whether the models of an array are computed and measured together, by type of device. On a CPU
 this would not be faster, and one after another each trial keeps the exact bits it has alone."""
+
+HEADS_TOGETHER_FROM = {torch.float32: 16, torch.bfloat16: 32}
+"""Number of models from which on their heads are computed in one set of calls, by the heads' dtype.
+On an H200, a step of 32 models is 1.26 times as fast so in float32, and 1.03 times in bfloat16."""
 
 State = Mapping[str, Any]
 """The state of one model and of its optimiser, as plain tensors, from an array of any size."""
@@ -108,12 +113,7 @@ class ModelArray:
             cache_enabled=False,
         ):
             hidden_KBTD = self._trunk(x_KBTD.requires_grad_())
-        heads = [
-            head_loss(hidden_BTD, model.head.weight, targets_BT, self.head_dtype, self.workspace)
-            for model, hidden_BTD, targets_BT in zip(
-                self.models, hidden_KBTD.detach(), targets_KBT, strict=True
-            )
-        ]
+        heads = self._heads(hidden_KBTD.detach(), targets_KBT)
         hidden_KBTD.backward(torch.stack([head.grad_BTD for head in heads]))
         assert x_KBTD.grad is not None
         table_KVD.grad.flatten(0, 1).index_add_(0, rows_KBT.flatten(), x_KBTD.grad.flatten(0, 2))
@@ -128,6 +128,17 @@ class ModelArray:
         rows_KBT = ids_KBT + V * torch.arange(K, device=ids_KBT.device)[:, None, None]
         x_KBTD = table_KVD.flatten(0, 1)[rows_KBT] + position_KTD[:, None, : ids_KBT.shape[2]]
         return rows_KBT, x_KBTD
+
+    def _heads(self, hidden_KBTD: Tensor, targets_KBT: Tensor) -> list[HeadOutput]:
+        if self.vmapped_trunk and len(self.models) >= HEADS_TOGETHER_FROM[self.head_dtype]:
+            stacked = self.parameters["wte.weight" if self.models[0].tied else "head.weight"]
+            return head_losses(hidden_KBTD, stacked, targets_KBT, self.head_dtype, self.workspace)
+        return [
+            head_loss(hidden_BTD, model.head.weight, targets_BT, self.head_dtype, self.workspace)
+            for model, hidden_BTD, targets_BT in zip(
+                self.models, hidden_KBTD, targets_KBT, strict=True
+            )
+        ]
 
     def _trunk(self, x_KBTD: Tensor) -> Tensor:
         trunk = self.vmapped_trunk

@@ -282,6 +282,55 @@ def head_loss(
     return HeadOutput(loss, log_z_N.view_as(targets_BT), dh_ND.view_as(hidden_BTD))
 
 
+@torch.no_grad()
+def head_losses(
+    hidden_KBTD: Tensor,
+    weight_KVD: Tensor,
+    targets_KBT: Tensor,
+    dtype: torch.dtype,
+    workspace: Workspace,
+) -> list[HeadOutput]:
+    """Compute head_loss of K models in one set of calls, which needs K times the memory.
+
+    This is for a device whose tile holds the vocabulary. The gradient is added to weight_KVD.grad.
+    See head_loss for the arguments.
+    """
+    h_KND, y_KN, w_KVD = hidden_KBTD.flatten(1, 2), targets_KBT.flatten(1), weight_KVD.detach()
+    (K, N, D), V, dw_KVD = h_KND.shape, w_KVD.shape[1], weight_KVD.grad
+    assert dw_KVD is not None
+    chunk, _ = CHUNK_AND_TILE[h_KND.device.type]
+    factor_KVD = w_KVD
+    if dtype != w_KVD.dtype:
+        factor_KVD = workspace.empty("weight", K, V, D, dtype=dtype, device=w_KVD.device)
+        factor_KVD.copy_(w_KVD)
+    rows_KN = y_KN + V * torch.arange(K, device=y_KN.device)[:, None]
+    target_KND = w_KVD.flatten(0, 1)[rows_KN]
+    log_z_KN, dh_KND = h_KND.new_empty(K, N), torch.empty_like(h_KND)
+    for start in range(0, N, chunk):
+        of = slice(start, start + chunk)
+        h_KCD = h_KND[:, of]
+        exp_KVC = workspace.empty("exp", K, V, h_KCD.shape[1], dtype=dtype, device=h_KCD.device)
+        torch.bmm(factor_KVD, (h_KCD / math.log(2)).to(dtype).mT, out=exp_KVC)
+        shift_K1C = exp_KVC.amax(1, keepdim=True)
+        exp_KVC.sub_(shift_K1C).exp2_()
+        total_KC = exp_KVC.sum(1, dtype=w_KVD.dtype)
+        log_z_KN[:, of] = total_KC.log() + shift_K1C[:, 0].to(total_KC.dtype) * math.log(2)
+        scale_KC1 = (1 / (total_KC * N))[..., None]
+        dh_KDC = torch.bmm(factor_KVD.mT, exp_KVC).to(w_KVD.dtype)
+        dh_KND[:, of] = (dh_KDC.mT * scale_KC1).sub_(target_KND[:, of], alpha=1 / N)
+        scaled_KCD = (h_KCD * scale_KC1).to(dtype)
+        if dtype == dw_KVD.dtype:
+            dw_KVD.baddbmm_(exp_KVC, scaled_KCD)
+        else:
+            dw_KVD += torch.bmm(exp_KVC, scaled_KCD)
+    dw_KVD.flatten(0, 1).index_add_(0, rows_KN.flatten(), h_KND.flatten(0, 1), alpha=-1 / N)
+    loss_K = (log_z_KN - (h_KND * target_KND).sum(2)).mean(1)
+    return [
+        HeadOutput(loss, log_z_N.view(targets_KBT.shape[1:]), dh_ND.view(hidden_KBTD.shape[1:]))
+        for loss, log_z_N, dh_ND in zip(loss_K, log_z_KN, dh_KND, strict=True)
+    ]
+
+
 def head_errors(
     hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, precision: str
 ) -> tuple[float, float]:

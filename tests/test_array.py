@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gptcore import array, checkpoint, train
 from gptcore.array import ModelArray
-from gptcore.config import InputError, TrialConfig
+from gptcore.config import InputError, ModelConfig, OptimConfig, TrialConfig
 from gptcore.experiment import Trial, conflicting_knobs, run_trial, run_trials
 from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
@@ -263,6 +263,29 @@ def test_less_precision_is_opt_in_and_its_error_is_reported(trio, precision):
         own = undisturbed(config)
         for ours, theirs in zip(found.rows["training"], own.rows["training"], strict=True):
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_heads_of_many_models_are_what_each_is_alone(monkeypatch, precision, tied):
+    monkeypatch.setitem(CHUNK_AND_TILE, "cpu", (10, CHUNK_AND_TILE["cuda"][1]))  # 3 chunks
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16, context=8, vocab_size=300, tied=tied)
+    generator = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(300, (2, 3, 3, 8), generator=generator)
+    found = {}
+    for first in (2, 100):  # together, and one after the other
+        torch.manual_seed(0)
+        models = ModelArray([GPT(config) for _ in range(3)], OptimConfig(), precision)
+        dtype = models.head_dtype
+        monkeypatch.setitem(array.HEADS_TOGETHER_FROM, dtype, first)
+        _, heads = models.gradients(ids, targets)
+        found[first] = [
+            *(torch.stack(values) for values in zip(*heads, strict=True)),
+            *(stacked.grad.clone() for stacked in models.parameters.values()),
+        ]
+    close = {"rtol": 1e-4, "atol": 1e-6} if precision == "float32" else {"rtol": 0.05, "atol": 2e-3}
+    for ours, theirs in zip(found[2], found[100], strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
 
 
 def test_a_precision_that_the_device_has_not_is_refused_before_the_trial(tiny):

@@ -3,16 +3,18 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from gptcore import array, replay, train
 from gptcore.experiment import Trial, run_trials
-from gptcore.model import CHUNK_AND_TILE
+from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.precision import DTYPES
 from gptcore.records import MemoryRecorder
 from gptcore.replay import Replayed
+from gptcore.steps import Steps
 from helpers.tape import TapeGraphs
 from helpers.trials import Cut, CutAt, with_knobs
 
@@ -138,3 +140,82 @@ def test_without_a_way_to_record_functions_run_as_they_are():
     for _ in range(5):
         function()
     assert len(calls) == 5
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+@pytest.fixture
+def on_gpu(trio):
+    return [with_knobs(config, train__steps=50, train__device="cuda") for config in trio]
+
+
+def issued_one_by_one(configs, monkeypatch):
+    """What the trials give without graphs."""
+    with monkeypatch.context() as patch:
+        patch.delitem(replay.GRAPHS, "cuda")
+        return run(configs)
+
+
+def assert_same_losses(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.result.status == theirs.result.status
+        losses, expected_losses = (
+            [row.loss for row in each.rows["training"]] for each in (ours, theirs)
+        )
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_graphs_train_as_steps_issued_one_by_one_do(on_gpu, monkeypatch, caplog, name, count):
+    configs = [with_knobs(config, optim__name=name) for config in on_gpu[:count]]
+    expected = issued_one_by_one(configs, monkeypatch)
+    assert_same_losses(run(configs), expected)
+    assert not caplog.messages
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_trial_that_diverges_leaves_its_graph(on_gpu, monkeypatch, caplog):
+    configs = [on_gpu[0], with_knobs(on_gpu[1], init__scheme="normal", init__std=1e30), on_gpu[2]]
+    expected = issued_one_by_one(configs, monkeypatch)
+    assert expected[1].result.status == "diverged"
+    assert_same_losses(run(configs), expected)
+    assert not caplog.messages
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_checkpoint_goes_on_into_a_graph(on_gpu, monkeypatch, caplog, tmp_path):
+    expected = issued_one_by_one(on_gpu, monkeypatch)
+    configs = [with_knobs(config, train__checkpoint_seconds=0.0) for config in on_gpu]
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    with pytest.raises(Cut):
+        run_trials([Trial(c, CutAt(23), f) for c, f in zip(configs, files, strict=True)])
+    assert_same_losses(run(configs, files), expected)
+    assert not caplog.messages
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_recorded_step_never_waits_for_the_gpu(tiny, count):
+    device, graphs = torch.device("cuda"), replay.CudaGraphs()
+    models = [GPT(tiny.model).to(device) for _ in range(count)]
+    models = array.ModelArray(models, tiny.optim, capturable=True)
+    steps = Steps(models, 1.0, (4, tiny.model.context + 1), 10, graphs)
+    windows = [np.zeros((4, tiny.model.context + 1), dtype=np.int64)] * count
+    steps.load([windows] * 10, [1e-3] * 10)
+    for _ in range(5):
+        steps.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            steps.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps.step.recorded is not None
+    assert steps.stats_M3K.isfinite().all()
