@@ -248,14 +248,19 @@ def test_what_does_not_fit_beside_another_is_given_a_gpu_of_its_own(tried, monke
     assert asked == [(1, [1]), (2, [1])]
 
 
-def test_what_the_budget_does_not_allow_is_not_tried_and_the_best_so_far_is_taken(
-    tried, monkeypatch
+@pytest.mark.parametrize(
+    ("step", "per_gpu"),
+    # A trial of six steps: writing takes 0.3 s, in which another process could train.
+    [(0.1, 2), (10.0, 1)],
+)
+def test_where_the_budget_is_spent_a_second_process_is_taken_only_if_writing_takes_long(
+    tried, step, per_gpu, monkeypatch
 ):
     set_machines(monkeypatch, {"CPU": 8.0, "GPU": 1.0})
-    asked = tried(on_a_gpu(lambda size: 0.001))
+    asked = tried(on_a_gpu(lambda size: step))
     spent = Budget(known=0.0, steps=500.0, spent=1000.0)
     found = arrange([1] * 100, "auto", budget=spent, train__device="auto")
-    assert (asked, found.per_gpu, found.cut_short) == ([(1, [1])], 1, True)
+    assert (asked, found.per_gpu, found.cut_short) == ([(1, [1])], per_gpu, True)
 
 
 class Timer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 import ray
@@ -160,7 +160,7 @@ def shared_gpus(
     shape: TrialConfig,
     groups: Sequence[Sequence[str]],
     texts: ray.ObjectRef[Texts],
-    alone: Packing,
+    alone: Sequence[Packing],
     asked: str,
     budget: Budget,
     begun: float,
@@ -170,29 +170,30 @@ def shared_gpus(
     Their number is doubled while that makes trials end sooner by more than MIN_SPEEDUP, and while
     cores, memory, GPU memory, the number of trials and the budget suffice. What an array spares the
     device for one process, it spares it for each of several: their arrays are as large, unless
-    there are too few trials.
+    there are too few trials. Where the budget is spent, the next number is foretold.
 
     Args:
         shape: of the trials.
         groups: keys of trials that can train together.
         texts: corpora, in Ray's object store.
-        alone: the largest array that pays for one process.
+        alone: what was measured for one process; the last one has the largest array that pays.
         asked: as --array takes it.
         budget: of the sweep, before this shape was measured.
         begun: when the measuring of this shape began, by time.monotonic().
 
     Returns:
-        What was tried, and whether the budget ended it.
+        What was tried, perhaps with one more that was foretold, and whether the budget ended it.
     """
     gpus = [machine for machine in schedulable_machines() if machine.get("GPU")]
     number = sum(machine["GPU"] for machine in gpus)
     cores = min(machine["CPU"] / machine["GPU"] for machine in gpus)
     memory = min(machine.get("memory", math.inf) / machine["GPU"] for machine in gpus)
     trials = sum(map(len, groups))
-    pace = alone.seconds / (trials * shape.train.steps / slots(needs_of(shape)))
-    tried, last, lasted = list[Packing](), alone, time.monotonic() - begun
+    last, lasted = alone[-1], time.monotonic() - begun
+    pace = last.seconds / (trials * shape.train.steps / slots(needs_of(shape)))
+    tried: list[Packing] = []
     while True:
-        count, size = 2 * (tried[-1].per_gpu if tried else 1), alone.array
+        count, size = 2 * last.per_gpu, alone[-1].array
         if asked == "auto":
             size = min(size, math.ceil(trials / (count * number)))
         size = largest(groups, size)
@@ -205,7 +206,8 @@ def shared_gpus(
             return tried, False
         started = time.monotonic()
         if budget.left(pace) - (started - begun) < lasted:
-            return tried, True
+            like = last if tried else next(one for one in alone if one.array >= size)
+            return [*tried, foretold(shape, groups, like, size)], True
         try:
             found = side_by_side(shape, texts, count, [size])
         except ray.exceptions.RayError:
@@ -216,6 +218,21 @@ def shared_gpus(
             return tried, False
         tried.append(now)
         last = now
+
+
+def foretold(
+    shape: TrialConfig, groups: Sequence[Sequence[str]], like: Packing, size: int
+) -> Packing:
+    """Foretell what twice as many processes on a GPU take, from what these took.
+
+    The device is assumed to be busy already, so that each process trains half as fast. What a
+    process writes takes no longer beside another process.
+    """
+    measured = [
+        replace(one, array=size, steps=[2 * seconds for seconds in one.steps])
+        for one in like.measured
+    ]
+    return packing_of(shape, groups, measured, 2 * like.per_gpu)
 
 
 def arranged(
@@ -242,7 +259,7 @@ def arranged(
     begun = time.monotonic()
     packings, cut_short = measured_arrays(shape, groups, texts, array, console, budget)
     if "GPU" in needs_of(shape):
-        shared, ended = shared_gpus(shape, groups, texts, packings[-1], array, budget, begun)
+        shared, ended = shared_gpus(shape, groups, texts, packings, array, budget, begun)
         packings, cut_short = packings + shared, cut_short or ended
     best = best_of(packings)
     return Measurement(
