@@ -82,24 +82,46 @@ def kind_of(config: TrialConfig, step: int) -> tuple[str, ...]:
     return tuple(name for name in CADENCES if step % getattr(config.probes, name) == 0)
 
 
-def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
-    """Compute the cost of a batch from shortened batches.
+def training_seconds(config: TrialConfig, measured: Sequence[Measured]) -> float:
+    """Compute the time of all steps of a batch from shortened batches.
 
     Each kind of step is counted as often as the full trial has it.
-
-    Args:
-        config: of the full trial.
-        measured: what shortened ones took.
     """
+    taken = _steps_by_kind(config, measured)
+    # A kind of step that was not reached counts as the first step does, where all probes are due.
+    return sum(
+        count * fmean(taken.get(kind) or taken[("first",)])
+        for kind, count in _kinds(config).items()
+    )
+
+
+def _kinds(config: TrialConfig) -> Counter[tuple[str, ...]]:
+    """Count the steps of a trial by their kind."""
+    return Counter(kind_of(config, step) for step in range(config.train.steps + 1))
+
+
+def _steps_by_kind(
+    config: TrialConfig, measured: Sequence[Measured]
+) -> dict[tuple[str, ...], list[float]]:
+    """Sort the seconds of the steps of shortened batches by the kind of the step."""
     short = shortened(config)
     taken: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
     for one in measured:
         for step, seconds in enumerate(one.steps):
             taken[kind_of(short, step)].append(seconds)
-    wanted = Counter(kind_of(config, step) for step in range(config.train.steps + 1))
-    # A kind of step that was not reached counts as the first step does, where all probes are due.
-    mean = {kind: fmean(taken.get(kind) or taken[("first",)]) for kind in wanted}
-    seconds = sum(count * mean[kind] for kind, count in wanted.items())
+    return taken
+
+
+def cost_of(config: TrialConfig, measured: Sequence[Measured]) -> Cost:
+    """Compute the cost of a batch from shortened batches.
+
+    Args:
+        config: of the full trial.
+        measured: what shortened ones took.
+    """
+    short, taken = shortened(config), _steps_by_kind(config, measured)
+    wanted = _kinds(config)
+    seconds = training_seconds(config, measured)
     plain = taken.get((), [1.0])
     tenths = quantiles(plain, n=10) if len(plain) > 1 else [plain[0]] * 9
     fixed = measured[0].array * OVERHEAD + fmean(one.writing for one in measured)

@@ -1,4 +1,4 @@
-"""Measurements of shapes, kept in RUNS_DIR/measurements for sweeps with --no-estimate."""
+"""Measurements of shapes, kept in RUNS_DIR/measurements for later sweeps."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class Measurement:
     begins: float  # seconds until the first step of the first trials
     cost: Cost  # of one array
     date: str
+    took: float  # seconds of measuring, with the start of the workers
+    cut_short: bool = False  # the budget of measuring was spent before all was tried
+    commit: str = ""  # of the checkout, as sweeps.plan.git_commit returns it
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,12 @@ class ReportingRecorder:
                 self.next_report = time.monotonic() + self.pause
 
     def close(self, result: TrialResult) -> None:
-        """Record the result, delete the checkpoint, free the trial, and report."""
+        """Record the result, delete the checkpoint, free the trial, and report.
+
+        All of this is done when it returns: run_trials then deletes the checkpoint, and Tune gives
+        this process no other batch before the last one has ended. So no thread writes meanwhile; on
+        a GPU another process trains (sweeps/estimate/packing.py).
+        """
         self.recorder.close(result)
         _try_to_delete(self.checkpoint)
         self.release(self.key)
