@@ -30,7 +30,11 @@ error."""
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers that a probe has computed of K models, and how they become rows."""
+    """Numbers that a probe has computed of K models, and how they become rows.
+
+    For example, a probe of the largest entry of each model's head could return
+    `Measured(head_KVD.flatten(1).amax(1), lambda step, value: [HeadRow(step=step, max=value)])`.
+    """
 
     values: Tensor  # [K, ...], of any dtype
     rows: Callable[[int, Any], Sequence[Row]]
