@@ -27,6 +27,7 @@ def cells_of(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
+@pytest.mark.full
 def test_a_quick_run_fills_its_tables(capsys):
     """This trains a dozen tiny arrays, which takes some seconds."""
     gpu.main([*CPU, "--only", "arrays", "model5", "peers", "watching"])

@@ -48,6 +48,7 @@ def training_of(n_layer, count):
             "model.d_model": 64,
             "model.context": 64,
             "corpus.name": "pydocs",
+            "corpus.tokenizer": "bytes",
             "train.device": "cpu",
         }
     )

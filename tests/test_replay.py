@@ -36,8 +36,8 @@ def recording(monkeypatch, caplog):
 
 @pytest.fixture
 def trio(tiny):
-    """Three trials of 40 steps, each with its own start, data and text."""
-    tiny = with_knobs(tiny, train__steps=40, probes__every=5, optim__schedule="cosine")
+    """Three trials of 28 steps, each with its own start, data and text."""
+    tiny = with_knobs(tiny, train__steps=28, probes__every=5, optim__schedule="cosine")
     return [
         with_knobs(tiny, init__scheme="model5"),
         with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),

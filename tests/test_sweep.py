@@ -236,9 +236,9 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
         assert resumed.equals(rows), table
 
 
-@pytest.mark.parametrize(
-    "politely", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
-)
+# tests/test_interrupts.py has the parts, without Ray.
+@pytest.mark.full
+@pytest.mark.parametrize("politely", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, politely):
     runs_dir = tmp_path / "runs"
     endless = with_knobs(TrialConfig.from_flat(KILLED), train__steps=ENDLESS)
