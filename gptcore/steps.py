@@ -58,9 +58,8 @@ class Steps:
         self.lrs: Sequence[float] = []
         self.stats_M3K = torch.zeros(max_steps, 3, K, dtype=torch.float64, device=device)
         """Loss, log Z and norm of the gradient of each step."""
-        self.next_1 = torch.zeros(
-            1, dtype=torch.int64, device=device
-        )  # the step of the M that is next
+        # Which of the M steps is next: a tensor where steps are recorded, else a number.
+        self.next, self.next_1 = 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.output: StepOutput | None = None
         self.step = Replayed(self._step, graphs)
         self.gradients = Replayed(self._gradients, graphs)
@@ -81,6 +80,7 @@ class Steps:
         if self.graphs:
             lr_M = pinned(torch.tensor(lrs), self.next_1.device)
             self.lr_M[: len(lrs)].copy_(lr_M, non_blocking=True)
+        self.next = 0
         self.next_1.zero_()
 
     def _step(self) -> None:
@@ -89,14 +89,17 @@ class Steps:
 
     def _gradients(self) -> None:
         """Compute the gradients of a step, its statistics and its output."""
-        (windows_KBS,) = self.windows_MKBS.index_select(0, self.next_1)
+        windows_KBS = self._now(self.windows_MKBS)
         ids_KBT, targets_KBT = windows_KBS[..., :-1], windows_KBS[..., 1:]
         hidden_KBTD, heads = self.array.gradients(ids_KBT, targets_KBT)
         log_z_KBT = torch.stack([head.log_z_BT for head in heads])
         loss_K = torch.stack([head.loss for head in heads]).double()
         log_z_K = torch.stack([head.log_z_BT.mean() for head in heads]).double()
-        stats_13K = torch.stack([loss_K, log_z_K, self.array.norms()])[None]
-        self.stats_M3K.index_copy_(0, self.next_1, stats_13K)
+        stats_3K = torch.stack([loss_K, log_z_K, self.array.norms()])
+        if self.graphs:
+            self.stats_M3K.index_copy_(0, self.next_1, stats_3K[None])
+        else:
+            self.stats_M3K[self.next] = stats_3K
         output = StepOutput(ids_KBT, targets_KBT, hidden_KBTD, log_z_KBT)
         if self.output is None or self.graphs is None:
             self.output = output
@@ -106,13 +109,16 @@ class Steps:
 
     def _update(self) -> None:
         """Update the models by the gradients of the step, and go on to the next one."""
-        norm_K = self.stats_M3K.index_select(0, self.next_1)[0, 2]
+        lr = self._now(self.lr_M) if self.graphs else self.lrs[self.next]
+        self.array.update(lr, self.clip, self._now(self.stats_M3K)[2])
         if self.graphs:
-            lr_1 = self.lr_M.index_select(0, self.next_1)
-            self.array.update(lr_1[0], self.clip, norm_K)
+            self.next_1 += 1
         else:
-            self.array.update(self.lrs[int(self.next_1)], self.clip, norm_K)
-        self.next_1 += 1
+            self.next += 1
+
+    def _now(self, values_MX: Tensor) -> Tensor:
+        """Return the values of the next step. Where steps are recorded, its number is a tensor."""
+        return values_MX.index_select(0, self.next_1)[0] if self.graphs else values_MX[self.next]
 
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
