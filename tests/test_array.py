@@ -229,7 +229,12 @@ def test_the_checkpoint_of_a_member_serves_it_alone_and_is_its_own_size(saved, t
 @pytest.mark.parametrize("lr", [1e-3, 1e30])  # one that finishes, and one that diverges on the way
 def test_reading_a_device_seldom_changes_no_row(tiny, monkeypatch, lr):
     config = with_knobs(
-        tiny, train__steps=25, probes__every=10, probes__text_every=20, optim__lr=lr
+        tiny,
+        train__steps=25,
+        probes__every=10,
+        probes__text_every=20,
+        optim__lr=lr,
+        optim__clip=0.1,
     )
     expected = undisturbed(config)
     monkeypatch.setitem(train.DEVICE_SYNC_EVERY, "cpu", 4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore import array, replay, train
+from gptcore import array, checkpoint, replay, train
 from gptcore.experiment import Trial, run_trials
 from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
@@ -30,14 +30,24 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def recording(monkeypatch, caplog):
     """Return what records functions from now on, as CUDA graphs do; a test fails if it cannot."""
-    yield lambda: monkeypatch.setitem(replay.GRAPHS, "cpu", TapeGraphs)
+    made: list[TapeGraphs] = []
+
+    def make() -> TapeGraphs:
+        made.append(TapeGraphs())
+        return made[-1]
+
+    yield lambda: monkeypatch.setitem(replay.GRAPHS, "cpu", make)
     assert not caplog.messages
+    # The step, the gradients and the update of each array, and its looks.
+    assert max(graphs.recorded for graphs in made) >= 4
 
 
 @pytest.fixture
 def trio(tiny):
-    """Three trials of 28 steps, each with its own start, data and text."""
-    tiny = with_knobs(tiny, train__steps=28, probes__every=5, optim__schedule="cosine")
+    """Three trials of 38 steps, each with its own start, data and text."""
+    tiny = with_knobs(
+        tiny, train__steps=38, probes__every=5, optim__clip=0.2, optim__schedule="cosine"
+    )
     return [
         with_knobs(tiny, init__scheme="model5"),
         with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
@@ -83,6 +93,9 @@ def test_recorded_steps_are_the_steps_themselves(trio, recording, name):
     recording()
     for ours, theirs in zip(run(configs), expected, strict=True):
         assert_alike(ours, theirs)
+        looked_at = [*range(0, 38, 5), 38]
+        assert sorted({row.step for row in ours.rows["weights"]}) == looked_at
+        assert [row.step for row in ours.rows["training"]] == list(range(39))
 
 
 @pytest.mark.parametrize("precision", [name for name in DTYPES if name != "tf32"])
@@ -102,14 +115,15 @@ def test_a_trial_that_diverges_leaves_without_disturbing_the_others(trio, record
         assert_alike(ours, theirs)
 
 
-def test_a_checkpoint_goes_on_into_recorded_steps(trio, recording, tmp_path):
+def test_a_checkpoint_goes_on_into_recorded_steps(trio, recording, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "SHARE_OF_TIME", 1e9)  # saved whenever it can be
     expected = run(trio)
     configs = [with_knobs(config, train__checkpoint_seconds=0.0) for config in trio]
     files = [tmp_path / f"{k}.pt" for k in range(3)]
     recording()
     with pytest.raises(Cut):
         run_trials([Trial(c, CutAt(23), f) for c, f in zip(configs, files, strict=True)])
-    assert all(file.exists() for file in files)
+    assert {torch.load(file, weights_only=False)["step"] for file in files} == {21}
     for ours, theirs in zip(run(configs, files), expected, strict=True):
         assert_alike(ours, theirs)
 
