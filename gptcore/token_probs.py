@@ -96,7 +96,10 @@ def read(
         ids_KBT=ids_KBT,
         hidden_KBTD=hidden_KBTD,
         log_z_KBT=torch.stack([log_z_N for _, log_z_N in found]).view_as(ids_KBT),
-        prob_KBTG=torch.stack([prob_NG for prob_NG, _ in found]).view(*ids_KBT.shape, -1),
+        # One model's is not copied: another layout in memory would be summed in another order.
+        prob_KBTG=(
+            found[0][0][None] if len(found) == 1 else torch.stack([prob_NG for prob_NG, _ in found])
+        ).view(*ids_KBT.shape, -1),
     )
 
 
