@@ -217,9 +217,12 @@ def token_group_rows(
         each = [out_PU @ members_KUG[0] for out_PU in left_out_KMQPU.flatten(0, 2)]
         left_out_KMQPG = torch.stack(each)
     left_out_KMQPG = left_out_KMQPG.view(*left_out_KMQPU.shape[:4], G)
-    totals_KQPG = _by_position(
-        torch.stack([x.double().expand(K, B, T, G) for x in group_values.values()], dim=1)
-    ).sum(3)
+    values_KBTG = [x.double().expand(K, B, T, G) for x in group_values.values()]
+    if padded:
+        totals_KQPBG = _by_position(torch.stack(values_KBTG, dim=1))
+    else:  # one after another, each in its layout in memory, which decides the order of the sum
+        totals_KQPBG = torch.stack([_by_position(x) for x in values_KBTG], dim=1)
+    totals_KQPG = totals_KQPBG.sum(3)
     left_KMQPG = totals_KQPG[:, None] - left_out_KMQPG
     text, names, sums_of = reading.text, groups.names, list(group_values)
     if "prob" in sums_of:
