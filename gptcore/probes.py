@@ -81,6 +81,7 @@ class Subject:
     initial_head_KVD: Tensor  # at step 0
     fixed_texts_KBS: Mapping[str, Tensor]  # windows of each text, S = T + 1
     groups: GroupTensors
+    histogram_edges: Tensor  # on the device, because what is recorded cannot copy from the host
     together: bool  # on a device where few calls count for more than few bytes
 
     @property
@@ -129,6 +130,7 @@ def _subject(
             for text in trials[0].fixed_texts
         },
         groups=GroupTensors.of([trial.groups for trial in trials[of]], head_KVD.shape[1], device),
+        histogram_edges=torch.tensor(HISTOGRAM_EDGES, device=device),
         together=together,
     )
 
@@ -306,10 +308,9 @@ def histogram_rows(moment: Moment) -> list[Measured]:
     """Count the elements of each block's merged QKV weight in the bins of HISTOGRAM_EDGES."""
     subject, n_bins = moment.subject, len(HISTOGRAM_EDGES) + 1
     parts = [part for part in subject.weights.parts if part.kind == "qkv"]
-    edges = torch.tensor(HISTOGRAM_EDGES).to(subject.head_KVD.device, non_blocking=True)
 
     def counts(values_KXN: Tensor) -> Tensor:
-        bins = torch.bucketize(values_KXN, edges, right=True)
+        bins = torch.bucketize(values_KXN, subject.histogram_edges, right=True)
         if not subject.together:
             return torch.bincount(bins.flatten(), minlength=n_bins).view(1, 1, -1)
         return bins.new_zeros(*bins.shape[:2], n_bins).scatter_add_(2, bins, torch.ones_like(bins))

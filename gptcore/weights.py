@@ -243,7 +243,7 @@ class RowWeights:
         row_max_KR = values_KRD.abs().amax(2)
         leaf_of_row_KR = self.leaf_of_row_R.expand_as(row_max_KR)
         max_KL = torch.zeros_like(centre_KL).scatter_reduce(1, leaf_of_row_KR, row_max_KR, "amax")
-        scale_KL = torch.where(max_KL > 0, max_KL, 1.0)
+        scale_KL = max_KL.masked_fill(max_KL == 0, 1.0)
         z_KRD = values_KRD - centre_KL[:, self.leaf_of_row_R, None]
         z_KRD /= scale_KL[:, self.leaf_of_row_R, None]
         square_KRD = z_KRD.square()

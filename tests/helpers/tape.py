@@ -14,6 +14,10 @@ T = TypeVar("T")
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "bincount", "equal"}
 """Operations whose result the host has to know before it can go on."""
 
+FROM_HOST = {"lift_fresh", "scalar_tensor"}
+"""Operations that make a tensor of a number or a list of Python. A GPU would copy it from memory of
+the host that is gone when the copy is repeated."""
+
 VIEWS = {"detach", "_unsafe_view", "_reshape_alias", "alias"}
 
 
@@ -37,6 +41,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if name_of(func) in WAITS:
             raise RuntimeError(f"{func} would wait for the GPU")
+        if name_of(func) in FROM_HOST:
+            raise RuntimeError(f"{func} would copy from the host")
         given = [*zip(func._schema.arguments, args, strict=False)]
         given += [(entry, kwargs.get(entry.name)) for entry in func._schema.arguments]
         for entry, value in given:
@@ -67,17 +73,21 @@ class TapeGraphs:
     """Records functions on tapes, in place of CUDA graphs."""
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.tried, self.recorded = 0, 0
 
     def warm_up(self, function: Callable[[], T]) -> T:
         return function()
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        self.tried += 1
+        tape = Tape()
+        try:
+            with tape:
+                result = function()
+        finally:
+            with torch.no_grad():
+                tape.undo()
         self.recorded += 1
-        with Tape() as tape:
-            result = function()
-        with torch.no_grad():
-            tape.undo()
         return result, tape.repeat
 
 
