@@ -38,7 +38,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
@@ -62,7 +62,7 @@ from gptcore.config import (
 )
 from gptcore.experiment import one_thread, run_trial, step_seconds
 from gptcore.model import GPT
-from gptcore.precision import DTYPES
+from gptcore.precision import DTYPES, products
 from gptcore.records import MemoryRecorder
 
 PRODUCTS = {
@@ -298,17 +298,6 @@ def with_peak(device: str, measure: Callable[[], float]) -> tuple[float, float]:
     return measure(), torch.cuda.max_memory_allocated()
 
 
-@contextlib.contextmanager
-def float32_products(kind: str) -> Iterator[None]:
-    """Let PyTorch compute float32 products in tf32 if that is the kind, and else exactly."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def measure_rates(device: str, scale: Scale) -> Rates:
     """Measure the rates of a large copy and of large products, and print them."""
     source = torch.zeros(scale.copied, dtype=torch.uint8, device=device)
@@ -321,7 +310,7 @@ def measure_rates(device: str, scale: Scale) -> Rates:
         n = scale.product
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         product = functools.partial(torch.mm, a, b)
-        with float32_products(kind):
+        with products(kind):
             flops[kind] = 2 * n**3 / median_seconds(device, product, 3, 10)
     print_header("Rates", ["a large copy, TB/s", *(f"{kind} product, TFLOP/s" for kind in flops)])
     print_row([f"{rate / 1e12:.3g}" for rate in (bandwidth, *flops.values())])
@@ -451,7 +440,7 @@ def peer_seconds(kind: type[nn.Module], config: TrialConfig, compiled: bool) -> 
         optimizer.step()
         optimizer.zero_grad()
 
-    with one_thread(), float32_products(precision):
+    with one_thread(), products(precision):
         return median_seconds(device, step, WARM_UP, STEPS)
 
 

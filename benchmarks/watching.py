@@ -35,7 +35,7 @@ from gptcore.init_schemes import initialise
 from gptcore.looks import Looks, OnTheWay, Packed
 from gptcore.model import GPT
 from gptcore.probes import PROBES, subjects_of
-from gptcore.replay import GRAPHS, WARM_UP_CALLS
+from gptcore.replay import WARM_UP_CALLS, graphs_for
 from gptcore.steps import Steps
 from gptcore.token_groups import TokenGroups
 from gptcore.weights import values_of
@@ -87,8 +87,7 @@ def main() -> None:
         },
         groups=random_groups(np.random.default_rng(0), shape.vocab_size),
     )
-    make_graphs = GRAPHS.get(torch.device(args.device).type)
-    graphs = make_graphs() if make_graphs else None
+    graphs = graphs_for(torch.device(args.device))
     optim = OptimConfig()
     array = ModelArray([model], optim, capturable=graphs is not None)
     steps = Steps(array, optim.clip, (args.batch_size, shape.context + 1), 1, graphs)

@@ -25,6 +25,7 @@ from gptcore.model import (
     head_loss,
     head_losses,
     module_outputs,
+    stacked_rows,
 )
 from gptcore.optimizers import make_optimizer
 from gptcore.precision import DTYPES, products
@@ -124,8 +125,7 @@ class ModelArray:
     def _embed(self, ids_KBT: Tensor) -> tuple[Tensor, Tensor]:
         """Return each id's row in the stacked table, [K, B, T], and the first block's input."""
         table_KVD, position_KTD = self.parameters["wte.weight"], self.parameters["wpe.weight"]
-        K, V, _ = table_KVD.shape
-        rows_KBT = ids_KBT + V * torch.arange(K, device=ids_KBT.device)[:, None, None]
+        rows_KBT = stacked_rows(ids_KBT, table_KVD.shape[1])
         x_KBTD = table_KVD.flatten(0, 1)[rows_KBT] + position_KTD[:, None, : ids_KBT.shape[2]]
         return rows_KBT, x_KBTD
 

@@ -21,7 +21,7 @@ from gptcore.model import GPT
 from gptcore.optimizers import check_optim
 from gptcore.precision import check_precision
 from gptcore.records import Recorder, TrialResult
-from gptcore.replay import GRAPHS, WARM_UP_CALLS
+from gptcore.replay import WARM_UP_CALLS, graphs_for
 from gptcore.steps import Steps
 from gptcore.token_groups import token_groups
 from gptcore.train import Member, train
@@ -144,18 +144,17 @@ def step_seconds(
     model = GPT(config.model)
     initialise(model, config.init)
     model.to(device)
-    make_graphs = GRAPHS.get(device.type)
     batch_shape = (config.train.batch_size, config.model.context + 1)
     times: list[list[float]] = [[] for _ in sizes]
     with one_thread():
         arrays = []
         for size in sizes:
-            graphs = make_graphs() if make_graphs else None
+            graphs = graphs_for(device)
             models = [copy.deepcopy(model) for _ in range(size)]
             array = ModelArray(models, config.optim, config.train.precision, graphs is not None)
             arrays.append(Steps(array, config.optim.clip, batch_shape, 1, graphs))
         del model
-        warm_up = WARM_UP_CALLS + 1 if make_graphs else 1
+        warm_up = WARM_UP_CALLS + 1 if graphs else 1
         for step in range(warm_up + TIMED_STEPS):
             batch = corpus.batch(step, batch_size=config.train.batch_size, seed=0)
             for size, steps, seconds in zip(sizes, arrays, times, strict=True):

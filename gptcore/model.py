@@ -282,6 +282,12 @@ def head_loss(
     return HeadOutput(loss, log_z_N.view_as(targets_BT), dh_ND.view_as(hidden_BTD))
 
 
+def stacked_rows(ids_KX: Tensor, V: int) -> Tensor:
+    """Return the row of each model's token in tables of V rows that lie one after the other."""
+    first_K = V * torch.arange(len(ids_KX), device=ids_KX.device)
+    return ids_KX + first_K.view(-1, *[1] * (ids_KX.dim() - 1))
+
+
 @torch.no_grad()
 def head_losses(
     hidden_KBTD: Tensor,
@@ -303,7 +309,7 @@ def head_losses(
     if dtype != w_KVD.dtype:
         factor_KVD = workspace.empty("weight", K, V, D, dtype=dtype, device=w_KVD.device)
         factor_KVD.copy_(w_KVD)
-    rows_KN = y_KN + V * torch.arange(K, device=y_KN.device)[:, None]
+    rows_KN = stacked_rows(y_KN, V)
     target_KND = w_KVD.flatten(0, 1)[rows_KN]
     log_z_KN, dh_KND = h_KND.new_empty(K, N), torch.empty_like(h_KND)
     for start in range(0, N, chunk):

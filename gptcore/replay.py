@@ -57,6 +57,13 @@ class CudaGraphs:
 GRAPHS: dict[str, Callable[[], Graphs]] = {"cuda": CudaGraphs}
 """How functions are recorded, by type of device. On other devices they run as they are."""
 
+
+def graphs_for(device: torch.device) -> Graphs | None:
+    """Return a new way to record functions on a device; None where they run as they are."""
+    make = GRAPHS.get(device.type)
+    return make() if make else None
+
+
 WARM_UP_CALLS = 3
 """Calls of a function before it is recorded. They are part of the training, not extra work."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore.model import softmax_sums
+from gptcore.model import softmax_sums, stacked_rows
 from gptcore.records import GroupWeightRow, Row, TokenGroupRow, TokensRow
 from gptcore.token_groups import TokenGroups
 
@@ -110,9 +110,7 @@ def target_logits(reading: Reading, head_KVD: Tensor, targets_KBT: Tensor) -> Te
 
 def rows_of_tokens(weight_KVD: Tensor, ids_KX: Tensor) -> Tensor:
     """Return each model's rows of a weight for its own tokens, [K, ..., D]."""
-    K, V, _ = weight_KVD.shape
-    first_K = V * torch.arange(K, device=ids_KX.device)
-    return weight_KVD.flatten(0, 1)[ids_KX + first_K.view(-1, *[1] * (ids_KX.dim() - 1))]
+    return weight_KVD.flatten(0, 1)[stacked_rows(ids_KX, weight_KVD.shape[1])]
 
 
 def product(a_KXY: Tensor, b_KYZ: Tensor) -> Tensor:

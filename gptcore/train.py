@@ -27,7 +27,7 @@ from gptcore.model import GPT, head_errors
 from gptcore.optimizers import learning_rate
 from gptcore.probes import probes_due, subjects_of
 from gptcore.records import Recorder, Row, TrainingRow, TrialResult
-from gptcore.replay import GRAPHS
+from gptcore.replay import graphs_for
 from gptcore.steps import Steps
 from gptcore.token_groups import TokenGroups
 
@@ -35,7 +35,7 @@ EXPLOSION = 10.0
 """A trial has diverged when its loss exceeds this many times its first loss, or ln V if larger."""
 
 DEVICE_SYNC_EVERY = {"cpu": 1, "cuda": 10}
-"""Steps between two reads of losses from a device, by its type. A GPU is idle during each read."""
+"""Steps between two reads of losses from a device, by its type."""
 
 
 @dataclass
@@ -165,8 +165,7 @@ class Training:
         """
         self.members, self.config, self.start = members, members[0].config, start
         device = members[0].model.wte.weight.device
-        make_graphs = GRAPHS.get(device.type)
-        graphs = make_graphs() if make_graphs else None
+        graphs = graphs_for(device)
         self.array = make_array(members, capturable=graphs is not None)
         self.sync_every = sync_every or DEVICE_SYNC_EVERY[device.type]
         batch_shape = (self.config.train.batch_size, self.config.model.context + 1)
@@ -183,7 +182,7 @@ class Training:
         last = self.config.train.steps
         unread: Segment | None = None
         while step <= last and not self._has_diverged():
-            if self._is_save_due():
+            if is_save_due(self.members):
                 self._log(unread)
                 unread = None
                 if self._has_diverged():
@@ -207,9 +206,6 @@ class Training:
 
     def _has_diverged(self) -> bool:
         return any(member.status == "diverged" for member in self.members)
-
-    def _is_save_due(self) -> bool:
-        return all(member.checkpoint and member.checkpoint.due() for member in self.members)
 
     def _run_segment(self, first_step: int) -> Segment:
         """Run the steps up to the next that is measured, or to the next read from the device."""
@@ -287,6 +283,11 @@ class Training:
                 member.log([*rows, row])
 
 
+def is_save_due(members: Sequence[Member]) -> bool:
+    """Return whether every trial of an array has a checkpoint that is due."""
+    return all(member.checkpoint and member.checkpoint.due() for member in members)
+
+
 def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float) -> None:
     """Save the checkpoints of all trials of an array, once each of them is due.
 
@@ -296,14 +297,13 @@ def save(members: Sequence[Member], array: ModelArray, step: int, seconds: float
         step: the next step to compute.
         seconds: time of the loop since the start of the members.
     """
-    checkpoints = [member.checkpoint for member in members]
-    if not all(checkpoint and checkpoint.due() for checkpoint in checkpoints):
+    if not is_save_due(members):
         return
     start = time.perf_counter()
-    for k, (member, checkpoint) in enumerate(zip(members, checkpoints, strict=True)):
-        assert checkpoint
+    for k, member in enumerate(members):
+        assert member.checkpoint
         progress = Progress(step, member.rows, member.start.seconds + seconds)
-        checkpoint.save(progress, array.state(k), start)
+        member.checkpoint.save(progress, array.state(k), start)
 
 
 def make_array(members: Sequence[Member], *, capturable: bool = False) -> ModelArray:

@@ -40,19 +40,29 @@ def model_parts(model: GPT, layers: Sequence[int]) -> list[Part]:
 
 def values_of(model: GPT, layers: Sequence[int]) -> dict[str, Tensor]:
     """Copy every tensor of model_parts; return the copies by name."""
-    return {part.name: part.values.detach().clone() for part in model_parts(model, layers)}
+    return copies_of(model_parts(model, layers))
 
 
-def stacked_values(array: ModelArray, part: Part, of: slice = slice(None)) -> Tensor:
-    """Return the values of a part of some models of an array, [K, ...], without gradient."""
-    is_third = part.kind in THIRDS
-    name = part.name[:-1] + "qkv" if is_third else part.name
-    stacked = array.parameters[name if name in array.parameters else f"{name}.weight"].detach()[of]
-    return stacked.chunk(3, dim=1)[THIRDS.index(part.kind)] if is_third else stacked
+def copies_of(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Copy the values of parts; return the copies by name."""
+    return {part.name: part.values.detach().clone() for part in parts}
 
 
 THIRDS = ("q", "k", "v")
 """The kinds of the parts of the merged QKV weight."""
+
+
+def stacked_values(array: ModelArray, part: Part, of: slice = slice(None)) -> Tensor:
+    """Return the values of a part of some models of an array, [K, ...], without gradient."""
+    if part.kind not in THIRDS:
+        return _stacked_parameter(array, part.name).detach()[of]
+    merged = _stacked_parameter(array, part.name[:-1] + "qkv").detach()[of]
+    return merged.chunk(3, dim=1)[THIRDS.index(part.kind)]
+
+
+def _stacked_parameter(array: ModelArray, part: str) -> Tensor:
+    """Return the parameter that a part is the whole of; a part's name leaves out `.weight`."""
+    return array.parameters[part if part in array.parameters else f"{part}.weight"]
 
 
 class Weights(Protocol):
@@ -87,7 +97,7 @@ class TiledWeights:
 
     def remember(self) -> None:
         """Keep the values of now."""
-        self.before = {part.name: part.values.detach().clone() for part in self.parts}
+        self.before = copies_of(self.parts)
 
     def changes(self) -> Tensor:
         """Compute the RMS of the change since `remember`, and the RMS before it, [1, P, 2]."""
@@ -199,10 +209,7 @@ class RowWeights:
         device, D = first.wte.weight.device, first.wte.weight.shape[1]
         leaves = [part for part in self.parts if part.kind != "qkv"]
         tensors = [part.name for part in self.parts if part.kind not in THIRDS]  # in the same order
-        self.parameters = [
-            array.parameters[name if name in array.parameters else f"{name}.weight"]
-            for name in tensors
-        ]
+        self.parameters = [_stacked_parameter(array, name) for name in tensors]
         rows_L = torch.tensor([leaf.values.numel() // D for leaf in leaves], device=device)
         self.leaf_of_row_R = torch.arange(len(leaves), device=device).repeat_interleave(rows_L)
         self.size_L = (rows_L * D).double()
@@ -224,19 +231,25 @@ class RowWeights:
 
     def statistics(self) -> Tensor:
         """Compute the statistics of every part, [K, P, 7], in float64."""
-        self._copy_to(self.now_KRD)
+        torch.cat(self._rows(self.parameters, slice(None)), 1, out=self.now_KRD)
+        return torch.cat([self._statistics(of) for of in self._portions()])
+
+    def _portions(self) -> list[slice]:
+        """Divide the models into those whose intermediate values fit MAX_ROW_ELEMENTS."""
         K, R, D = self.now_KRD.shape
         some = max(1, MAX_ROW_ELEMENTS // (R * D))
-        return torch.cat(
-            [self._statistics(slice(start, start + some)) for start in range(0, K, some)]
-        )
+        return [slice(start, start + some) for start in range(0, K, some)]
+
+    def _rows(self, tensors: Sequence[Tensor], of: slice) -> list[Tensor]:
+        """Divide stacked tensors of some models into rows of D elements."""
+        D = self.now_KRD.shape[2]
+        return [(some := tensor.detach()[of]).reshape(len(some), -1, D) for tensor in tensors]
 
     def _statistics(self, of: slice) -> Tensor:
         """Compute the statistics of some of the models."""
         values_KRD, size_L = self.now_KRD[of], self.size_L
         grads = [stacked.grad for stacked in self.parameters if stacked.grad is not None]
-        K, _, D = values_KRD.shape
-        grad_KRD = torch.cat([grad[of].reshape(K, -1, D) for grad in grads], 1)
+        grad_KRD = torch.cat(self._rows(grads, of), 1)
         # Moments of z = (x - centre) / scale, where a leaf's centre is its rounded mean, and its
         # scale the largest |x|: powers of small numbers would be 0 in float32.
         centre_KL = (self._by_leaf(_row_sums(values_KRD)) / size_L).float()
@@ -295,25 +308,16 @@ class RowWeights:
 
     def changes(self) -> Tensor:
         """Compute the RMS of the change since `statistics`, and the RMS before it, [K, P, 2]."""
-        K, R, D = self.now_KRD.shape
-        some = max(1, MAX_ROW_ELEMENTS // (R * D))
         squares = []
-        for start in range(0, K, some):
-            of = slice(start, start + some)
+        for of in self._portions():
             before_KRD = self.now_KRD[of]
-            after_KRD = torch.cat(
-                [p[of].reshape(len(before_KRD), -1, D) for p in self.parameters], 1
-            )
+            after_KRD = torch.cat(self._rows(self.parameters, of), 1)
             squares.append(
                 torch.stack(
                     [_row_sums((after_KRD - before_KRD).square_()), _row_sums(before_KRD.square())]
                 )
             )
         return self._mean_of_parts(torch.cat(squares, 1)).sqrt().permute(1, 2, 0)
-
-    def _copy_to(self, rows_KRD: Tensor) -> None:
-        K, _, D = rows_KRD.shape
-        torch.cat([p.detach().reshape(K, -1, D) for p in self.parameters], 1, out=rows_KRD)
 
     def _by_leaf(self, sums_XR: Tensor) -> Tensor:
         """Add up the rows of each leaf, [..., R] to [..., L]."""

@@ -15,7 +15,7 @@ from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.precision import DTYPES
 from gptcore.records import MemoryRecorder
-from helpers.trials import WORDS, Cut, CutAt, undisturbed, with_knobs
+from helpers.trials import WORDS, Cut, CutAt, three_of, undisturbed, with_knobs
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +28,7 @@ def as_on_a_gpu(monkeypatch):
 def trio(tiny):
     """Three trials that differ in all they may, with a vocabulary of several tiles of a CPU."""
     tiny = with_knobs(tiny, model__vocab_size=2500)
-    return [
-        with_knobs(tiny, init__scheme="model5"),
-        with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
-        with_knobs(tiny, init__scheme="normal", init__std=0.1, corpus__subset="0-0.5"),
-    ]
+    return three_of(tiny)
 
 
 def together(configs, files=None):

@@ -16,7 +16,7 @@ from gptcore.records import MemoryRecorder
 from gptcore.replay import Replayed
 from gptcore.steps import Steps
 from helpers.tape import TapeGraphs
-from helpers.trials import Cut, CutAt, with_knobs
+from helpers.trials import Cut, CutAt, three_of, with_knobs
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,7 @@ def trio(tiny):
     tiny = with_knobs(
         tiny, train__steps=38, probes__every=5, optim__clip=0.2, optim__schedule="cosine"
     )
-    return [
-        with_knobs(tiny, init__scheme="model5"),
-        with_knobs(tiny, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
-        with_knobs(tiny, init__scheme="normal", init__std=0.1, corpus__subset="0-0.5"),
-    ]
+    return three_of(tiny)
 
 
 def run(configs, files=None):

@@ -35,6 +35,15 @@ KILLED = {**TINY, "train.steps": 1500, "train.checkpoint_seconds": 0.2, "probes.
 """A trial of some seconds, long enough to be killed in the middle."""
 
 
+def three_of(config: TrialConfig) -> list[TrialConfig]:
+    """Three trials of an array that differ in all they may: start, data and text."""
+    return [
+        with_knobs(config, init__scheme="model5"),
+        with_knobs(config, init__scheme="gpt2", init__seed=1, corpus__data_seed=3),
+        with_knobs(config, init__scheme="normal", init__std=0.1, corpus__subset="0-0.5"),
+    ]
+
+
 class Cut(Exception):
     """Stands for whatever ends a process in the middle of a trial."""
 
