@@ -14,6 +14,7 @@ from analysis.sentences import format_estimate
 from analysis.verdicts import PartFinding, judge_part
 from gptcore.config import Scalar, spelling
 from gptcore.files import JsonObject
+from gptcore.units import counted
 
 REFUTABLE = [name for name, claim in CLAIMS.items() if not claim.over_subsets]
 """The claims for which a single trial has a number."""
@@ -100,7 +101,8 @@ def sentences(claim: str, finds: Sequence[Counterexample], tried: int, measured:
         measured: how many of them had a number for the claim.
     """
     if not measured:
-        return [f"{claim}: not measured, because none of {tried} trials has the number for it"]
+        of = counted(tried, "trial")
+        return [f"{claim}: not measured, because none of {of} has the number for it"]
     shown = [
         f"  {find.verdict} on {find.seeds} fresh seeds: "
         + spelled(find.knobs)
@@ -109,9 +111,10 @@ def sentences(claim: str, finds: Sequence[Counterexample], tried: int, measured:
     ]
     counterexamples = sum(find.verdict == CONTRADICTED for find in finds)
     if counterexamples:
-        return [f"{claim}: {counterexamples} counterexamples found in {tried} trials", *shown]
+        found = counted(counterexamples, "counterexample")
+        return [f"{claim}: {found} found in {counted(tried, 'trial')}", *shown]
     on_one_seed = f"; {len(finds)} contradicted it on one seed alone" if finds else ""
-    return [f"{claim}: no counterexample found in {tried} trials{on_one_seed}", *shown]
+    return [f"{claim}: no counterexample found in {counted(tried, 'trial')}{on_one_seed}", *shown]
 
 
 def spelled(knobs: Mapping[str, Scalar]) -> str:

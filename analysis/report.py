@@ -69,8 +69,8 @@ def build_report(
         store: where the sweeps are recorded.
         names: of the sweeps. Without names, it is the sweep launched last.
         out: the folder of the report. By default it is reports/NAME in the runs folder, with
-            `-selected` or `-shuffled` after the name where only a part is reported or labels are
-            shuffled.
+            `-selected`, `-claims` or `-shuffled` after the name where only some trials or claims
+            are reported, or labels are shuffled.
         runs_dir: the runs folder.
         where: report only the trials for which this SQL expression over the knobs is true.
         claims: show only the verdicts on these claims, corrected for the number of all claims.
@@ -92,7 +92,9 @@ def build_report(
         note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all of them."
         sweep = replace(sweep, notes=(*sweep.notes, note))
     # The report of a part or of a control does not replace the report of the sweep.
-    kind = "-selected" * bool(where or claims) + "-shuffled" * (shuffle is not None)
+    kind = (
+        "-selected" * bool(where) + "-claims" * bool(claims) + "-shuffled" * (shuffle is not None)
+    )
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
     by_run = frames_of_runs(sweep)
     findings = find(sweep, by_run)

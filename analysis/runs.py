@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
-from gptcore.config import KNOBS, InputError, TrialConfig
+from gptcore.config import COMPARED_KNOBS, KNOBS, InputError, Scalar, TrialConfig
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, artifact_folder, named_runs, trial_status
-from tracking.sweep_run import RecordedPlan, read_plan
+from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
 
 DOWNLOADS = 16
 """How many tables are fetched from a server at the same time."""
@@ -38,7 +38,7 @@ class RunTables:
     pages: tuple[str, ...]  # addresses of MLflow's charts of the sweeps
     claims_digest: str | None
     """Digest of the claims before the first trial. None where sweeps differ in it, and for trials
-    that were selected or changed after they ran."""
+    that were chosen, joined or changed in view of results."""
     trials: pl.DataFrame
     """One row for each trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
@@ -130,14 +130,20 @@ def read_sweeps(
         key, why = next(iter(unreadable.items()))
         raise InputError(f"no trial can be read; trial {key}: {why}")
     digests = {run.data.tags.get("claims_digest") for run in sweeps}
+    # Trials that were chosen in view of results cannot confirm a claim, and whoever joins sweeps
+    # may have seen the results of each.
+    chosen = where or len(sweeps) > 1 or any(plan.preset in SEARCH_GOALS for plan in plans)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
+    if differ := _knobs_of_sweeps(plans):
+        notes[
+            f"The sweeps differ in {', '.join(differ)}; verdicts on all of them average over that."
+        ] = None
     return RunTables(
         name=name,
         notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
         commands=tuple(plan.command for plan in plans),
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
-        # Trials that were selected after they ran cannot confirm a claim.
-        claims_digest=digests.pop() if len(digests) == 1 and not where else None,
+        claims_digest=digests.pop() if len(digests) == 1 and not chosen else None,
         trials=trials.with_columns(
             status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
             .then(pl.lit("unreadable"))
@@ -150,6 +156,20 @@ def read_sweeps(
         cache=cache,
         sweep_runs=tuple(sweeps),
     )
+
+
+def _knobs_of_sweeps(plans: Sequence[RecordedPlan]) -> list[str]:
+    """List the knobs, besides seeds, of which some sweep has values that another one lacks."""
+    defaults = TrialConfig().to_flat()
+
+    def values(plan: RecordedPlan, knob: str) -> set[Scalar]:
+        return {trial.params.get(knob, defaults[knob]) for trial in plan.trials.values()}
+
+    return [
+        knob
+        for knob in (*COMPARED_KNOBS, "corpus.subset")
+        if any(values(plan, knob) != values(plans[0], knob) for plan in plans)
+    ]
 
 
 def _trials(plans: Sequence[RecordedPlan], runs: Mapping[str, Run]) -> pl.DataFrame:

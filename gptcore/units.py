@@ -7,10 +7,15 @@ import sys
 
 
 def clock(seconds: float) -> str:
-    """Format a duration: `1:05:09`, or `5:09` below an hour."""
+    """Format a duration: `1:05:09 h`, or `5:09 min` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 trial`, `2 trials`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def peak_memory() -> int:

@@ -43,12 +43,13 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
     for key, entry in KNOBS.items():
         names = entry.metadata["choices"] or registries.get(key, ())
         text = f"{entry.metadata['doc']}{': ' if names else ''}{', '.join(names)}"
+        limits = "".join(f"; {sign} {limit:g}" for sign, limit in entry.metadata["limits"].items())
         knobs.add_argument(
             f"--{key}",
             nargs="+",
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            help=f"{text} [{spelling(defaults[key])}]".replace("%", "%%"),
+            help=f"{text} [{spelling(defaults[key])}{limits}]".replace("%", "%%"),
         )
 
 

@@ -19,7 +19,14 @@ from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.estimate.arrays import check_array, check_together
 from sweeps.execution.faults import Fault
-from sweeps.plan import Plan, make_plan, seeds_of, with_more_seeds, with_overrides
+from sweeps.plan import (
+    Plan,
+    make_plan,
+    recorded_again,
+    seeds_of,
+    with_more_seeds,
+    with_overrides,
+)
 from sweeps.presets import Preset, Space
 from tracking.arguments import check_writable
 from tracking.health import GO_ON
@@ -33,13 +40,7 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
     console = make_console()
     try:
         args, overrides = command_line(doc, presets, argv)
-        preset = presets[args.preset]
-        spaces = with_overrides(args.preset, preset.spaces, overrides)
-        first_seeds = None
-        if args.until_decided is not None:
-            first_seeds = len(seeds_of(spaces))
-            spaces = with_more_seeds(spaces, args.until_decided)
-        plan = make_plan(args.name or args.preset, args.preset, spaces)
+        plan, first_seeds = planned(args, overrides, presets, console)
         check_together(args.array, plan.trials)
         for note in plan.notes:
             console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
@@ -48,6 +49,48 @@ def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = N
         return run_sweep(plan, args, console, first_seeds)
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
+
+
+def planned(
+    args: argparse.Namespace, overrides: Space, presets: Mapping[str, Preset], console: Console
+) -> tuple[Plan, int | None]:
+    """Return the trials that the command line asks for.
+
+    A command that gives a sweep's name, but no preset and no knob, means the trials that this sweep
+    has already, if there are any.
+
+    Returns:
+        The plan, and the number of seeds before --until-decided adds more; None without it.
+
+    Raises:
+        InputError: a trial cannot run.
+    """
+    if args.name and not (args.preset or overrides or args.until_decided):
+        # Not at the top: MLflow takes seconds to import.
+        from analysis.interim import find_sweep
+        from sweeps.session import check_kind, naming_faults
+        from tracking.address import store_address
+        from tracking.store import Store
+        from tracking.sweep_run import read_plan
+
+        runs_dir = args.runs_dir.resolve()
+        store = Store(store_address(runs_dir))
+        with naming_faults(store, runs_dir):
+            sweep_run = find_sweep(store, args.name)
+            check_kind(sweep_run, is_search=False)
+            recorded = read_plan(store, sweep_run) if sweep_run else None
+        if recorded:
+            console.print(
+                f"sweep {args.name}: the trials of its last command, {recorded.command}",
+                soft_wrap=True,
+            )
+            return recorded_again(recorded), None
+    name = args.preset or "quick"
+    spaces, first_seeds = with_overrides(name, presets[name].spaces, overrides), None
+    if args.until_decided is not None:
+        first_seeds = len(seeds_of(spaces))
+        spaces = with_more_seeds(spaces, args.until_decided)
+    return make_plan(args.name or name, name, spaces), first_seeds
 
 
 def make_console() -> Console:
@@ -87,8 +130,7 @@ def command_line(
     parser = sweep_parser(doc)
     parser.add_argument(
         "--preset",
-        default="quick",
-        help="; ".join(f"{name}: {preset.doc}" for name, preset in presets.items()),
+        help="; ".join(f"{name}: {preset.doc}" for name, preset in presets.items()) + " [quick]",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -115,7 +157,7 @@ def command_line(
     )  # fmt: skip
     add_knobs(parser, "one value, or several to sweep over [default; a preset may have others]")
     args, given = parse(parser, argv)
-    if args.preset not in presets:
+    if args.preset not in (None, *presets):
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
     check_array(args.array)
     return args, {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
@@ -133,8 +175,9 @@ def run_sweep(
         first_seeds: number of seeds before --until-decided adds more; None without it.
     """
     # Not at the top: MLflow takes seconds to import, and --debug and --help do not need it.
+    from analysis.interim import find_sweep
     from sweeps.interim import agreed_interim_plan, follow, say_schedule
-    from sweeps.session import Session, naming_faults
+    from sweeps.session import Session, check_kind, naming_faults
     from tracking.address import store_address
     from tracking.store import Store
 
@@ -146,6 +189,7 @@ def run_sweep(
         with Session(
             plan.name, runs_dir, store, console, array=args.array, measures=not args.no_estimate
         ) as session:
+            check_kind(find_sweep(store, plan.name), is_search=False)
             interim = agreed_interim_plan(plan, first_seeds, store)
             if interim is None:
                 stopped = session.run(plan, args.redo)

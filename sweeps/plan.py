@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptcore.config import KNOBS, InputError, TrialConfig, compared_knobs, spelling, varying_knobs
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
 from sweeps.presets import Space, trials_of
 from tracking.job import Job
+
+if TYPE_CHECKING:
+    from tracking.sweep_run import RecordedPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,6 +102,12 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
     spaces, notes = with_corpus(spaces)
     configs = itertools.chain.from_iterable(map(trials_of, spaces))
     return Plan(name, preset, *checked(configs), notes)
+
+
+def recorded_again(recorded: RecordedPlan) -> Plan:
+    """Make the plan of a sweep again from its record. Raise InputError as make_plan."""
+    configs = (TrialConfig.from_flat(trial.params) for trial in recorded.trials.values())
+    return Plan(recorded.sweep, recorded.preset, *checked(configs), recorded.notes)
 
 
 def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ...]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,7 +46,7 @@ from sweeps.searching.study import (
     parse_domain,
     takes,
 )
-from sweeps.session import Session, naming_faults
+from sweeps.session import Session, check_kind, naming_faults
 from tracking.address import store_address
 from tracking.store import Store
 
@@ -114,8 +115,8 @@ def command_line(
         need := seeds_to_contradict(args.claim, ALPHA / args.finds)
     ):
         raise InputError(
-            f"--seeds {args.seeds} cannot contradict {args.claim} with --finds {args.finds}: "
-            f"{need} can"
+            f"--seeds takes at least {need} to contradict {args.claim} with --finds "
+            f"{args.finds}, not {args.seeds}"
         )
     return args, given
 
@@ -171,6 +172,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
     store = Store(store_address(runs_dir))
     with naming_faults(store, runs_dir):
         sweep_run = find_sweep(store, name)
+        check_kind(sweep_run, is_search=True)
         if sweep_run and read_interim_plan(store, sweep_run):
             raise InputError(f"sweep {name} is run with --until-decided: take another --name")
         with Session(name, runs_dir, store, console, measures=not args.no_estimate) as session:
@@ -197,8 +199,11 @@ def finish_search(runner: SearchRunner, args: argparse.Namespace, largest: Trial
         finds = runner.judged_on_fresh_seeds(contradicting, args.seeds)
         trials = answered(study)
         measured = sum(one.state == TrialState.COMPLETE for one in trials)
-        for line in sentences(args.claim, finds, len(trials), measured):
+        found = sentences(args.claim, finds, len(trials), measured)
+        for line in found:
             console.print(line, soft_wrap=True)
+        # The report's verdicts are on all trials of the search. What it was for stands above them.
+        session.record(replace(runner.plan, notes=(*runner.plan.notes, *found)))
     session.keep(runner.write(finds))
     if not args.no_report:
         session.report()

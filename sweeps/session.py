@@ -28,17 +28,19 @@ from gptcore.files import JsonObject
 from gptcore.units import clock
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
-from sweeps.execution.interrupts import CtrlC
+from sweeps.execution.interrupts import Interrupts
 from sweeps.ledger import Entry, read_ledger, sweep_lock, to_redo
 from sweeps.plan import Plan, jobs_of
 from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
 from tracking.store import Store
-from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepEnd, SweepRun
+from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, RecordedTrial, SweepEnd, SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from sweeps.estimate.arrays import Batch
     from sweeps.execution.runner import RunContext
 
@@ -47,7 +49,7 @@ class Session:
     """A sweep while this driver holds it.
 
     Entering takes the sweep's lock. On leaving, Ray is stopped and the sweep's run is ended.
-    Inside, Ctrl-C stops cleanly and, pressed again, at once.
+    Inside, Ctrl-C and SIGTERM stop it cleanly and, when they come again, at once.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Session:
         self._ended: SweepEnd = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
-        self._ctrl_c = CtrlC()
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Session:
         """Take the sweep's lock.
@@ -90,7 +92,7 @@ class Session:
             InputError: another driver works on the sweep, or nothing can be written.
         """
         check_writable(self.runs_dir)
-        self._on_exit.enter_context(self._ctrl_c.handled())
+        self._on_exit.enter_context(self._interrupts.handled())
         try:
             self._on_exit.enter_context(sweep_lock(self.runs_dir, self.name))
         except InputError:
@@ -172,6 +174,7 @@ class Session:
 
                 self._on_exit.callback(stop_ray)
                 start_ray(trials, self.console)
+                self._interrupts.install()
                 check_shared(self.runs_dir, self.store.address)
                 self._has_ray = True
             opening.result()
@@ -208,7 +211,7 @@ class Session:
         from sweeps.execution.trainable import Recording
 
         recording = Recording(self.store.address, self.sweep_run.experiment_id, self.runs_dir)
-        return RunContext(self.store, recording, self.texts, self.console, self._ctrl_c)
+        return RunContext(self.store, recording, self.texts, self.console, self._interrupts)
 
     @contextmanager
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:
@@ -232,8 +235,9 @@ class Session:
         yield batches
         took = time.monotonic() - begun
         self.store.set_tags(run_id, took_seconds=f"{took:.0f}")
+        # A sweep that was stopped did not do what was estimated.
         estimated = f", estimated {clock(expected.seconds)}" if tags else ""
-        self.console.print(f"took {clock(took)}{estimated}")
+        self.console.print(f"took {clock(took)}{'' if self._interrupts.has_come else estimated}")
 
     def keep_interim_plan(self, interim: InterimPlan) -> None:
         """Record the interim analyses, made and to come, now or with the plan."""
@@ -341,6 +345,24 @@ def naming_faults(store: Store, runs_dir: Path) -> Iterator[None]:
         ):
             raise
         raise Fault(why) from error
+
+
+def check_kind(sweep_run: Run | None, is_search: bool) -> None:
+    """Raise InputError where a sweep has the name of a search, or a search that of a sweep.
+
+    Each would replace the other's plan and report.
+
+    Args:
+        sweep_run: the own run of what has this name; None for a new name.
+        is_search: whether a search asks.
+    """
+    tags = sweep_run.data.tags if sweep_run else {}
+    if "preset" in tags and (tags["preset"] in SEARCH_GOALS) != is_search:
+        theirs, command = ("sweep", "init_sweep") if is_search else ("search", "search")
+        raise InputError(
+            f"{tags['sweep']} is the name of a {theirs}: continue that with "
+            f"sweeps/{command}.py, or take another --name"
+        )
 
 
 def say_how_far(

@@ -320,7 +320,8 @@ def test_what_was_measured_before_is_used_as_if_it_were_now(two_cores, tmp_path)
         {"CPU": 1.0, "memory": resources.HEADROOM * GIB},
     )
     assert said == [
-        "6 trials of 30 steps in all, 6 at a time in arrays of 3: about 1:00 (0:40 to 1:30), "
+        "6 trials of 30 steps in all, 6 at a time in arrays of 3: about 1:00 min "
+        "(0:40 min to 1:30 min), "
         "as measured on 2026-11-28",
         "  1.07 GB of memory an array, 6 MB of disk for all",
     ]

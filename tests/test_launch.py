@@ -167,6 +167,60 @@ def test_a_dry_run_knows_what_is_done(finished_sweep, capsys):
     assert "sweep small: 6 trials, 4 done, 2 missing" in capsys.readouterr().out
 
 
+def test_a_name_alone_means_the_trials_that_the_sweep_has(finished_sweep, capsys):
+    """Otherwise `--name small --redo failed` would replace its plan by that of the preset."""
+    given = ["--runs-dir", str(finished_sweep), "--dry-run", "--no-estimate"]
+    assert run(*given, "--name", "small") == 0
+    said = capsys.readouterr().out
+    assert "sweep small: the trials of its last command, python sweeps/init_sweep.py" in said
+    assert "sweep small: 6 trials, 5 done, 1 missing" in said
+    for more in (["--preset", "quick"], ["--init.seed", "0", "1"]):
+        assert run(*given, "--name", "small", "--corpus.name", "pydocs", *more) == 0
+        assert "sweep small: 12 trials" in capsys.readouterr().out
+    assert run(*given, "--name", "new", "--corpus.name", "pydocs") == 0
+    assert "sweep new: 12 trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("", "it takes a folder, not an empty name"),
+        ("s3://lab/runs", "GPT_SWEEPS_BUCKET takes a bucket"),
+        ("http://server:5000", "MLFLOW_TRACKING_URI a tracking server"),
+        ("{file}", "is a file, not a folder"),
+        ("{file}/runs", "is a file, not a folder"),
+        ("/tmp/" + "x" * 300, "File name too long"),
+        ("/tmp/" + "x/" * 300, "its path has 604 bytes, of at most 400"),
+        ("~nobody-of-this-name/runs", "home directory"),
+        ("{loop}/runs", "loop"),
+        ("/tmp/is it so?", "may not contain ?"),
+    ],
+)
+def test_a_folder_that_can_never_be_used_is_refused_at_once(folder, says, tmp_path, tiny, capsys):
+    file, loop = tmp_path / "file", tmp_path / "loop"
+    file.touch()
+    loop.symlink_to(loop)
+    given = folder.format(file=file, loop=loop)
+    assert run("--runs-dir", given, *flags(tiny)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --runs-dir: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_a_tilde_is_the_users_home(way, tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    given = ["--runs-dir=~/runs"]
+    if way == "environment":
+        monkeypatch.setenv("GPT_SWEEPS_RUNS_DIR", "~/runs")
+        given = []
+    assert run(*given, *flags(tiny), "--debug") == 0
+    assert (tmp_path / "home" / "runs" / "debug").is_dir()
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
 def test_debug_leaves_the_rows_of_the_trial_and_prints_the_init(tiny, runs_dir, capsys):
     assert run("--runs-dir", str(runs_dir), "--debug", *flags(tiny)) == 0
     output = capsys.readouterr().out

@@ -43,10 +43,10 @@ def test_it_counts_and_foretells_at_the_pace_so_far(shown, clock):
     for key in ("a", "b"):
         result(shown, key, 50)
     # 100 of 300 steps in 10 s
-    assert shown.line() == "0 of 3 finished, 2 running, 0 failed, 0:20 left"
+    assert shown.line() == "0 of 3 finished, 2 running, 0 failed, 0:20 min left"
     result(shown, "a", 100, status="finished")
     shown.on_trial_complete(0, [], trial("a"))
-    assert shown.line() == "1 of 3 finished, 1 running, 0 failed, 0:10 left"
+    assert shown.line() == "1 of 3 finished, 1 running, 0 failed, 0:10 min left"
 
 
 def test_what_a_trial_had_done_before_is_not_counted_as_pace(shown, clock):
@@ -54,7 +54,7 @@ def test_what_a_trial_had_done_before_is_not_counted_as_pace(shown, clock):
     clock.seconds += 10
     result(shown, "a", 95)
     # 5 steps in 10 s, 205 to go
-    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, 6:50 left"
+    assert shown.line() == "0 of 3 finished, 0 running, 0 failed, 6:50 min left"
 
 
 def test_a_trial_that_is_heard_of_only_at_its_end_counts_whole(shown, clock):
@@ -62,7 +62,7 @@ def test_a_trial_that_is_heard_of_only_at_its_end_counts_whole(shown, clock):
     clock.seconds += 10
     result(shown, "a", 51)
     result(shown, "b", 100, status="finished")
-    assert shown.line() == "1 of 3 finished, 0 running, 0 failed, 0:09 left"
+    assert shown.line() == "1 of 3 finished, 0 running, 0 failed, 0:09 min left"
 
 
 def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
@@ -70,7 +70,7 @@ def test_a_diverged_trial_leaves_nothing_to_wait_for(shown, clock):
     clock.seconds += 10
     result(shown, "a", 20, status="diverged")
     result(shown, "b", 100, status="finished")
-    assert shown.line().endswith("0:05 left")
+    assert shown.line().endswith("0:05 min left")
 
 
 def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock, tmp_path):
@@ -84,7 +84,7 @@ def test_a_failed_trial_is_told_with_its_reason_and_not_waited_for(shown, clock,
     shown.on_trial_error(0, [], broken)
     assert shown.outcomes.failed == {"b": "OSError: the disk is full"}
     assert "trial b failed: OSError: the disk is full" in shown.console.file.getvalue()
-    assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 left"
+    assert shown.line() == "0 of 3 finished, 0 running, 1 failed, 0:10 min left"
 
 
 FULL = {"trial_key": "a", "status": "failed", "reason": "OSError: full"}
@@ -187,7 +187,7 @@ def test_a_search_tells_what_it_pruned_and_counts_trials_that_are_yet_to_be_sugg
     searching.on_trial_complete(0, [], trial("a", step=50))
     result(searching, "b", 50)
     # 100 steps in 10 s; half of b and two trials to go.
-    assert searching.line() == "0 of 4 finished, 1 pruned, 1 running, 0 failed, 0:25 left"
+    assert searching.line() == "0 of 4 finished, 1 pruned, 1 running, 0 failed, 0:25 min left"
     assert searching.outcomes.pruned == {"a": "pruned at step 50"}
     result(searching, "b", 100, status="finished")
     assert (searching.outcomes.ended, searching.outcomes.finished) == (2, {"b"})

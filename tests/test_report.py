@@ -279,7 +279,11 @@ def test_several_sweeps_are_read_as_one(two_sweeps, tmp_path):
     # What one of them has run and the other only planned is there once.
     assert findings["trials"]["finished"] == len(findings["runs"]) == 4
     assert {run["corpus.subset"] for run in findings["runs"]} == {"all", "0-0.25"}
-    assert findings["claims"]["standing"] == "confirmatory"
+    # Who joins sweeps may have seen the results of each.
+    assert findings["claims"]["standing"] == "exploratory"
+    assert findings["notes"][1] == (
+        "The sweeps differ in corpus.subset; verdicts on all of them average over that."
+    )
     page = (tmp_path / "report.html").read_text()
     assert "init_sweep.py --name one</code> and <code>python" in page
     assert page.count("viewStateShareKey=sweep") == 2
@@ -324,13 +328,16 @@ def test_what_is_chosen_or_shuffled_confirms_nothing_and_leaves_the_report(two_s
     whole = (reports / "one" / "findings.json").read_text()
     assert main([*runs, "--where", "init.scheme = 'gpt2'"]) == 0
     assert main([*runs, "--shuffle-labels", "0"]) == 0
+    assert main([*runs, "--claims", "order"]) == 0
     assert (reports / "one" / "findings.json").read_text() == whole
     standing = {
         folder: json.loads((reports / folder / "findings.json").read_text())["claims"]["standing"]
-        for folder in ("one", "one-selected", "one-shuffled")
+        for folder in ("one", "one-selected", "one-shuffled", "one-claims")
     }
+    # Claims that are shown are corrected for all of them: that is no choice.
     assert standing == {
-        "one": "confirmatory", "one-selected": "exploratory", "one-shuffled": "exploratory"
+        "one": "confirmatory", "one-selected": "exploratory", "one-shuffled": "exploratory",
+        "one-claims": "confirmatory",
     }  # fmt: skip
 
 

@@ -14,14 +14,14 @@ from helpers.paths import ROOT
 from helpers.store import runs_of
 from helpers.trials import TINY, flags
 from sweeps.execution import runner
-from sweeps.execution.interrupts import CtrlC
+from sweeps.execution.interrupts import Interrupts
 from sweeps.execution.progress import SweepProgress, TrialOutcomes
 from tracking.address import StoreAddress, store_address
 
 IN_PORTIONS = """
 import sys
 from sweeps.execution import runner
-from sweeps.execution.interrupts import CtrlC
+from sweeps.execution.interrupts import Interrupts
 from sweeps.init_sweep import main
 runner.TRIALS_PER_TUNER_RUN, runner.ROUNDS_PER_SLOT = 2, 1
 sys.exit(main())
@@ -50,22 +50,23 @@ def test_a_polite_end_while_runs_are_ended_waits_until_they_are(monkeypatch):
     ended = []
 
     def end_runs(*_):
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         ended.append(True)
 
     monkeypatch.setattr(runner, "close_runs", end_runs)
-    before = signal.getsignal(signal.SIGTERM)
+    interrupts = Interrupts()
     context = SimpleNamespace(
         store=SimpleNamespace(address=StoreAddress("sqlite:///a.db")),
         recording=SimpleNamespace(experiment_id="1"),
         console=Console(quiet=True),
-        ctrl_c=CtrlC(),
+        interrupts=interrupts,
     )
     outcomes = TrialOutcomes({"a": 1}, trials=1)
-    with runner._ending_runs(
-        [], outcomes, SweepProgress(context.console, outcomes), context
-    ) as has_stopped:
-        assert has_stopped()
-    assert (ended, has_stopped()) == ([True], False)
-    assert signal.getsignal(signal.SIGTERM) is before
+    progress = SweepProgress(context.console, outcomes)
+    with (
+        interrupts.handled(),
+        pytest.raises(KeyboardInterrupt),
+        runner._ending_runs([], outcomes, progress, context),
+    ):
+        assert not ended
+    assert ended

@@ -198,7 +198,9 @@ def test_an_error_is_kept_until_the_search_raises_it(tmp_path):
 def test_another_question_under_the_same_name_is_refused(tmp_path):
     study_in(tmp_path)
     study_in(tmp_path)
-    with pytest.raises(InputError, match=r"search s already has another question \(of differ\)"):
+    with pytest.raises(
+        InputError, match=r"search s was started with other choices \(the claim or metric\)"
+    ):
         study_in(tmp_path, replace(QUESTION, of="loss/train"))
 
 

@@ -4,7 +4,8 @@ from gptcore.units import clock, size
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (9.4, "0:09"), (249.6, "4:10"), (3909, "1:05:09")]
+    ("seconds", "text"),
+    [(0, "0:00 min"), (9.4, "0:09 min"), (249.6, "4:10 min"), (3909, "1:05:09 h")],
 )
 def test_durations_are_written_in_minutes_and_hours(seconds, text):
     assert clock(seconds) == text

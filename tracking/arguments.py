@@ -20,13 +20,52 @@ class Parser(argparse.ArgumentParser):
 
     def add_runs_dir(self) -> None:
         """Add --runs-dir, whose default is the environment's GPT_SWEEPS_RUNS_DIR, else `runs`."""
-        default = Path(os.environ.get("GPT_SWEEPS_RUNS_DIR") or "runs")
+        default = os.environ.get("GPT_SWEEPS_RUNS_DIR") or "runs"
         self.add_argument(
             "--runs-dir",
-            type=Path,
-            default=default,
-            help=f"folder for runs, checkpoints and reports ({default})",
+            type=runs_folder,
+            default=default,  # argparse parses a default that is a text like a given one
+            help=f"folder for runs, checkpoints and reports ({default})".replace("%", "%%"),
         )
+
+
+LONGEST_FOLDER = 400
+"""Bytes in the path of a runs folder: SQLite takes 512 for the path of a database and its journal.
+"""
+NOT_IN_FOLDER = "?#%"
+"""Characters with a meaning of their own in the address of an SQLite store."""
+
+
+def runs_folder(text: str) -> Path:
+    """Parse --runs-dir: a folder of this machine, which need not exist yet.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing can ever be kept in such a folder.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it takes a folder, not an empty name")
+    try:
+        folder = Path(text).expanduser()
+        whole = str(folder.resolve())
+        whole.encode()
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # also a loop of links, an unknown user
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {error}") from error
+    why = ""
+    if "://" in text:
+        why = (
+            "it takes a folder of this machine; GPT_SWEEPS_BUCKET takes a bucket, and "
+            "MLFLOW_TRACKING_URI a tracking server"
+        )
+    elif found := [character for character in NOT_IN_FOLDER if character in whole]:
+        why = f"the path of the folder may not contain {found[0]}"
+    elif (bytes_of_path := len(whole.encode())) > LONGEST_FOLDER:
+        why = f"its path has {bytes_of_path} bytes, of at most {LONGEST_FOLDER}"
+    elif not above.is_dir():
+        why = f"{above} is a file, not a folder"
+    if why:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {why}")
+    return folder
 
 
 def check_writable(folder: Path) -> None:

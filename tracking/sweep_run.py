@@ -18,6 +18,9 @@ PLAN_FILE = "plan.json"
 SweepEnd = Literal["FINISHED", "FAILED", "KILLED"]
 """How a driver leaves the sweep's run."""
 
+SEARCH_GOALS = ("best", "refute")
+"""What a plan has in place of a preset where a search chooses its trials."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTrial:
@@ -32,7 +35,7 @@ class RecordedPlan:
     """What a sweep runs, as plan.json keeps it: the fields are its keys, in their order."""
 
     sweep: str
-    preset: str
+    preset: str  # or one of SEARCH_GOALS
     command: str  # that made the sweep
     notes: tuple[str, ...]  # what the user has to know
     tags: Mapping[str, str]  # of every run of the sweep
@@ -102,7 +105,13 @@ class SweepRun:
         if interim:
             self.keep_interim_plan(interim)
         # The tag `kind` comes last: readers find a sweep by it, and expect its plan to be there.
-        store.set_tags(self.run_id, sweep=plan.sweep, launched=f"{launched:.3f}", **plan.tags)
+        store.set_tags(
+            self.run_id,
+            sweep=plan.sweep,
+            preset=plan.preset,
+            launched=f"{launched:.3f}",
+            **plan.tags,
+        )
         store.set_tags(self.run_id, kind="sweep")
         client.update_run(self.run_id, status="RUNNING")
 

@@ -1,9 +1,11 @@
-"""Ctrl-C: pressed once it stops a sweep cleanly, pressed twice at once."""
+"""What stops a sweep from outside: Ctrl-C, the end of a time limit, a terminal that is gone."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,45 +17,92 @@ SHOW_CURSOR = b"\x1b[?25h"
 """The terminal's code that shows the cursor again, which a progress line has hidden."""
 
 
-class CtrlC:
-    """What Ctrl-C does while a driver works on a sweep.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""The signals that stop a sweep: Ctrl-C; the end of a time limit; a terminal that is gone; and the
+warning that Slurm's --signal sends before a time limit."""
 
-    The first press raises KeyboardInterrupt, and the second ends the process at once. Nothing is
-    lost by that: every file on disk is complete, and the next driver ends the runs that are left
-    open.
+
+class Interrupts:
+    """What Ctrl-C and the other signals of STOPPING do while a driver works on a sweep.
+
+    The first one raises KeyboardInterrupt. A second Ctrl-C or SIGTERM ends the process at once.
+    Nothing is lost by that: every file on disk is complete, and the next driver ends the runs that
+    are left open.
     """
 
     def __init__(self) -> None:
-        self._is_pressed = False
+        self.has_come = False
         self._on_first: Callable[[], object] | None = None
+        self._installed: list[int] = []
 
-    def _press(self, *_: object) -> None:
-        if self._is_pressed:
-            _leave()
-        self._is_pressed = True
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if self.has_come:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                _leave()
+            return
+        self.has_come = True
         if self._on_first is None:
             raise KeyboardInterrupt
         self._on_first()
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside, Ctrl-C is handled here."""
-        before = signal.signal(signal.SIGINT, self._press)
+        """Inside, the signals are handled here."""
+        # `nohup` has a command ignore SIGHUP, and it is to stay so.
+        before = {
+            number: signal.getsignal(number)
+            for number in STOPPING
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        }
+        self._installed = list(before)
+        self.install()
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Handle the signals again after ray.init, which sets a handler of its own."""
+        for number in self._installed:
+            signal.signal(number, self._receive)
 
     @contextmanager
     def calling(self, first: Callable[[], object]) -> Iterator[None]:
-        """Inside, the first press calls `first` instead of raising KeyboardInterrupt."""
-        if self._is_pressed:  # an import of Ray has swallowed the exception
+        """Inside, the first signal calls `first` instead of raising KeyboardInterrupt."""
+        if self.has_come:  # an import of Ray has swallowed the exception
             raise KeyboardInterrupt
         self._on_first = first
         try:
             yield
         finally:
             self._on_first = None
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Inside, the first signal is only noted. Raise KeyboardInterrupt afterwards if it came."""
+        had_come, self._on_first = self.has_come, lambda: None
+        try:
+            yield
+        finally:
+            self._on_first = None
+        if self.has_come and not had_come:
+            raise KeyboardInterrupt
+
+
+def _leave_terminal() -> None:
+    """Write nothing more to a terminal that is gone: each attempt would be an error."""
+    gone = select.poll()
+    for stream in (1, 2):
+        gone.register(stream, 0)  # errors are always reported
+    broken = {stream for stream, events in gone.poll(0) if events}
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        if stream in broken or stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def _leave() -> NoReturn:
@@ -71,10 +120,10 @@ def _leave() -> NoReturn:
 def _descendants(pid: int) -> list[int]:
     """List the processes that a process has started, and those that these have, from /proc."""
     children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
+            parent = int(file.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(file.parent.name))
     found = [pid]
     for one in found:
         found += children.get(one, [])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._common.utils import get_system_memory
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.services import find_bootstrap_address
 from ray._private.utils import check_version_info, get_used_memory
@@ -53,6 +53,22 @@ def listen_on_loopback() -> None:
     does so on Windows and macOS.
     """
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+class _ApartPopen(services.ConsolePopen):
+    """A process in a session of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, start_new_session=True)
+
+
+def start_apart() -> None:
+    """Have Ray, started on this machine for itself, start its processes in sessions of their own.
+
+    Reason: `timeout`, a batch system or a terminal that closes signals all processes of a group.
+    Ray's would end first, and the driver would wait for them for a minute, and fail.
+    """
+    services.ConsolePopen = _ApartPopen  # type: ignore[misc]
 
 
 def started_cluster() -> str | None:

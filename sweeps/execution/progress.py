@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
@@ -137,7 +137,11 @@ class SweepProgress(tune.Callback):
     """
 
     def __init__(
-        self, console: Console, outcomes: TrialOutcomes, errors: Sequence[Exception] = ()
+        self,
+        console: Console,
+        outcomes: TrialOutcomes,
+        errors: Sequence[Exception] = (),
+        take_signals: Callable[[], object] = lambda: None,
     ) -> None:
         """Show what becomes of trials.
 
@@ -145,8 +149,10 @@ class SweepProgress(tune.Callback):
             console: where to.
             outcomes: records every event.
             errors: what was raised where Tune keeps it to itself: raised at the next step.
+            take_signals: called at each step of Tune's loop, because Tune takes SIGUSR1 for itself.
         """
         self.console, self.outcomes, self.errors = console, outcomes, errors
+        self.take_signals = take_signals
         self.interrupted = False  # by Ctrl-C
         self.first_report: float | None = None
         self.last_line = time.monotonic()
@@ -193,6 +199,10 @@ class SweepProgress(tune.Callback):
         """End at the next step of Tune's loop."""
         self.interrupted = True
         self._show("stopping; Ctrl-C again stops at once")
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **_: Any) -> None:
+        """Take back the signals that Tune has taken."""
+        self.take_signals()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **_: Any) -> None:
         """Raise what Tune keeps to itself, or StopTune where the sweep is to end."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
@@ -26,6 +30,7 @@ from sweeps.execution.private_api import (
     has_token,
     listen_on_loopback,
     silence_workers,
+    start_apart,
 )
 from sweeps.execution.resources import (
     OBJECT_STORE,
@@ -49,6 +54,66 @@ By default it returns the memory and maps it again, most of all in the second ar
 thread gets in which Tune runs a trial: up to 9,000 page faults and 8% of a step."""
 
 SECONDS_TO_JOIN = 180.0
+
+LONGEST_BASE = 28
+"""Characters in the path of the folder in which Ray's folder is made, which adds 12. The paths of
+Ray's sockets are up to 65 characters longer than that, and Linux takes 107."""
+
+
+class OwnFolder:
+    """The folder of Ray's sockets and logs. No other user can enter it, and it ends with Ray.
+
+    A driver that is killed leaves its folder behind. The next one removes it.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._lock: IO[str] | None = None
+
+    def make(self) -> Path:
+        """Make the folder, below TMPDIR where its path is short enough.
+
+        Raises:
+            InputError: there is no folder for it.
+        """
+        bases = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+        for base in (Path(one) for one in bases if len(one) <= LONGEST_BASE):
+            try:
+                self._path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+                self._lock = (self._path / "lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            except OSError:
+                continue
+            _remove_abandoned(base)
+            return self._path
+        raise InputError(
+            f"Ray needs a folder for its sockets, and none of {', '.join(dict.fromkeys(bases))} "
+            f"can be used: set TMPDIR to a folder whose path has at most {LONGEST_BASE} characters"
+        )
+
+    def remove(self) -> None:
+        """Remove the folder, if there is one."""
+        if self._path and self._lock:
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._lock.close()
+        self._path = self._lock = None
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove folders of this user whose drivers were killed: nobody holds their locks."""
+    for folder in base.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or one that another driver removes
+            if time.time() - (folder / "lock").stat().st_mtime < SECONDS_TO_LOCK:
+                continue
+            with (folder / "lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+PREFIX = "gs-"
+SECONDS_TO_LOCK = 60.0
+"""A driver may not have locked a new folder yet; an older one it has."""
+_own_folder = OwnFolder()
 
 for chatty in CHATTY_LOGGERS:
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
@@ -86,10 +151,12 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         listen_on_loopback()
+        start_apart()
         ray.init(
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE,
+            _temp_dir=str(_own_folder.make()),
             **quiet,
         )
     check_devices(trials)
@@ -137,6 +204,7 @@ def await_machines(address: str, console: Console) -> None:
 def stop_ray() -> None:
     """Leave the cluster, or stop the Ray of this machine."""
     ray.shutdown()
+    _own_folder.remove()
 
 
 def check_cluster(address: str) -> None:

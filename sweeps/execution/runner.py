@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.console import Console
 from gptcore.corpus import Texts
 from sweeps.estimate.arrays import Batch
 from sweeps.execution.faults import Fault
-from sweeps.execution.interrupts import CtrlC
+from sweeps.execution.interrupts import Interrupts
 from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, key_of
 from sweeps.execution.ray_cluster import stop_ray
 from sweeps.execution.resources import Resources, autoscaler_machines, slots
@@ -47,7 +46,7 @@ class RunContext:
     recording: Recording
     texts: Texts
     console: Console
-    ctrl_c: CtrlC
+    interrupts: Interrupts
 
 
 def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext) -> bool:
@@ -62,7 +61,7 @@ def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext)
         Fault: something ended the sweep before its trials did.
     """
     outcomes = TrialOutcomes({job.key: int(job.params["train.steps"]) for job in jobs}, len(jobs))
-    progress = SweepProgress(context.console, outcomes)
+    progress = SweepProgress(context.console, outcomes, take_signals=context.interrupts.install)
     kinds = {str(batch.needs): batch for batch in batches}.values()
     size = max(TRIALS_PER_TUNER_RUN, ROUNDS_PER_SLOT * max(slots(kind.needs) for kind in kinds))
     job_of = {job.key: job for job in jobs}
@@ -93,7 +92,9 @@ def run_search(suggestions: Suggestions, batch: Batch, context: RunContext) -> b
         Fault: something ended the search before its trials did.
     """
     outcomes = TrialOutcomes({}, suggestions.left)
-    progress = SweepProgress(context.console, outcomes, suggestions.errors)
+    progress = SweepProgress(
+        context.console, outcomes, suggestions.errors, context.interrupts.install
+    )
     if autoscaler_machines():  # else Tune asks for one machine after another
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots(batch.needs))
     with _ending_runs(suggestions.jobs, outcomes, progress, context) as has_stopped:
@@ -147,7 +148,7 @@ def make_tuner(
 def _ending_runs(
     jobs: Sequence[Job], outcomes: TrialOutcomes, progress: SweepProgress, context: RunContext
 ) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM stop Tune; afterwards no job's MLflow run is RUNNING.
+    """Inside, what interrupts the sweep stops Tune; afterwards no job's MLflow run is RUNNING.
 
     A run whose trial failed then has the reason, and a run that the user stopped is KILLED.
     Yields a function that returns whether the user stopped the trials.
@@ -156,21 +157,19 @@ def _ending_runs(
         Fault: something ended the sweep before its trials did.
     """
     stopped, address = True, context.store.address
-    # SIGTERM stops a sweep as Ctrl-C does; Ray's own handler would exit at once.
-    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        with progress, reporting_absence(address, context.console.print):
-            try:
-                with context.ctrl_c.calling(progress.interrupt):
-                    yield lambda: stopped
-                stopped = False
-            except StopTune:
-                pass
-            finally:
-                if stopped:
-                    stop_ray()  # a trial that is being stopped may still write
-                if outcomes.fault:
-                    stop_waiting()  # the store has been waited for already
+    with progress, reporting_absence(address, context.console.print):
+        try:
+            with context.interrupts.calling(progress.interrupt):
+                yield lambda: stopped
+            stopped = False
+        except StopTune:
+            pass
+        finally:
+            if stopped:
+                stop_ray()  # a trial that is being stopped may still write
+            if outcomes.fault:
+                stop_waiting()  # the store has been waited for already
+            with context.interrupts.postponed():
                 close_runs(
                     context.store,
                     context.recording.experiment_id,
@@ -179,7 +178,5 @@ def _ending_runs(
                     outcomes.retried,
                     outcomes.pruned,
                 )
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     if outcomes.fault:
         raise Fault(outcomes.fault)

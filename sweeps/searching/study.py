@@ -188,10 +188,13 @@ def open_study(
         why = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{file} cannot be read as an Optuna study: {why}") from error
     if asked is not None and asked != wanted:
-        differs = [key for key in wanted if wanted[key] != asked.get(key)]
+        knobs, others = wanted["knobs"], asked.get("knobs", {})
+        differ = [knob for knob in {**others, **knobs} if others.get(knob) != knobs.get(knob)]
+        if asked.get("of") != wanted["of"]:
+            differ = ["the claim or metric", *differ]
         raise InputError(
-            f"search {name} already has another question ({', '.join(differs)} differ): "
-            "take another --name"
+            f"search {name} was started with other choices ({', '.join(differ)}): give the same "
+            "ones to continue it, or take another --name"
         )
     return study
 
