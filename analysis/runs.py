@@ -18,7 +18,7 @@ from rich.progress import Progress
 from analysis.depth_gradient import STEPS
 from gptcore.config import COMPARED_KNOBS, KNOBS, InputError, Scalar, TrialConfig
 from gptcore.records import PRIMARY, SCHEMA_VERSION
-from tracking.store import Store, artifact_folder, named_runs, trial_status
+from tracking.store import Store, named_runs, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
 
 DOWNLOADS = 16
@@ -123,7 +123,7 @@ def read_sweeps(
     if not finished:
         condition = f" for which {where}" if where else ""
         raise InputError(f"sweep {name} has no finished trials yet{condition}")
-    folders = {key: artifact_folder(runs[key]) or cache / runs[key].info.run_id for key in finished}
+    folders = {key: store.folder_of(runs[key]) or cache / runs[key].info.run_id for key in finished}
     _fetch_all(store, cache, READ, folders)
     tables, unreadable = read_tables(READ, folders)
     if not tables:
@@ -140,7 +140,11 @@ def read_sweeps(
         ] = None
     return RunTables(
         name=name,
-        notes=(*notes, *([f"Only the trials for which {where}."] if where else [])),
+        notes=(
+            *notes,
+            *([f"Only the trials for which {where}."] if where else []),
+            *(f"The {sentence}." for sentence in store.incomplete.values()),
+        ),
         commands=tuple(plan.command for plan in plans),
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
         claims_digest=digests.pop() if len(digests) == 1 and not chosen else None,

@@ -220,7 +220,7 @@ def dry_run(
     runs_dir = args.runs_dir.resolve()
     ledger = read_ledger(plan.trials, plan.name, store, runs_dir)
     again = to_redo(ledger, args.redo)
-    say_how_far(plan, ledger, again, console)
+    say_how_far(plan, ledger, again, store, console)
     if by := holder(runs_dir, plan.name):
         console.print(f"sweep {plan.name} is being run by {by}", soft_wrap=True)
     console.print(trial_table(plan, ledger, again))

@@ -57,7 +57,7 @@ def _entry(run: Run | None, sweep: str, held: bool, has_checkpoint: bool) -> Ent
     status: EntryStatus = trial_status(run)
     why = []
     if run is not None:
-        of_sweep = run.data.tags["sweep"]
+        of_sweep = run.data.tags.get("sweep", sweep)
         if of_sweep != sweep:
             why.append(f"run by sweep {of_sweep}")
         elif status == "running" and not held:

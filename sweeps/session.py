@@ -133,7 +133,7 @@ class Session:
             for key, entry in self.ledger.items()
             if key in again or not (entry.is_done or (only is not None and key not in only))
         ]
-        say_how_far(plan, self.ledger, again, self.console)
+        say_how_far(plan, self.ledger, again, self.store, self.console)
         configs = [plan.trials[key] for key in missing]
         self.open(
             plan,
@@ -366,9 +366,15 @@ def check_kind(sweep_run: Run | None, is_search: bool) -> None:
 
 
 def say_how_far(
-    plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str], console: Console
+    plan: Plan,
+    ledger: Mapping[str, Entry],
+    again: Sequence[str],
+    store: Store,
+    console: Console,
 ) -> None:
-    """Say how many trials of the plan are done, and how many are missing."""
+    """Say how many trials of the plan are done and missing, and which runs cannot be read."""
+    for sentence in store.incomplete.values():
+        console.print(f"NOTE: {sentence}", style="bold", soft_wrap=True)
     done = sum(entry.is_done and key not in again for key, entry in ledger.items())
     line = f"sweep {plan.name}: {len(ledger)} trials, {done} done, {len(ledger) - done} missing"
     console.print(line + (f", {len(again)} of them to be run again" if again else ""))

@@ -191,9 +191,10 @@ def test_a_name_alone_means_the_trials_that_the_sweep_has(finished_sweep, capsys
         ("{file}/runs", "is a file, not a folder"),
         ("/tmp/" + "x" * 300, "File name too long"),
         ("/tmp/" + "x/" * 300, "its path has 604 bytes, of at most 400"),
+        ("/tmp/is it so?", "a folder with % or ? in its name"),
+        ("/tmp/a%20b", "a folder with % or ? in its name"),
         ("~nobody-of-this-name/runs", "home directory"),
         ("{loop}/runs", "loop"),
-        ("/tmp/is it so?", "may not contain ?"),
     ],
 )
 def test_a_folder_that_can_never_be_used_is_refused_at_once(folder, says, tmp_path, tiny, capsys):

@@ -117,10 +117,10 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
 
 def tables_of(runs_dir, table, sweep):
     """By trial key the files of one table, of finished trials that a sweep has run."""
-    finished = {"trial_status": "finished", "sweep": sweep}
+    finished, store = {"trial_status": "finished", "sweep": sweep}, store_in(runs_dir)
     return {
-        key: Path(run.info.artifact_uri.removeprefix("file://"), f"{table}.parquet")
-        for key, run in store_in(runs_dir).trial_runs().items()
+        key: store.folder_of(run) / f"{table}.parquet"
+        for key, run in store.trial_runs().items()
         if finished.items() <= run.data.tags.items()
     }
 
@@ -246,7 +246,7 @@ def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_
 def test_a_plan_that_is_missing_is_told_from_a_server_that_is_away(server_sweep, monkeypatch):
     store = open_store(server_sweep)
     (run,) = store.runs("sweep")
-    with pytest.raises(InputError, match=r"lost\.json of sweep \w+ is not at .*folder moved\?"):
+    with pytest.raises(InputError, match=r"lost\.json of sweep \w+ is not at .*: put it there"):
         store.read_json(run, "lost.json")
 
     def dies(*_):

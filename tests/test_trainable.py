@@ -148,9 +148,9 @@ def test_an_answer_that_a_server_did_not_end_is_asked_for_again(
     """MLflow by itself asks again where a server does not answer at all."""
     config = replace(tiny, init=replace(tiny.init, seed=90 + seed))
     job = job_of(config, sweep="cut")
+    experiment_id = open_store(server_sweep).open_experiment("cut off", tmp_path)
     with cutting_one_answer(server_sweep, what) as uri:
         store = open_store(uri)
-        experiment_id = store.open_experiment("cut off", tmp_path)
         run_batch(worker_config(store, experiment_id, tmp_path, [job]))
     assert told[-1] == TrialReport(trial_key=job.key, step=5, status="finished")
     client = open_store(server_sweep).client

@@ -9,8 +9,12 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptcore.config import InputError
+
 BUCKET = "GPT_SWEEPS_BUCKET"
 """The environment variable that names a folder in a bucket, for machines that share no folder."""
+SQLITE = "sqlite:///"
+"""How the address of an SQLite store begins."""
 VIEW = "sweep"
 """Name of the view that a sweep's experiment opens with, in the address of its page."""
 
@@ -29,8 +33,10 @@ class StoreAddress:
     @property
     def database(self) -> Path | None:
         """The file of an SQLite store; None for any other store."""
-        prefix = "sqlite:///"
-        return Path(self.uri.removeprefix(prefix)) if self.uri.startswith(prefix) else None
+        if not self.uri.startswith(SQLITE):
+            return None
+        path, _, _options = self.uri.removeprefix(SQLITE).partition("?")
+        return Path(urllib.parse.unquote(path))
 
     @property
     def is_server(self) -> bool:
@@ -67,10 +73,31 @@ class StoreAddress:
         return f"{server}/#/experiments/{experiment_id}/runs?{query}"
 
 
+def sqlite_address(file: Path) -> str:
+    """Return the address of an SQLite file, as SQLAlchemy reads it."""
+    return SQLITE + str(file.resolve()).replace("%", "%25").replace("?", "%3F")
+
+
 def store_address(runs_dir: Path) -> StoreAddress:
-    """Return MLFLOW_TRACKING_URI where it is set, else the SQLite file in the runs folder."""
-    default = f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
-    return StoreAddress(os.environ.get("MLFLOW_TRACKING_URI") or default)
+    """Return MLFLOW_TRACKING_URI where it is set, else the SQLite file in the runs folder.
+
+    Raises:
+        InputError: the variable names no file where SQLite can keep anything.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return StoreAddress(sqlite_address(runs_dir.resolve() / "mlflow.db"))
+    if not given.startswith("sqlite"):
+        return StoreAddress(given)
+    path, _, options = given.removeprefix(SQLITE).partition("?")
+    if not given.startswith(SQLITE) or not path or path.startswith((":memory:", "file:")):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {given} names no file: it takes sqlite:///FILE, or the address "
+            "of another store"
+        )
+    # Workers run in another folder than the user's.
+    whole = sqlite_address(Path(urllib.parse.unquote(path)))
+    return StoreAddress(f"{whole}?{options}" if options else whole)
 
 
 def bucket() -> str | None:

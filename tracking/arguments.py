@@ -32,8 +32,6 @@ class Parser(argparse.ArgumentParser):
 LONGEST_FOLDER = 400
 """Bytes in the path of a runs folder: SQLite takes 512 for the path of a database and its journal.
 """
-NOT_IN_FOLDER = "?#%"
-"""Characters with a meaning of their own in the address of an SQLite store."""
 
 
 def runs_folder(text: str) -> Path:
@@ -57,8 +55,9 @@ def runs_folder(text: str) -> Path:
             "it takes a folder of this machine; GPT_SWEEPS_BUCKET takes a bucket, and "
             "MLFLOW_TRACKING_URI a tracking server"
         )
-    elif found := [character for character in NOT_IN_FOLDER if character in whole]:
-        why = f"the path of the folder may not contain {found[0]}"
+    elif "%" in whole or "?" in whole:
+        # They have a meaning in the address of a database, and MLflow would make another folder.
+        why = "MLflow cannot keep a database below a folder with % or ? in its name"
     elif (bytes_of_path := len(whole.encode())) > LONGEST_FOLDER:
         why = f"its path has {bytes_of_path} bytes, of at most {LONGEST_FOLDER}"
     elif not above.is_dir():

@@ -145,7 +145,7 @@ def store_fault(error: BaseException, address: StoreAddress) -> str | None:
     why = mask_password(str(chain[-1]).strip().splitlines()[0])
     if address.is_server:
         return f"{address.server} fails ({why}): once it works, {GO_ON}"
-    file = address.masked.removeprefix("sqlite:///")
+    file = address.database or address.masked
     if any(sqlite_code(cause) in DAMAGE for cause in chain):
         return damaged(file, why)
     return f"the database {file} cannot be used ({why}): once it can, {GO_ON}"

@@ -10,6 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy
@@ -75,6 +76,51 @@ def runs_in_database(uri: str, experiments: Sequence[str], kind: str) -> list[Ru
             found[run_id].data.tags[key] = value
     engine.dispose()
     return list(found.values())
+
+
+def move_artifacts(uri: str, folder: Path) -> None:
+    """Have an SQLite store say that its runs keep their files in a folder, if they do.
+
+    Reason: MLflow stores absolute paths and cannot change them. Files would be written into the
+    folder that was moved here or copied, and not into this one.
+
+    Args:
+        uri: of the store.
+        folder: where the files of its runs are now, a folder for each run.
+    """
+    here = folder.as_uri()
+    engine = sqlalchemy.create_engine(uri)
+    with engine.begin() as store:
+        elsewhere = store.execute(
+            sqlalchemy.text(
+                "select experiment_id, artifact_location from experiments "
+                "where artifact_location != :here and artifact_location like 'file:%/artifacts'"
+            ),
+            {"here": here},
+        ).all()
+        for experiment_id, location in elsewhere:
+            of = {"experiment": experiment_id, "here": here, "there": f"{location}/"}
+            runs = store.execute(
+                sqlalchemy.text("select run_uuid from runs where experiment_id = :experiment"), of
+            ).scalars()
+            if not any((folder / run).is_dir() for run in runs):
+                continue
+            store.execute(
+                sqlalchemy.text(
+                    "update runs set artifact_uri = :here || substr(artifact_uri, length(:there)) "
+                    "where experiment_id = :experiment "
+                    "and substr(artifact_uri, 1, length(:there)) = :there"
+                ),
+                of,
+            )
+            store.execute(
+                sqlalchemy.text(
+                    "update experiments set artifact_location = :here "
+                    "where experiment_id = :experiment"
+                ),
+                of,
+            )
+    engine.dispose()
 
 
 def shared_view_tag(name: str) -> str:

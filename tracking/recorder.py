@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from gptcore.files import remove_leftovers
 from gptcore.records import MemoryRecorder, Row, TrialResult
 from tracking.charts import chart_points
 from tracking.job import Job
-from tracking.store import DONE, Store, artifact_folder, cut_tags
+from tracking.store import DONE, MADE_BY, Store, cut_tags
 from tracking.tables import write_tables
 
 FLUSH_AT = 1000
@@ -39,17 +40,20 @@ class MlflowRecorder(MemoryRecorder):
         tags = dict(job.tags)
         if run is None:
             # A run has the tags that readers need from the start: a worker may die at any moment.
-            first = {"kind": "trial", "trial_key": job.key, "trial_status": "running"}
+            first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
+            attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
             run = self.client.create_run(
-                experiment_id, run_name=f"{job.name} {job.key}", tags={**first, **cut_tags(tags)}
+                experiment_id,
+                run_name=f"{job.name} {job.key}",
+                tags={**first, **attempt, **cut_tags(tags)},
             )
-            if store.address.is_server:
+            if attempt:
                 self._delete_twins(run)
         else:
             # It stays where it is: a run of the sweep that asked for it first.
-            tags["sweep"] = run.data.tags["sweep"]
+            tags["sweep"] = run.data.tags.get("sweep", tags.get("sweep", ""))
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
-        self.folder = artifact_folder(run)
+        self.folder = store.folder_of(run)
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_batch(
             self.run_id,
@@ -69,13 +73,12 @@ class MlflowRecorder(MemoryRecorder):
         self.metrics: list[Metric] = []
 
     def _delete_twins(self, run: Run) -> None:
-        """Delete other runs of this trial in the experiment.
+        """Delete other runs that the same request has made.
 
         A server that dies after it has made a run, and before its answer, is asked again by MLflow
-        and then makes another one.
+        and then makes another one. Both have the tag of this attempt, which no other run has.
         """
-        key = run.data.tags["trial_key"]
-        condition = f"tags.kind = 'trial' and tags.trial_key = '{key}'"
+        condition = f"tags.attempt = '{run.data.tags['attempt']}'"
         for twin in self.store.search(condition, run.info.experiment_id):
             if twin.info.run_id != run.info.run_id:
                 self.client.delete_run(twin.info.run_id)
@@ -132,6 +135,11 @@ RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
 """MLflow's condition for the runs of trials that are under way, or were when they were cut off."""
 
 
+def _running(store: Store, experiment_id: str | None = None) -> list[Run]:
+    """List the runs of our trials that are under way, or were when they were cut off."""
+    return [run for run in store.search(RUNNING, experiment_id) if "trial_key" in run.data.tags]
+
+
 def set_aside(store: Store, run: Run) -> None:
     """Mark a trial's run as replaced, so that the trial counts as not run (--redo)."""
     store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -145,7 +153,7 @@ def close_cut_off(store: Store, experiment_id: str) -> None:
     Only the driver that holds the sweep's lock may call it. A worker that runs such a trial again
     opens its run again.
     """
-    for run in store.search(RUNNING, experiment_id):
+    for run in _running(store, experiment_id):
         close_run(store, run, "stopped")
 
 
@@ -163,7 +171,7 @@ def close_run(store: Store, run: Run, status: Unfinished, reason: str = "") -> N
         status: what became of the trial otherwise.
         reason: why.
     """
-    if run.data.tags["trial_status"] in DONE:
+    if run.data.tags.get("trial_status") in DONE:
         store.client.set_terminated(run.info.run_id, "FINISHED")
         return
     store.set_tags(run.info.run_id, trial_status=status, reason=reason)
@@ -191,7 +199,7 @@ def close_runs(
     All other runs that are RUNNING were stopped by the user.
     """
     # One query for all: one for each of thousands of trials that ended well would take minutes.
-    running = {run.data.tags["trial_key"]: run for run in store.search(RUNNING)}
+    running = {run.data.tags["trial_key"]: run for run in _running(store)}
     for job in jobs:
         key = job.key
         run = running.get(key)

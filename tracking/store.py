@@ -3,6 +3,9 @@
 A sweep is one MLflow experiment. Its own run (tag kind=sweep) holds plan.json with the keys of its
 trials. Each trial is a run (kind=trial) of the sweep that asked for it first, and belongs to every
 sweep that asks for the same key. Of several runs of one key a finished one counts, else the newest.
+
+A store may also hold experiments and runs of other people, and thousands of them. The files of runs
+lie below the folder of an SQLite store, wherever that folder is moved or copied to.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -28,15 +32,18 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, RunTag, ViewType
+from mlflow.entities import Experiment, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError
 from gptcore.files import JsonObject
-from tracking.address import StoreAddress, mask_password
+from tracking.address import StoreAddress, mask_password, sqlite_address
 from tracking.health import check_server
-from tracking.private_api import create_engine, runs_in_database
+from tracking.private_api import create_engine, move_artifacts, runs_in_database
+
+Item = TypeVar("Item")
 
 TrialStatus = Literal["finished", "diverged", "failed", "pruned", "stopped", "running", "missing"]
 """What became of a trial: the tag of its run, or `missing` where there is no run."""
@@ -44,6 +51,17 @@ DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
+PAGE = 1000
+"""Runs or experiments that one request asks for."""
+EXPERIMENTS_A_REQUEST = 500
+"""Experiments that one request looks into."""
+MADE_BY = {"made_by": "gpt-sweeps"}
+"""The tag by which runs of this project are known among those of other people."""
+NEEDED: Mapping[str, Sequence[str]] = {
+    "trial": ("trial_key", "trial_status"),
+    "sweep": ("sweep", "launched"),
+}
+"""By the kind of a run, the tags without which it cannot be read."""
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow also raises what it logs here.
@@ -55,6 +73,8 @@ class Store:
 
     def __init__(self, address: StoreAddress) -> None:
         self.address = address
+        self.incomplete: dict[str, str] = {}
+        """By run id, a sentence on each run of this project that lacks a tag. It is left out."""
         self._is_checked = False
 
     @functools.cached_property
@@ -93,8 +113,14 @@ class Store:
 
     def experiment_ids(self) -> list[str]:
         """List every experiment that is not deleted."""
-        found = self.client.search_experiments(view_type=ViewType.ACTIVE_ONLY)
-        return [experiment.experiment_id for experiment in found]
+        return [
+            experiment.experiment_id
+            for experiment in _every_page(
+                lambda page: self.client.search_experiments(
+                    ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=page
+                )
+            )
+        ]
 
     def open_experiment(
         self, name: str, runs_dir: Path, tags: Mapping[str, str] | None = None
@@ -102,24 +128,33 @@ class Store:
         """Return the id of a sweep's experiment, made if it is new.
 
         Args:
-            name: of the sweep.
+            name: of the sweep. Its experiment may have been renamed in MLflow.
             runs_dir: a new experiment of an SQLite store keeps its files in there; a server keeps
                 them in its own folder.
             tags: set on the experiment; its other tags stay.
 
         Raises:
-            InputError: the experiment was deleted.
+            InputError: the experiment was deleted, or its files cannot be reached from here.
         """
-        experiment = self.client.get_experiment_by_name(name)
+        own = runs_dir.resolve() / "artifacts" if self.address.database else None
+        if own and self.address.database == own.parent / "mlflow.db":
+            move_artifacts(self.address.uri, own)
+        sweep_run = self.sweep_runs().get(name)
+        experiment = (
+            self.client.get_experiment(sweep_run.info.experiment_id)
+            if sweep_run
+            else self.client.get_experiment_by_name(name)
+        )
         if experiment is None:
-            local = self.address.database is not None
-            location = (runs_dir.resolve() / "artifacts").as_uri() if local else None
-            experiment_id = self.client.create_experiment(name, artifact_location=location)
+            experiment_id = self.client.create_experiment(
+                name, artifact_location=own.as_uri() if own else None
+            )
         elif experiment.lifecycle_stage != "active":
             raise InputError(
                 f"sweep {name} was deleted in MLflow: restore it there or take another --name"
             )
         else:
+            _check_location(name, experiment, own)
             experiment_id = experiment.experiment_id
         for tag, value in (tags or {}).items():
             self.client.set_experiment_tag(experiment_id, tag, value)
@@ -141,42 +176,75 @@ class Store:
             condition: in MLflow's search syntax.
             experiment_id: look into this experiment alone.
         """
-        return list(self._pages(condition, experiment_id, page_size=1000))
-
-    def _pages(self, condition: str, experiment_id: str | None, page_size: int) -> Iterator[Run]:
-        """Yield the runs of `search`, and ask for a page only when it is needed."""
         experiments = [experiment_id] if experiment_id else self.experiment_ids()
-        page = None
-        while True:
-            found = self.client.search_runs(
-                experiments,
-                condition,
-                ViewType.ACTIVE_ONLY,
-                max_results=page_size,
-                order_by=["attributes.start_time DESC"],
-                page_token=page,
+        found: list[Run] = []
+        for start in range(0, len(experiments), EXPERIMENTS_A_REQUEST):
+            some = experiments[start : start + EXPERIMENTS_A_REQUEST]
+            found += _every_page(
+                lambda page, some=some: self.client.search_runs(  # type: ignore[misc]
+                    some,
+                    condition,
+                    ViewType.ACTIVE_ONLY,
+                    max_results=PAGE,
+                    order_by=["attributes.start_time DESC"],
+                    page_token=page,
+                )
             )
-            yield from found
-            if not (page := found.token):
-                return
+        return sorted(found, key=lambda run: -run.info.start_time)
 
     def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
-        """Return the newest run of a kind (trial, sweep) with the given tags, with all it holds."""
+        """Return the run that counts of a kind (trial, sweep) with the given tags.
+
+        It has its params and metrics too.
+        """
         clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
-        return next(self._pages(" and ".join(clauses), experiment_id, page_size=1), None)
+        found = self._complete(kind, self.search(" and ".join(clauses), experiment_id))
+        return next(iter(_what_counts_first(found)), None)
 
     def trial_runs(self) -> dict[str, Run]:
         """Return by trial key the run that counts, of whichever sweep."""
         by_key: dict[str, Run] = {}
-        for run in sorted(self.runs("trial"), key=lambda run: run.info.status != "FINISHED"):
+        for run in _what_counts_first(self._complete("trial", self.runs("trial"))):
             by_key.setdefault(run.data.tags["trial_key"], run)
         return by_key
 
     def sweep_runs(self) -> dict[str, Run]:
         """Return the sweeps' own runs by the sweep's name, the one launched last at the end."""
-        found = self.runs("sweep")
+        found = self._complete("sweep", self.runs("sweep"))
         launched = sorted(found, key=lambda run: float(run.data.tags["launched"]))
         return {run.data.tags["sweep"]: run for run in launched}
+
+    def _complete(self, kind: str, runs: Sequence[Run]) -> list[Run]:
+        """Leave out runs of other people, and runs that lack a tag, which `incomplete` then names.
+
+        A run from before MADE_BY is known by a tag that this project alone gives.
+        """
+        complete = []
+        for run in runs:
+            tags = run.data.tags
+            if lacking := [tag for tag in NEEDED[kind] if not _is_readable(tag, tags.get(tag))]:
+                if MADE_BY.items() <= tags.items() or len(lacking) < len(NEEDED[kind]):
+                    self.incomplete[run.info.run_id] = (
+                        f"run {run.info.run_id} ({run.info.run_name or kind}) lacks its tag "
+                        f"{' and '.join(lacking)}, so it is left out: set the tag again in MLflow, "
+                        "or run the sweep again, which makes a new run"
+                    )
+            else:
+                complete.append(run)
+        return complete
+
+    def folder_of(self, run: Run) -> Path | None:
+        """Return the folder of a run's files where this machine has it; None for one on a server.
+
+        The files lie below the folder of an SQLite store, even where the store says otherwise,
+        because the folder was moved.
+        """
+        if database := self.address.database:
+            own: Path = database.parent / "artifacts" / run.info.run_id / "artifacts"
+            if own.is_dir():
+                return own
+        place = urllib.parse.urlsplit(run.info.artifact_uri)
+        return Path(urllib.parse.unquote(place.path)) if place.scheme == "file" else None
 
     def read_json(self, run: Run, name: str) -> JsonObject:
         """Read the object of a JSON file that a sweep's own run holds.
@@ -184,13 +252,16 @@ class Store:
         Raises:
             InputError: the file is not there, or the store stops answering.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            if not self.fetch(run.info.run_id, name, Path(folder)):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.folder_of(run)
+            if folder is None and self.fetch(run.info.run_id, name, Path(scratch)):
+                folder = Path(scratch)
+            if folder is None or not (folder / name).exists():
                 raise InputError(
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
-                    f"{run.info.artifact_uri}: was the runs folder moved?"
+                    f"{folder or run.info.artifact_uri}: put it there, or take another --name"
                 )
-            contents: JsonObject = json.loads(Path(folder, name).read_text())
+            contents: JsonObject = json.loads((folder / name).read_text())
             return contents
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
@@ -233,13 +304,64 @@ def _make_database(file: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         new = Path(folder, file.name)
-        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        MlflowClient(sqlite_address(new)).search_experiments(max_results=1)
         try:
             file.hardlink_to(new)
         except FileExistsError:
             pass  # another process was faster
         except OSError:  # a file system without hard links
             new.replace(file)
+
+
+def _every_page(ask: Callable[[str | None], PagedList[Item]]) -> Iterator[Item]:
+    """Yield what all pages of an answer hold. `ask` takes the token that the page before gave."""
+    page = None
+    while True:
+        found = ask(page)
+        yield from found
+        if not (page := found.token):
+            return
+
+
+def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
+    """Put finished runs before others, and keep the order of each."""
+    return sorted(runs, key=lambda run: run.info.status != "FINISHED")
+
+
+def _is_readable(tag: str, value: str | None) -> bool:
+    """Return whether a tag is there, and a number if it has to be one."""
+    if value is None or tag != "launched":
+        return value is not None
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _check_location(name: str, experiment: Experiment, own: Path | None) -> None:
+    """Check that the files of an experiment that exists are kept where they will be looked for.
+
+    Args:
+        name: of the sweep.
+        experiment: that has this name.
+        own: where an SQLite store keeps them; None for another store.
+
+    Raises:
+        InputError: they are kept elsewhere.
+    """
+    location = experiment.artifact_location
+    place = urllib.parse.urlsplit(location)
+    if own:
+        is_usable = location == own.as_uri()
+    else:  # a folder may be one that this machine shares with the server
+        folder = Path(urllib.parse.unquote(place.path))
+        is_usable = place.scheme not in ("", "file") or os.access(folder, os.W_OK)
+    if not is_usable:
+        raise InputError(
+            f"the experiment {name} of the tracking store keeps its files at {location}"
+            + (f", not at {own}" if own else ", which this machine cannot write to")
+            + ": take another --name"
+        )
 
 
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -250,12 +372,6 @@ def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
 def trial_status(run: Run | None) -> TrialStatus:
     """Return what became of the trial whose run this is."""
     return "missing" if run is None else cast(TrialStatus, run.data.tags["trial_status"])
-
-
-def artifact_folder(run: Run) -> Path | None:
-    """Return the folder of a run's files where this machine has it; None for one on a server."""
-    place = urllib.parse.urlsplit(run.info.artifact_uri)
-    return Path(urllib.parse.unquote(place.path)) if place.scheme == "file" else None
 
 
 def stop_waiting() -> None:

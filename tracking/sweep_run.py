@@ -11,7 +11,7 @@ from mlflow.entities import Run
 
 from gptcore.config import Scalar
 from gptcore.files import JsonObject
-from tracking.store import Store
+from tracking.store import MADE_BY, Store
 
 PLAN_FILE = "plan.json"
 
@@ -92,13 +92,13 @@ class SweepRun:
             interim: the contents of looks.json, for a sweep with interim analyses.
         """
         self.store, self.experiment_id, client = store, experiment_id, store.client
-        run = store.find_run("sweep", experiment_id)
+        run = store.find_run("sweep", experiment_id, sweep=plan.sweep)
         if run is None:
             # Claims are confirmatory only if they were fixed before the first trial.
             run = client.create_run(
                 experiment_id,
                 run_name=f"sweep {plan.sweep}",
-                tags={"claims_digest": plan.claims_digest},
+                tags={"claims_digest": plan.claims_digest, **MADE_BY},
             )
         self.run_id = run.info.run_id
         self.plans(plan)

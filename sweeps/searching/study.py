@@ -33,6 +33,7 @@ from gptcore.config import (
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from sweeps.execution.trainable import Recording
+from tracking.address import sqlite_address
 from tracking.job import Job
 
 REDUCTION = 3
@@ -168,7 +169,7 @@ def open_study(
     file, wanted = runs_dir / "optuna.db", json.loads(json.dumps(asdict(question)))
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{file}",
+            storage=sqlite_address(file),
             study_name=name,
             load_if_exists=True,
             # ASHA (Li et al. 2020, arXiv:1810.05934): Optuna uses the name of the synchronous form.
