@@ -233,14 +233,33 @@ def _read_file(path: str) -> tuple[str, str]:
 
 
 def _tokens(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
-    """Return the tokens of a text, memory-mapped from the cache; tokenise it if need be."""
+    """Return the tokens of a text, memory-mapped from the cache; tokenise it if need be.
+
+    A file of the cache that is damaged is made anew.
+    """
     # The tokens of GPT-2 have no suffix, because existing caches have them under this name.
     file = cache_dir() / (f"{digest}.npy" if tokenizer == "gpt2" else f"{digest}-{tokenizer}.npy")
-    if not file.exists():
+    cached = _read_tokens(file, text, tokenizer)
+    if cached is None:
         tokens = encode(tokenizer, text)
         _write_to_cache(file, lambda temporary: np.save(temporary, tokens))
-    cached: NDArray[np.uint16] = np.load(file, mmap_mode="r")
+        cached = np.load(file, mmap_mode="r")
     return cached
+
+
+def _read_tokens(file: Path, text: str, tokenizer: str) -> NDArray[np.uint16] | None:
+    """Read a file of the cache. Return None where it does not hold the tokens of this text."""
+    try:
+        tokens: NDArray[np.uint16] = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # it is missing, cut short, or no array
+        return None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        return None
+    pieces = token_bytes(tokenizer)
+    if tokens.max(initial=0) >= len(pieces):
+        return None
+    decoded = b"".join([pieces[token] for token in tokens.tolist()])
+    return tokens if decoded == text.encode() else None
 
 
 def cache_dir() -> Path:
@@ -275,7 +294,10 @@ def _read_gulliver() -> tuple[str, str]:
     for file in (folder / name for folder in folders for name in GULLIVER_FILES):
         if file.is_file():
             text, origin = _read_file(str(file))
-            return strip_gutenberg(text), origin
+            text = strip_gutenberg(text)
+            if file.parent == cache_dir() and len(_gulliver_parts(text)) != 4:
+                continue  # a damaged file of the cache is downloaded again
+            return text, origin
     text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:
         raise CorpusUnavailable(f"{GULLIVER_URL} does not send Gulliver's Travels: {GET_GULLIVER}")

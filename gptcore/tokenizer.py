@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,44 @@ def encode(tokenizer: str, text: str) -> NDArray[np.uint16]:
 
     The characters <|endoftext|> in a text are ordinary characters, and not the special token.
     """
-    return np.array(TOKENIZERS[tokenizer].encoding().encode_ordinary(text), dtype=np.uint16)
+    tokens: list[int] = []
+    for part, is_piece in _parts(text):
+        encoding = _unsplit(tokenizer) if is_piece else TOKENIZERS[tokenizer].encoding()
+        tokens += encoding.encode_ordinary(part)
+    return np.array(tokens, dtype=np.uint16)
+
+
+LONG_BLANKS = re.compile(
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{10000,}"
+)
+"""A long run of white space, as GPT-2's pattern of pieces defines it."""
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """Cut a text where that does not change its tokens, and say which parts are a single piece.
+
+    tiktoken's search for pieces runs out of stack in a run of a million blanks. GPT-2 takes such a
+    run as one piece, but for its last character if more text follows.
+    """
+    start = 0
+    for match in LONG_BLANKS.finditer(text):
+        end = match.end() - (match.end() < len(text))
+        yield text[start : match.start()], False
+        yield text[match.start() : end], True
+        start = end
+    yield text[start:], False
+
+
+@functools.cache
+def _unsplit(tokenizer: str) -> tiktoken.Encoding:
+    """Return the encoding of a tokenizer that takes every text as a single piece."""
+    pieces = token_bytes(tokenizer)[:-1]
+    return tiktoken.Encoding(
+        name=f"{tokenizer} unsplit",
+        pat_str=r"[\s\S]+",
+        mergeable_ranks={piece: token for token, piece in enumerate(pieces)},
+        special_tokens={ENDOFTEXT: len(pieces)},
+    )
 
 
 def spell(tokenizer: str, token: int) -> str:

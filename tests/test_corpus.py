@@ -113,6 +113,47 @@ def test_tokens_are_made_once_and_memory_mapped(empty_cache, monkeypatch):
     assert [file.name for file in empty_cache.iterdir()] == [f"{first.digest}.npy"]
 
 
+def emptied(tokens):
+    return b""
+
+
+def cut_short(tokens):
+    return tokens[: len(tokens) // 2]
+
+
+def change_a_token(tokens):
+    return tokens[:-2] + bytes([tokens[-2] ^ 1, tokens[-1]])
+
+
+def not_an_array(tokens):
+    return b"x" * len(tokens)
+
+
+@pytest.mark.parametrize("damage", [emptied, cut_short, change_a_token, not_an_array])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_damaged_cache_of_tokens_is_made_anew(empty_cache, damage, tokenizer):
+    config = CorpusConfig(name="pydocs", tokenizer=tokenizer)
+    right = load_corpus(config, 8).tokens.tolist()
+    (file,) = empty_cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert load_corpus(config, 8).tokens.tolist() == right
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("shape", ["floats", "table", "ids of no token"])
+def test_another_array_in_the_place_of_tokens_is_made_anew(empty_cache, shape):
+    right = np.array(load("pydocs").tokens)  # not of the file, which is about to change
+    (file,) = empty_cache.iterdir()
+    others = {
+        "floats": right.astype(float),
+        "table": right[:100].reshape(10, 10),
+        "ids of no token": np.full(10, 2**16 - 1, dtype=np.uint16),
+    }
+    np.save(file, others[shape])
+    assert np.array_equal(load("pydocs").tokens, right)
+
+
 def test_a_batch_is_a_function_of_step_and_seed_alone():
     found = load("pydocs")
     ids, targets = split(found.batch(3, batch_size=4, seed=0))

@@ -28,7 +28,7 @@ def changed(library, what):
 
 
 def test_ray_counts_this_machine_by_its_resources():
-    counted = private_api.resources_here(100 * 2**20)
+    counted = private_api.resources_here(100 * 2**20, 1, None)
     says = changed("ray", "ResourceAndLabelSpec")
     assert counted["CPU"] >= 1, says
     assert counted["memory"] > 2**20, says

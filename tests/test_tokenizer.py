@@ -50,3 +50,20 @@ def test_word_pieces_are_text_of_more_than_one_byte():
 
 def test_of_bytes_every_one_is_a_piece():
     assert word_pieces("bytes").tolist() == [True] * 256 + [False]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("blank", [" ", "\n", " \t\r\n", "\u3000", "\x85", "\xa0"])
+@pytest.mark.parametrize("after", ["", "word", ".", "\x1cword", "'s"])
+def test_long_runs_of_blanks_have_the_tokens_of_tiktoken(tokenizer, blank, after):
+    """They are cut out of the text, and none is so long that tiktoken could not read it whole."""
+    text = f"before{blank * 15000}{after} and{blank * 12000}"
+    whole = TOKENIZERS[tokenizer].encoding().encode_ordinary(text)
+    assert encode(tokenizer, text).tolist() == whole
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n", "a", "."])
+def test_a_million_characters_in_a_row_are_no_reason_to_stop(blank):
+    text = blank * 10**6 + "end"
+    pieces = token_bytes("gpt2")
+    assert b"".join(pieces[token] for token in encode("gpt2", text)).decode() == text

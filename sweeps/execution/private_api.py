@@ -20,6 +20,8 @@ from ray._private.utils import check_version_info, get_used_memory
 from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
+from sweeps.execution.limits import memory_limit
+
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial as TuneTrial
 
@@ -107,24 +109,32 @@ def has_token() -> bool:
         return False
 
 
-def resources_here(object_store: int) -> dict[str, float]:
+def resources_here(object_store: int, cpus: int, memory: int | None) -> dict[str, float]:
     """Count the cores, memory in bytes and GPUs of this machine as Ray would.
 
     Reason: a dry run that measures nothing starts no Ray, and is to count as Ray would.
     """
-    here = ResourceAndLabelSpec(object_store_memory=object_store)
+    here = ResourceAndLabelSpec(num_cpus=cpus, memory=memory, object_store_memory=object_store)
     here.resolve(is_head=True, node_ip_address="127.0.0.1")
     counted: dict[str, float] = here.to_resource_dict()
     return counted
 
 
-def memory_here() -> tuple[int, int]:
-    """Return the free and the total memory of this machine, or of its container, in bytes.
+def memory_seen() -> int:
+    """Return the bytes of memory that Ray takes this machine, or its container, to have.
 
-    Reason: these are the numbers by which Ray's memory monitor kills a worker.
+    Reason: by this number, Ray's memory monitor kills a worker.
     """
-    total = int(get_system_memory())
-    return total - int(get_used_memory()), total
+    return int(get_system_memory())
+
+
+def memory_here() -> tuple[int, int]:
+    """Return the free and the total memory that this process may use, in bytes.
+
+    Reason: what Ray takes for used is what its memory monitor goes by.
+    """
+    total = int(min(memory_seen(), memory_limit()))
+    return max(0, total - int(get_used_memory())), total
 
 
 def aws_node_provider() -> type:

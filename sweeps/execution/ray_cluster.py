@@ -23,6 +23,7 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrainConfig
 from gptcore.corpus import read_text
+from sweeps.execution.limits import usable_cpus
 from sweeps.execution.private_api import (
     CHATTY_LOGGERS,
     check_versions,
@@ -37,6 +38,7 @@ from sweeps.execution.resources import (
     autoscaler_machines,
     cluster_address,
     live_machines,
+    memory_for_trials,
     schedulable_machines,
 )
 from tracking.address import BUCKET, StoreAddress, bucket
@@ -156,6 +158,8 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE,
+            num_cpus=usable_cpus(),
+            _memory=memory_for_trials(),
             _temp_dir=str(_own_folder.make()),
             **quiet,
         )

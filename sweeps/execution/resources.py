@@ -13,7 +13,8 @@ import ray
 import yaml
 
 from gptcore.config import TrialConfig
-from sweeps.execution.private_api import resources_here, started_cluster
+from sweeps.execution.limits import memory_limit, usable_cpus
+from sweeps.execution.private_api import memory_seen, resources_here, started_cluster
 
 Resources = Mapping[str, float]
 """By Ray's name of a resource (CPU, GPU, memory in bytes) how much of it there is or is needed."""
@@ -23,6 +24,9 @@ OBJECT_STORE = 100 * 2**20
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` leaves the cluster's file on its head."""
+
+MEMORY_SHARE = 0.8
+"""The share of a cgroup's memory that trials may take; the rest is for the driver and for Ray."""
 
 HEADROOM = 1.1
 """What a trial is given of memory, as a multiple of what it was measured to need."""
@@ -47,7 +51,15 @@ def live_machines() -> list[dict[str, float]]:
 @functools.cache
 def _this_machine() -> dict[str, float]:
     """Count the resources of this machine as Ray would, once: asking its GPUs takes a while."""
-    return resources_here(OBJECT_STORE)
+    return resources_here(OBJECT_STORE, usable_cpus(), memory_for_trials())
+
+
+def memory_for_trials() -> int | None:
+    """Return the bytes that trials may take where a cgroup limits them; else Ray decides."""
+    limit = memory_limit()
+    if limit >= memory_seen():
+        return None
+    return max(1, int(MEMORY_SHARE * limit) - OBJECT_STORE)
 
 
 def autoscaler_machines() -> list[dict[str, float]]:
