@@ -28,6 +28,9 @@ EXPERIMENT_VERSION = 2
 A new table changes none: runs that exist stay as they are, without the table."""
 
 
+KEY_LENGTH = 12
+"""Hex digits of a trial key."""
+
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 """The number of tokens of each tokenizer, with <|endoftext|>."""
 
@@ -296,7 +299,7 @@ class TrialConfig:
     def key(self, corpus_digest: str) -> str:
         """Return the key that names the trial: 12 hex digits of the SHA-256 of its identity."""
         canonical = json.dumps(self.identity(corpus_digest), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]
 
 
 KNOBS: dict[str, Field[Any]] = {

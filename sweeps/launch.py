@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from tracking.store import Store
 
 
+WIDTH_OF_FILES = 160
+"""Characters in a line of output that no terminal shows."""
+
+
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 1 if a trial failed, else as `exit_code`."""
     console = make_console()
@@ -94,8 +98,12 @@ def planned(
 
 
 def make_console() -> Console:
-    """Return a console that prints text as it is."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """Return a console that prints text as it is.
+
+    In a file or a pipe, lines are wide enough for a table of many knobs.
+    """
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def exit_code(error: BaseException) -> int:

@@ -16,13 +16,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from analysis.claims import digest
 from analysis.interim import InterimPlan
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
-from gptcore.config import InputError, TrainConfig, TrialConfig, spelling
+from gptcore.config import KEY_LENGTH, InputError, TrainConfig, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.files import JsonObject
 from gptcore.units import clock
@@ -384,7 +384,9 @@ def trial_table(plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str] = 
     """Return a table of a plan's trials: what they vary, and what became of each."""
     varied = plan.varied()
     has_reasons = any(entry.why for entry in ledger.values()) or bool(again)
-    table = Table("trial", *varied, "status", *(["why"] if has_reasons else []))
+    table = Table(Column("trial", no_wrap=True, min_width=KEY_LENGTH))
+    for column in (*varied, "status", *(["why"] if has_reasons else [])):
+        table.add_column(column, overflow="fold")  # cut, a value could not be told from another
     for key, config in plan.trials.items():
         flat, entry = config.to_flat(), ledger[key]
         why = "; ".join(filter(None, ["to be run again" if key in again else "", entry.why]))

@@ -1,21 +1,30 @@
 """Ray as a sweep starts or joins it, and what its machines have."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import yaml
 
 from gptcore.config import InputError, TrialConfig
 from helpers.paths import ROOT
-from sweeps.execution import resources
-from sweeps.execution.ray_cluster import check_cluster, check_shared
+from sweeps.execution import ray_cluster, resources
+from sweeps.execution.ray_cluster import (
+    LONGEST_BASE,
+    PREFIX,
+    OwnFolder,
+    check_cluster,
+    check_shared,
+)
 from sweeps.execution.resources import fit, needs_of, schedulable_machines, slots
 from tracking.address import StoreAddress
 
 SCRIPT = """
-import json, sys
+import json, os, stat, sys
+from pathlib import Path
 import psutil
 from rich.console import Console
 from gptcore.config import InputError, TrialConfig
@@ -44,15 +53,26 @@ try:
 except InputError as error:
     other_version = str(error)
 said = {"listening": listening, "fits": list(fits.values()), "cpus": has["CPU"]}
-json.dump({**said, "other_version": other_version}, sys.stdout)
+said["other_version"] = other_version
+# `ray_process_reaper` and the like may come and go.
+daemons = [one for one in me.children() if "gcs_server" in one.name() or "raylet" in one.name()]
+said["own_group"] = [os.getpgid(one.pid) == os.getpgid(0) for one in daemons]
+folder = Path(ray._private.worker._global_node.get_temp_dir_path())
+said["folder"], said["mode"] = str(folder), stat.S_IMODE(folder.parent.stat().st_mode)
 stop_ray()
+said["left"] = folder.parent.exists()
+json.dump(said, sys.stdout)
 """
 
 
 @pytest.fixture(scope="module")
-def started():
-    """What a Ray of our own said of itself."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
+def started(tmp_path_factory):
+    """What a Ray of our own said of itself, on a machine whose TMPDIR has a long path."""
+    long = tmp_path_factory.mktemp("as_long_as_a_batch_system_makes_the_folder_of_a_job")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TMPDIR": str(long)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -60,6 +80,44 @@ def started():
 def test_it_listens_on_loopback_alone(started):
     assert started["listening"]
     assert set(started["listening"]) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_a_signal_to_all_processes_of_the_sweep_does_not_reach_rays(started):
+    """Else they would end first, and the driver would wait for them for a minute."""
+    assert started["own_group"] == [False, False]
+
+
+def test_its_folder_is_short_private_and_gone_afterwards(started):
+    assert len(started["folder"]) <= LONGEST_BASE + 14
+    assert started["mode"] == 0o700
+    assert started["left"] is False
+
+
+def test_a_folder_whose_driver_was_killed_is_removed_and_one_in_use_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "LONGEST_BASE", 200)
+    monkeypatch.setattr(ray_cluster, "SECONDS_TO_LOCK", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    in_use = OwnFolder()
+    used = in_use.make().parent
+    abandoned = tmp_path / f"{PREFIX}abandoned"
+    abandoned.mkdir()
+    (abandoned / "lock").touch()
+    (tmp_path / "another").mkdir()
+    new = OwnFolder()
+    made = new.make().parent
+    assert sorted(tmp_path.iterdir()) == sorted([used, made, tmp_path / "another"])
+    new.remove()
+    in_use.remove()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["another"]
+
+
+def test_without_any_folder_for_its_sockets_the_way_out_is_named(monkeypatch):
+    def refuse(**_):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(InputError, match=r"set TMPDIR to a folder whose path has at most 26 char"):
+        OwnFolder().make()
 
 
 def test_as_many_trials_run_at_a_time_as_cores_and_memory_suffice_for(started):

@@ -52,6 +52,17 @@ def test_ray_has_a_switch_that_keeps_a_local_ray_on_loopback(monkeypatch):
     assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services), says
 
 
+def test_ray_starts_its_processes_by_a_class_that_can_be_replaced(monkeypatch):
+    says = changed("ray", "services.ConsolePopen")
+    monkeypatch.setattr(services, "ConsolePopen", subprocess.Popen)
+    private_api.start_apart()
+    assert "ConsolePopen(" in inspect.getsource(services.start_ray_process), says
+    process = services.ConsolePopen([sys.executable, "-c", "import os; print(os.getsid(0))"],
+                                    stdout=subprocess.PIPE, text=True)  # fmt: skip
+    said, _ = process.communicate()
+    assert int(said) == process.pid != os.getsid(0), says
+
+
 def test_ray_prints_what_a_dead_worker_took_with_it_by_a_function_that_can_be_silenced(monkeypatch):
     says = changed("ray", "worker.print_to_stdstream")
     assert callable(ray._private.worker.print_to_stdstream), says

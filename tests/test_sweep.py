@@ -238,13 +238,14 @@ def test_a_killed_debug_trial_goes_on_and_ends_like_an_undisturbed_one(tmp_path)
 
 # tests/test_interrupts.py has the parts, without Ray.
 @pytest.mark.full
-@pytest.mark.parametrize("politely", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("politely", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_ctrl_c_stops_says_what_remains_and_leaves_no_run_running(tmp_path, politely):
+    """`timeout` and batch systems signal all processes of a group."""
     runs_dir = tmp_path / "runs"
     endless = with_knobs(TrialConfig.from_flat(KILLED), train__steps=ENDLESS)
     process = drive(runs_dir, *flags(endless), "--init.seed", "0", "1", *QUICKLY)
     wait_for(lambda: keys_running(runs_dir))
-    os.kill(process.pid, politely)
+    os.killpg(process.pid, politely)
     code, output = outcome(process, 120)
     assert code == 130, output
     assert "stopped with 2 trials to go: run the same command again to continue" in output

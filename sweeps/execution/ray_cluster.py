@@ -57,8 +57,8 @@ thread gets in which Tune runs a trial: up to 9,000 page faults and 8% of a step
 
 SECONDS_TO_JOIN = 180.0
 
-LONGEST_BASE = 28
-"""Characters in the path of the folder in which Ray's folder is made, which adds 12. The paths of
+LONGEST_BASE = 26
+"""Characters in the path of the folder in which Ray's folder is made, which adds 14. The paths of
 Ray's sockets are up to 65 characters longer than that, and Linux takes 107."""
 
 
@@ -75,6 +75,9 @@ class OwnFolder:
     def make(self) -> Path:
         """Make the folder, below TMPDIR where its path is short enough.
 
+        Returns:
+            A folder in it, for Ray, which opens its own folder for everyone.
+
         Raises:
             InputError: there is no folder for it.
         """
@@ -87,7 +90,7 @@ class OwnFolder:
             except OSError:
                 continue
             _remove_abandoned(base)
-            return self._path
+            return self._path / "r"
         raise InputError(
             f"Ray needs a folder for its sockets, and none of {', '.join(dict.fromkeys(bases))} "
             f"can be used: set TMPDIR to a folder whose path has at most {LONGEST_BASE} characters"
