@@ -38,7 +38,7 @@ from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, spelling, varying_knobs
 from tracking.address import store_address
-from tracking.arguments import Parser
+from tracking.arguments import Parser, give_up_output, prepare_output
 from tracking.store import Store
 
 SECTIONS = {
@@ -209,6 +209,7 @@ def whole_number(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    prepare_output()
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -247,7 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(f"report: {folder / 'report.html'}")
+    try:
+        print(f"report: {folder / 'report.html'}", flush=True)
+    except OSError as error:
+        give_up_output()
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

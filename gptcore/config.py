@@ -34,6 +34,9 @@ KEY_LENGTH = 12
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 """The number of tokens of each tokenizer, with <|endoftext|>."""
 
+LARGEST_INTEGER = 2**53
+"""The largest whole number that a knob takes: every program that reads JSON reads it exactly."""
+
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -377,6 +380,8 @@ def check_value(key: str, value: Any) -> Scalar:
     right_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     finite = right_type and value != "" and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARISONS[sign](value, limits[sign]) for sign in limits)
+    if in_range and kind is int and value > LARGEST_INTEGER:
+        raise InputError(f"{key} takes a whole number <= {LARGEST_INTEGER}, not {value}")
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
     checked: Scalar = value

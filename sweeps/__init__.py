@@ -3,6 +3,8 @@
 import atexit
 import gc
 import os
+import tempfile
+from pathlib import Path
 
 # PyTorch, MLflow and Ray make a million objects that stay to the end. Looking for garbage among
 # them is a quarter of the time of their imports, and a second and a half at exit.
@@ -19,3 +21,20 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # Tune's workers need their own environment. Workers that Ray starts early do not have it, and would
 # only take up memory.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
+
+
+def _find_home() -> None:
+    """Give a user without a home one below the temporary folder, which nobody else can enter.
+
+    Containers and batch systems run commands under user ids that no file knows.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir(), f"gpt-sweeps-{os.getuid()}")
+        home.mkdir(mode=0o700, exist_ok=True)
+        is_own = home.lstat().st_uid == os.getuid() and not home.is_symlink()
+        os.environ["HOME"] = str(home) if is_own else tempfile.mkdtemp(prefix="gpt-sweeps-")
+
+
+_find_home()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from gptcore.config import KNOBS, InputError, TrialConfig, spelling
@@ -53,6 +54,13 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
         )
 
 
+def _as_decimal(text: str) -> str:
+    """Write `-1e-3` as `-0.001`, because argparse takes the former for an option."""
+    if not re.fullmatch(r"-[0-9.]+[eE][+-]?[0-9]{1,3}", text):
+        return text
+    return f"{float(text):.20f}".rstrip("0")
+
+
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, list[str]]]:
@@ -61,7 +69,9 @@ def parse(
     Returns:
         The options, and the texts given for each knob.
     """
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(
+        list(map(_as_decimal, sys.argv[1:] if argv is None else argv))
+    )
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{key}" for key in KNOBS], n=1)
         hint = f"did you mean {near[0]}? " if near else ""

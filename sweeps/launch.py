@@ -18,7 +18,7 @@ from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.estimate.arrays import check_array, check_together
-from sweeps.execution.faults import Fault
+from sweeps.execution.faults import Fault, fault_of_trial, is_out_of_memory
 from sweeps.plan import (
     Plan,
     make_plan,
@@ -28,7 +28,7 @@ from sweeps.plan import (
     with_overrides,
 )
 from sweeps.presets import Preset, Space
-from tracking.arguments import check_writable
+from tracking.arguments import check_writable, give_up_output, prepare_output
 from tracking.health import GO_ON
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def make_console() -> Console:
 
     In a file or a pipe, lines are wide enough for a table of many knobs.
     """
+    prepare_output()
     width = None if sys.stdout.isatty() else WIDTH_OF_FILES
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
@@ -113,6 +114,7 @@ def exit_code(error: BaseException) -> int:
         print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
     print(f"error: {error}", file=sys.stderr)
+    give_up_output()
     return 2 if isinstance(error, InputError) else 1
 
 
@@ -123,7 +125,12 @@ def debug(plan: Plan, runs_dir: Path, console: Console) -> int:
     key, config = next(iter(plan.trials.items()))
     device_of(config)
     check_writable(runs_dir)
-    debug_trial(config, key, runs_dir, console)
+    try:
+        debug_trial(config, key, runs_dir, console)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise  # a debugger wants the error itself
+        raise Fault(f"trial {key} failed: {fault_of_trial(error)}") from error
     return 0
 
 

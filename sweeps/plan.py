@@ -21,6 +21,9 @@ from tracking.job import Job
 if TYPE_CHECKING:
     from tracking.sweep_run import RecordedPlan
 
+MOST_SEEDS = 1000
+"""The most seeds that --until-decided takes."""
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -88,10 +91,10 @@ def with_more_seeds(spaces: Sequence[Space], most: int) -> list[Space]:
         InputError: the spaces have more seeds already.
     """
     seeds = seeds_of(spaces)
-    if most < max(2, len(seeds)):
+    if not max(2, len(seeds)) <= most <= MOST_SEEDS:
         raise InputError(
-            f"--until-decided takes the most seeds a configuration may have, at least "
-            f"{max(2, len(seeds))} here, not {most}"
+            f"--until-decided takes the most seeds a configuration may have, from "
+            f"{max(2, len(seeds))} to {MOST_SEEDS} here, not {most}"
         )
     more = range(max(seeds) + 1, max(seeds) + 1 + most - len(seeds))
     return [{**space, "init.seed": [*seeds, *more]} for space in spaces]

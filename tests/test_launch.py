@@ -1,8 +1,10 @@
 """The command line, in this process and without Ray: plans, dry runs, debug runs, bad input."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -47,6 +49,9 @@ BAD = [
     (["--train.steps", "ten"], "train.steps takes a whole number >= 1, not 'ten'"),
     (["--train.steps", "10", "0"], "train.steps takes a whole number >= 1, not 0"),
     (["--optim.lr", "-1"], "optim.lr takes a finite number > 0, not -1.0"),
+    (["--optim.lr", "-1e-3"], "optim.lr takes a finite number > 0, not -0.001"),
+    (["--init.seed", str(2**128)], "init.seed takes a whole number <= 9007199254740992, not 340"),
+    (["--until-decided", "1000000000"], "from 2 to 1000 here, not 1000000000"),
     (["--model.n_head", "5"], "5 heads do not divide a width of 64"),
     (["--probes.layers", "1,9"], "there is no layer 9, the model has 0 to 5"),
     (
@@ -148,6 +153,58 @@ def test_a_dry_run_that_measures_nothing_refuses_a_gpu_that_is_not_there(
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cuda"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 2
     assert "train.device is cuda, but Ray has no GPU" in capsys.readouterr().err
+
+
+def command(*arguments, **options):
+    """Run the command in a process of its own."""
+    script = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), *arguments]
+    return subprocess.run(script, text=True, **options)
+
+
+def test_an_output_that_takes_nothing_is_named_and_not_the_disk(runs_dir):
+    wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--dry-run", "--no-estimate"]
+    with Path("/dev/full").open("w") as full:
+        done = command(*wanted, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == ("error: standard output cannot be written: No space left on device\n")
+
+
+def test_a_console_of_few_characters_gets_question_marks(tiny, runs_dir):
+    done = command(
+        "--runs-dir", str(runs_dir), *flags(tiny), "--name", "x", "--init.scheme", "gpt2",
+        "--corpus.name", "/no/such/ü", capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: corpus.name '/no/such/")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_says_in_one_sentence_that_memory_does_not_suffice(runs_dir, capsys):
+    wide = ["--model.d_model", "400000", "--model.n_head", "1", "--corpus.name", "pydocs"]
+    assert run("--runs-dir", str(runs_dir), "--debug", *wide) == 1
+    error = capsys.readouterr().err
+    assert re.match(r"error: trial [0-9a-f]{12} failed: out of memory: an allocation of ", error)
+    assert error.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_given_one_that_nobody_else_can_enter(tmp_path):
+    """Containers run commands under user ids that no file knows."""
+    code = (
+        "from pathlib import Path\n"
+        "def unknown(): raise RuntimeError('no home')\n"
+        "if 'HOME' not in __import__('os').environ: Path.home = staticmethod(unknown)\n"
+        "import os, sweeps\n"
+        "print(os.environ['HOME'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**environment, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    home = Path(done.stdout.strip())
+    assert home.parent == tmp_path
+    assert home.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_dry_run_knows_what_is_done(finished_sweep, capsys):

@@ -7,9 +7,11 @@ answer: it ends the sweep. A fault of a trial ends only that trial.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import sqlite3
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from gptcore.config import InputError
 from gptcore.units import peak_memory, size
 from tracking.address import StoreAddress
 from tracking.health import GO_ON, causes, sqlite_code, store_fault
+
+AMPLE = 64 * 2**20
+"""Bytes: a disk with so much room is not the one that is full."""
 
 
 class Fault(Exception):
@@ -43,23 +48,36 @@ def has_lost_device(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the memory of the device or of this machine did not suffice."""
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
+
+
 def fault_of_trial(error: BaseException) -> str:
     """Return the sentence for an error that ended a trial."""
     text = str(error).strip()
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory on the device: {text.splitlines()[0]}{_device_memory()}"
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return f"out of memory: {_host_allocation(text)}; {_host_memory()}"
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def _full_disk(address: StoreAddress, runs_dir: Path) -> str:
-    places = [runs_dir, Path(tempfile.gettempdir())]
+    wanted = [runs_dir, Path(tempfile.gettempdir())]
     if address.database:
-        places.append(address.database.parent)
+        wanted.append(address.database.parent)
+    places = [next(one for one in (place, *place.parents) if one.exists()) for place in wanted]
     place = min(places, key=lambda folder: shutil.disk_usage(folder).free)
     usage = shutil.disk_usage(place)
+    if usage.free > AMPLE:
+        try:
+            os.write(sys.stdout.fileno(), b"\n")
+        except OSError as error:
+            return f"standard output cannot be written: {error.strerror}"
     return (
         f"the disk of {place} is full, {size(usage.free)} of {size(usage.total)} are free: make "
         f"room, then {GO_ON}"
