@@ -95,14 +95,15 @@ def knob(
 class ModelConfig:
     """Shape of the GPT, which has no dropout."""
 
-    n_layer: int = knob(6, "number of blocks", low=1)
-    n_head: int = knob(4, "attention heads per block", low=1)
-    d_model: int = knob(64, "width of the residual stream", low=1)
-    context: int = knob(64, "tokens per sequence", low=2)
+    n_layer: int = knob(6, "number of blocks", low=1, high=1000)
+    n_head: int = knob(4, "attention heads per block", low=1, high=10**6)
+    d_model: int = knob(64, "width of the residual stream", low=1, high=10**6)
+    context: int = knob(64, "tokens per sequence", low=2, high=10**6)
     vocab_size: int = knob(
         50257,
         "rows of the token embedding; by default the number of tokens of the tokenizer",
         low=1,
+        high=10**7,
     )
     tied: bool = knob(True, "whether the output head and the token embedding share their weight")
     norm: str = knob(
@@ -144,7 +145,9 @@ class CorpusConfig:
         "all", "part of the text: `all`, a section such as `part-1`, or fractions such as `0-0.25`"
     )
     data_seed: int = knob(0, "seed of the batches, and of draws among tokens of equal count", low=0)
-    windows: int = knob(4, "sequences in each of the two fixed texts, probe and held_out", low=1)
+    windows: int = knob(
+        4, "sequences in each of the two fixed texts, probe and held_out", low=1, high=10**6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,8 @@ class OptimConfig:
 class TrainConfig:
     """Length of the training, size of the batches, precision and device."""
 
-    steps: int = knob(200, "optimiser updates", low=1)
-    batch_size: int = knob(8, "sequences per step", low=1)
+    steps: int = knob(200, "optimiser updates", low=1, high=10**7)
+    batch_size: int = knob(8, "sequences per step", low=1, high=10**6)
     precision: str = knob(
         "float32",
         "precision of products: tf32 is TensorFloat-32, which a GPU has; bf16-head is bfloat16 in "
@@ -376,7 +379,7 @@ def check_value(key: str, value: Any) -> Scalar:
         int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"
     }[kind]  # fmt: skip
     takes = ", ".join(choices) or takes
-    takes += " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
+    takes += " and".join(f" {sign} {plain(limit)}" for sign, limit in limits.items())
     right_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     finite = right_type and value != "" and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARISONS[sign](value, limits[sign]) for sign in limits)
@@ -386,6 +389,11 @@ def check_value(key: str, value: Any) -> Scalar:
         raise InputError(f"{key} takes {takes}, not {value!r}")
     checked: Scalar = value
     return checked
+
+
+def plain(limit: float) -> str:
+    """Write a limit of a knob: whole numbers with all their digits."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def parse_value(key: str, text: str) -> Scalar:

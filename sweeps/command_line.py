@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from gptcore.config import KNOBS, InputError, TrialConfig, spelling
+from gptcore.config import KNOBS, InputError, TrialConfig, plain, spelling
 from gptcore.corpus import CORPORA
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES
@@ -44,7 +44,9 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
     for key, entry in KNOBS.items():
         names = entry.metadata["choices"] or registries.get(key, ())
         text = f"{entry.metadata['doc']}{': ' if names else ''}{', '.join(names)}"
-        limits = "".join(f"; {sign} {limit:g}" for sign, limit in entry.metadata["limits"].items())
+        limits = "".join(
+            f"; {sign} {plain(limit)}" for sign, limit in entry.metadata["limits"].items()
+        )
         knobs.add_argument(
             f"--{key}",
             nargs="+",

@@ -53,7 +53,10 @@ BAD = [
     (["best", "--trials", "0"], "--trials takes a whole number >= 1"),
     (["best", "--optim.lr", "1..0.1"], "optim.lr takes a range from low to high"),
     (["best", "--init.scheme", "huge"], "init.scheme 'huge' is unknown"),
-    (["best", "--model.n_layer", "1..x"], "model.n_layer takes a whole number >= 1, not 'x'"),
+    (
+        ["best", "--model.n_layer", "1..x"],
+        "model.n_layer takes a whole number >= 1 and <= 1000, not 'x'",
+    ),
     (
         ["best", "--init.scheme", "gpt2", "--init.std", "0.01..0.1"],
         "init.std is a parameter of no scheme or optimiser in this search: leave it out",

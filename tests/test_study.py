@@ -74,7 +74,7 @@ def test_a_knob_takes_values_or_a_range(knob, texts, domain):
     [
         ("optim.lr", ["0.1..0.01"], "optim.lr takes a range from low to high, not '0.1..0.01'"),
         ("optim.lr", ["0..1"], "optim.lr takes a finite number > 0, not 0.0"),
-        ("model.n_layer", ["1..x"], "model.n_layer takes a whole number >= 1, not 'x'"),
+        ("model.n_layer", ["1..x"], "model.n_layer takes a whole number >= 1 and <= 1000, not 'x'"),
     ],
 )
 def test_what_is_no_range_is_refused(knob, texts, says):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Batch:
 
 def check_array(text: str) -> str:
     """Return the option --array as it was given. Raise InputError for a bad value."""
-    if text in ("auto", "off") or (text.isdecimal() and int(text) > 0):
+    if text in ("auto", "off") or re.fullmatch("[1-9][0-9]{0,8}", text):
         return text
     raise InputError(f"--array takes auto, off or how many trials, at least 1, not {text!r}")
 
