@@ -19,7 +19,7 @@ from analysis.stats import (
 )
 
 INTERVALS = {"mean": mean_interval, "median": median_interval, "share": share_interval}
-ALPHA = 1 - LEVEL
+ALPHA = round(1 - LEVEL, 12)
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED = "not supported", "underpowered", "not measured"

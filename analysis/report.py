@@ -36,7 +36,7 @@ from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
-from gptcore.config import KNOBS, InputError, spelling, varying_knobs
+from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
 from tracking.store import Store
@@ -82,7 +82,10 @@ def build_report(
     """
     for claim in claims:
         if claim not in CLAIMS:
-            raise InputError(f"there is no claim {claim}: the claims are {', '.join(CLAIMS)}")
+            raise InputError(
+                f"there is no claim {claim}: {did_you_mean(claim, CLAIMS)}the claims are "
+                f"{', '.join(CLAIMS)}"
+            )
     sweep = read_sweeps(store, names, where, runs_dir / "cache")
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
@@ -143,12 +146,12 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         "| claim | verdict | in general |",
         "|---|---|---|",
         *(
-            f"| {CLAIMS[name].says} | {claims.here[name].verdict} "
+            f"| `{name}`: {CLAIMS[name].says} | {claims.here[name].verdict} "
             f"| {general[name].verdict if general else '–'} |"
             for name in shown
         ),
         "",
-        *(f"- {CLAIMS[name].says} {say_outcome(name, claims)}" for name in shown),
+        *(f"- `{name}`: {say_outcome(name, claims)}" for name in shown),
     ]
     return "\n".join(lines) + "\n"
 

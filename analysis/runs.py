@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
-from gptcore.config import COMPARED_KNOBS, KNOBS, InputError, Scalar, TrialConfig
+from gptcore.config import (
+    COMPARED_KNOBS,
+    KNOBS,
+    InputError,
+    Scalar,
+    TrialConfig,
+    did_you_mean,
+)
 from gptcore.records import PRIMARY, SCHEMA_VERSION
 from tracking.store import Store, named_runs, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
@@ -253,6 +260,13 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
     """
     knobs = "|".join(re.escape(knob) for knob in KNOBS)
     quoted = re.sub(rf"(?<![\w.\"'`])({knobs})(?![\w.\"'`])", r'"\1"', where)
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", " ", where)
+    for name in re.findall(r"(?<![\w.`])[a-z]+\.[a-z]\w*(?![\w.`])", unquoted):
+        if name not in KNOBS:
+            raise InputError(
+                f"--where {where!r}: there is no knob {name}: {did_you_mean(name, KNOBS)}"
+                "`python sweeps/init_sweep.py --help` lists them"
+            )
     try:
         chosen = trials.filter(pl.sql_expr(quoted))
     except pl.exceptions.PolarsError as error:

@@ -10,6 +10,7 @@ the checks of their values and the key change together.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import inspect
 import json
@@ -45,6 +46,12 @@ class InputError(ValueError):
 
     Commands print it on stderr and exit with code 2.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean gpt2? ` where a known word is close to this one; else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def seed_of(*words: str | int) -> int:
@@ -436,7 +443,8 @@ def check_choice(
     chosen = getattr(config, chooser)
     if chosen not in registry:
         raise InputError(
-            f"{section}.{chooser} {chosen!r} is unknown: take one of {', '.join(registry)}"
+            f"{section}.{chooser} {chosen!r} is unknown: {did_you_mean(chosen, registry)}"
+            f"take one of {', '.join(registry)}"
         )
     takes = {name: parameters_of(entry) for name, entry in registry.items()}
     for entry in fields(config):

@@ -282,9 +282,8 @@ def _spectra(subject: Subject, parts: Sequence[Part]) -> Measured:
     values = [subject.values(part) for part in parts]
     W = torch.stack(values, dim=1) if subject.together else values[0][0]
     tall = W if W.shape[-2] >= W.shape[-1] else W.mT
-    gram = tall.mT @ tall
-    if subject.together:  # the models that diverged are among them, of which no row is kept
-        gram = gram.nan_to_num()
+    # Squares of huge weights overflow, and a model that diverged is among those of an array.
+    gram = (tall.mT @ tall).nan_to_num()
     squares = torch.linalg.eigvalsh(gram)  # in ascending order
     table = torch.stack([squares[..., -1], squares.sum(-1)], dim=-1)
 
@@ -296,7 +295,7 @@ def _spectra(subject: Subject, parts: Sequence[Part]) -> Measured:
                 kind=part.kind,
                 layer=part.layer,
                 spectral_norm=math.sqrt(max(largest, 0.0)),
-                stable_rank=total / largest if largest > 0 else None,
+                stable_rank=total / largest if 0 < largest < math.inf else None,
             )
             for part, (largest, total) in zip(parts, table, strict=True)
         ]

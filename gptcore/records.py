@@ -78,8 +78,8 @@ class SpectrumRow:
     tensor: str
     kind: str
     layer: int | None
-    spectral_norm: float
-    stable_rank: float | None  # (Frobenius / spectral norm)^2; null for a matrix of zeros
+    spectral_norm: float  # infinite where its square overflows
+    stable_rank: float | None  # (Frobenius / spectral norm)^2; null for zeros and after an overflow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

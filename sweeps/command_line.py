@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-import sys
 from collections.abc import Mapping, Sequence
 
-from gptcore.config import KNOBS, InputError, TrialConfig, plain, spelling
+from gptcore.config import KNOBS, InputError, TrialConfig, did_you_mean, plain, spelling
 from gptcore.corpus import CORPORA
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES
@@ -56,13 +54,6 @@ def add_knobs(parser: argparse.ArgumentParser, description: str) -> None:
         )
 
 
-def _as_decimal(text: str) -> str:
-    """Write `-1e-3` as `-0.001`, because argparse takes the former for an option."""
-    if not re.fullmatch(r"-[0-9.]+[eE][+-]?[0-9]{1,3}", text):
-        return text
-    return f"{float(text):.20f}".rstrip("0")
-
-
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, list[str]]]:
@@ -71,12 +62,9 @@ def parse(
     Returns:
         The options, and the texts given for each knob.
     """
-    args, unknown = parser.parse_known_args(
-        list(map(_as_decimal, sys.argv[1:] if argv is None else argv))
-    )
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [f"--{key}" for key in KNOBS], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(unknown[0], [f"--{key}" for key in KNOBS])
         raise InputError(f"unknown argument {unknown[0]}: {hint}--help names them all")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.name):
         raise InputError(

@@ -33,7 +33,8 @@ def runs_dir(tmp_path):
 
 BAD = [
     (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
-    (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: take one of model5"),
+    (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: "),
+    (["--init.scheme", "modle5"], "is unknown: did you mean model5? take one of model5, gpt2"),
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 does not take init.std"),
     (["--preset", "optimizer", "--optim.name", "adamw"], "--preset optimizer sets optim.name"),
     (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd does not take optim.beta1"),
@@ -45,6 +46,7 @@ BAD = [
         "unknown argument --init.sceed: did you mean --init.seed? --help names",
     ),
     (["extra"], "unknown argument extra"),
+    (["--name=--"], "argument --name: it takes a value, not --"),
     (["--train.steps"], "--train.steps: expected at least one argument"),
     (["--train.steps", "ten"], "train.steps takes a whole number >= 1 and <= 10000000, not 'ten'"),
     (["--train.steps", "10", "0"], "train.steps takes a whole number >= 1 and <= 10000000, not 0"),

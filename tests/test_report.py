@@ -218,7 +218,11 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
         (["--where", "init.scheme = gpt2"], "(texts are in quotes), not"),
         (["--out", ""], "--out takes a folder for the files of the report, not the current folder"),
         (["--where", "init.scheme = 'none'"], "is true of none of the 6 trials"),
-        (["--where", "init.shceme = 'gpt2'"], "takes a condition on knobs such as"),
+        (
+            ["--where", "init.shceme = 'gpt2'"],
+            "there is no knob init.shceme: did you mean init.scheme? `python sweeps/init_sweep.py",
+        ),
+        (["--where", "corpus.name = '/tmp/my.txt'"], "is true of none of the 6 trials"),
         (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
         (["--where", "drop ("], "takes a condition on knobs such as"),
         (["--where", "init.seed > 2"], "has no finished trials yet for which init.seed > 2"),

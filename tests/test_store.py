@@ -62,6 +62,8 @@ def test_a_sweep_among_thousands_of_experiments_is_found(runs_dir):
     assert list(store.sweep_runs()) == ["small"]
 
 
+# Over a minute where the machine is busy: a server makes 1,500 experiments one by one.
+@pytest.mark.full
 def test_a_server_with_thousands_of_experiments_hides_no_run_and_none_is_deleted(
     server_with_many, tiny, tmp_path
 ):
@@ -209,7 +211,7 @@ def test_a_sweep_whose_experiment_was_renamed_goes_on_there(runs_dir):
     assert main(["--runs-dir", str(runs_dir), "--name", "small"]) == 0
 
 
-@pytest.mark.parametrize("name", ["a#b", "a b'\"c", "ü;&=+", "x" * 200])
+@pytest.mark.parametrize("name", ["a#b '\"c ü;&=+", "x" * 200])
 def test_a_runs_folder_of_any_name_keeps_everything_in_it(name, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

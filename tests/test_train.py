@@ -1,5 +1,6 @@
 """The training loop, run by gptcore.experiment: its rows, its result, and that it repeats."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,21 @@ def test_a_trial_fills_every_table_from_step_0_to_the_last(tiny):
     assert [row.lr is None for row in recorder.rows["training"]] == [False] * 5 + [True]
     assert sorted({row.step for row in recorder.rows["updates"]}) == [0, 2, 4]
     assert recorder.result.loss == recorder.rows["training"][-1].loss
+
+
+def test_each_update_is_as_large_as_the_weights_moved(tiny):
+    """Remembered too late, the weights before an update would be those after it."""
+    recorder = run(with_knobs(tiny, probes__every=1, optim__name="sgd", optim__momentum=0.0))
+    moved = [row for row in recorder.rows["updates"] if row.kind != "k_bias"]
+    assert moved
+    assert all(row.rms > 0 for row in moved if row.tensor.endswith("weight"))
+
+
+def test_weights_so_large_that_their_squares_overflow_end_no_trial(tiny):
+    recorder = run(with_knobs(tiny, init__scheme="normal", init__std=1e20))
+    assert recorder.result.status in ("finished", "diverged")
+    first = [row for row in recorder.rows["spectra"] if row.step == 0]
+    assert {(row.spectral_norm, row.stable_rank) for row in first} == {(math.inf, None)}
 
 
 def test_the_same_config_gives_bitwise_the_same_rows(tiny):

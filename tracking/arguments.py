@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,14 @@ class Parser(argparse.ArgumentParser):
         """Raise InputError with argparse's message."""
         raise InputError(message)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse arguments; `-1e-3` is a number and not an option, and `--` is never a value."""
+        given = [_as_decimal(text) for text in (sys.argv[1:] if args is None else args)]
+        for text in given:
+            if text.startswith("--") and text.endswith("=--"):
+                self.error(f"argument {text[:-3]}: it takes a value, not --")
+        return super().parse_known_args(given, namespace)
+
     def add_runs_dir(self) -> None:
         """Add --runs-dir, whose default is the environment's GPT_SWEEPS_RUNS_DIR, else `runs`."""
         default = os.environ.get("GPT_SWEEPS_RUNS_DIR") or "runs"
@@ -29,6 +38,13 @@ class Parser(argparse.ArgumentParser):
             default=default,  # argparse parses a default that is a text like a given one
             help=f"folder for runs, checkpoints and reports ({default})".replace("%", "%%"),
         )
+
+
+def _as_decimal(text: str) -> str:
+    """Write `-1e-3` as `-0.001`, because argparse takes the former for an option."""
+    if not re.fullmatch(r"-([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]{1,3}", text):
+        return text
+    return f"{float(text):.20f}".rstrip("0")
 
 
 LONGEST_FOLDER = 400

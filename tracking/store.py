@@ -37,7 +37,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
-from gptcore.config import InputError
+from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
 from tracking.address import StoreAddress, mask_password, sqlite_address
 from tracking.health import check_server
@@ -391,6 +391,7 @@ def named_runs(store: Store, names: Sequence[str]) -> list[Run]:
     for name in names:
         if name not in sweeps:
             raise InputError(
-                f"there is no sweep {name}: the sweeps of this store are {', '.join(sweeps)}"
+                f"there is no sweep {name}: {did_you_mean(name, sweeps)}the sweeps of this store "
+                f"are {', '.join(sweeps)}"
             )
     return [sweeps[name] for name in dict.fromkeys(names or list(sweeps)[-1:])]

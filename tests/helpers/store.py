@@ -23,11 +23,19 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and many tests need none
 
 
 def open_store(uri: str) -> Store:
-    """Return the store at an address, made if it is new, after a check that it answers."""
-    from tracking.address import StoreAddress
+    """Return the store at an address, made if it is new, after a check that it answers.
+
+    A new database is a copy of an empty one: MLflow takes more than a second to make one.
+    """
+    from tracking.address import StoreAddress, sqlite_address
     from tracking.store import Store
 
+    def make(folder: Path) -> None:
+        Store(StoreAddress(sqlite_address(folder / "mlflow.db"))).open()
+
     store = Store(StoreAddress(uri))
+    if (database := store.address.database) and not database.exists():
+        shutil.copyfile(shared("empty_store", make) / "mlflow.db", database)
     store.open()
     return store
 
@@ -156,19 +164,23 @@ def make_sweep(
 
 
 def made_once(name: str, make: Callable[[Path], None], parent: Path) -> Path:
-    """Return a runs folder of this process's own, in `parent`, of what `make` puts into one.
+    """Return a runs folder of this process's own, in `parent`, of what `make` puts into one."""
+    return moved(shared(name, make), parent / "runs")
 
-    It is made once for all processes of a test session: the first makes it, the others wait.
+
+def shared(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` fills once for all processes of a test session.
+
+    The first process makes it, and the others wait.
     """
-    shared = Path(os.environ["GPT_SWEEPS_TEST_SHARED"])
-    original = shared / name
-    with (shared / f"{name}.lock").open("a") as lock:
+    folder = Path(os.environ["GPT_SWEEPS_TEST_SHARED"])
+    with (folder / f"{name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / f"{name}.made").exists():
-            original.mkdir()
-            make(original)
-            (shared / f"{name}.made").touch()
-    return moved(original, parent / "runs")
+        if not (folder / f"{name}.made").exists():
+            (folder / name).mkdir()
+            make(folder / name)
+            (folder / f"{name}.made").touch()
+    return folder / name
 
 
 def moved(runs_dir: Path, to: Path) -> Path:
