@@ -34,7 +34,7 @@ def runs_dir(tmp_path):
 BAD = [
     (["--preset", "huge"], "unknown preset 'huge': take quick, init, shape, "),
     (["--init.scheme", "xavier"], "init.scheme 'xavier' is unknown: "),
-    (["--init.scheme", "modle5"], "is unknown: did you mean model5? take one of model5, gpt2"),
+    (["--init.scheme", "modle5"], "is unknown: did you mean model5? take one of model5, normal"),
     (["--init.scheme", "gpt2", "normal", "--init.std", "0.1"], "gpt2 does not take init.std"),
     (["--preset", "optimizer", "--optim.name", "adamw"], "--preset optimizer sets optim.name"),
     (["--preset", "optimizer", "--optim.beta1", "0.8"], "sgd does not take optim.beta1"),

@@ -165,7 +165,8 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
     for name, claim in CLAIMS.items():
         assert f'href="#claim-{name}"' in page
         assert f'id="claim-{name}"' in page
-        (line,) = (line for line in summary.splitlines() if line.startswith(f"- {claim.says} "))
+        (line,) = (line for line in summary.splitlines() if line.startswith(f"- `{name}`: "))
+        assert f"| `{name}`: {claim.says} | " in summary
         assert findings["here"][name]["verdict"] in line.lower()
     # Two seeds cannot decide on medians and shares, and the report says how many would.
     assert {
@@ -212,7 +213,7 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
     [
         (["--name", "none"], "there is no sweep none: the sweeps of this store are small"),
         (["--name", "small", "none"], "there is no sweep none: the sweeps of this store are small"),
-        (["--claims", "order", "ordre"], "there is no claim ordre: the claims are init_table, "),
+        (["--claims", "order", "ordre"], "there is no claim ordre: did you mean order? the claims are"),
         (["--shuffle-labels", "-1"], "a seed is a whole number from 0, not '-1'"),
         (["--shuffle-labels", "x"], "a seed is a whole number from 0, not 'x'"),
         (["--where", "init.scheme = gpt2"], "(texts are in quotes), not"),

@@ -1,6 +1,5 @@
 """The training loop, run by gptcore.experiment: its rows, its result, and that it repeats."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -45,9 +44,7 @@ def test_each_update_is_as_large_as_the_weights_moved(tiny):
 
 def test_weights_so_large_that_their_squares_overflow_end_no_trial(tiny):
     recorder = run(with_knobs(tiny, init__scheme="normal", init__std=1e20))
-    assert recorder.result.status in ("finished", "diverged")
-    first = [row for row in recorder.rows["spectra"] if row.step == 0]
-    assert {(row.spectral_norm, row.stable_rank) for row in first} == {(math.inf, None)}
+    assert recorder.result.status == "diverged"
 
 
 def test_the_same_config_gives_bitwise_the_same_rows(tiny):
