@@ -213,7 +213,10 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
     [
         (["--name", "none"], "there is no sweep none: the sweeps of this store are small"),
         (["--name", "small", "none"], "there is no sweep none: the sweeps of this store are small"),
-        (["--claims", "order", "ordre"], "there is no claim ordre: did you mean order? the claims are"),
+        (
+            ["--claims", "order", "ordre"],
+            "there is no claim ordre: did you mean order? the claims are",
+        ),
         (["--shuffle-labels", "-1"], "a seed is a whole number from 0, not '-1'"),
         (["--shuffle-labels", "x"], "a seed is a whole number from 0, not 'x'"),
         (["--where", "init.scheme = gpt2"], "(texts are in quotes), not"),
