@@ -25,7 +25,7 @@ from gptcore.config import (
     did_you_mean,
 )
 from gptcore.records import PRIMARY, SCHEMA_VERSION
-from tracking.store import Store, named_runs, trial_status
+from tracking.store import Store, named_runs, say_incomplete, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
 
 DOWNLOADS = 16
@@ -150,7 +150,11 @@ def read_sweeps(
         notes=(
             *notes,
             *([f"Only the trials for which {where}."] if where else []),
-            *(f"The {sentence}." for sentence in store.incomplete.values()),
+            *(
+                f"The {say_incomplete(run)}."
+                for run in store.incomplete.values()
+                if run.info.experiment_id in {one.info.experiment_id for one in sweeps}
+            ),
         ),
         commands=tuple(plan.command for plan in plans),
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
@@ -258,15 +262,19 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
     Raises:
         InputError: this is no such expression, or it is true of no trial.
     """
-    knobs = "|".join(re.escape(knob) for knob in KNOBS)
-    quoted = re.sub(rf"(?<![\w.\"'`])({knobs})(?![\w.\"'`])", r'"\1"', where)
-    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", " ", where)
-    for name in re.findall(r"(?<![\w.`])[a-z]+\.[a-z]\w*(?![\w.`])", unquoted):
+
+    def quote(match: re.Match[str]) -> str:
+        name = match[0]
+        if name[0] in "'\"`" or "." not in name:
+            return name
         if name not in KNOBS:
             raise InputError(
                 f"--where {where!r}: there is no knob {name}: {did_you_mean(name, KNOBS)}"
                 "`python sweeps/init_sweep.py --help` lists them"
             )
+        return f'"{name}"'
+
+    quoted = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|[A-Za-z_][\w.]*", quote, where)
     try:
         chosen = trials.filter(pl.sql_expr(quoted))
     except pl.exceptions.PolarsError as error:

@@ -91,6 +91,8 @@ def knob(
         later: whether the knob is newer than the first trials. At its default it is then left out
             of the key, so that older trials keep their keys.
     """
+    if type(default) is int and high is None:
+        high = LARGEST_INTEGER
     limits = {">=": low, "<=": high, ">": above, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
     metadata = {"doc": doc, "limits": limits, "choices": choices, "in_key": in_key}
@@ -390,8 +392,6 @@ def check_value(key: str, value: Any) -> Scalar:
     right_type = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
     finite = right_type and value != "" and (kind is not float or math.isfinite(value))
     in_range = finite and all(COMPARISONS[sign](value, limits[sign]) for sign in limits)
-    if in_range and kind is int and value > LARGEST_INTEGER:
-        raise InputError(f"{key} takes a whole number <= {LARGEST_INTEGER}, not {value}")
     if not in_range or (choices and value not in choices):
         raise InputError(f"{key} takes {takes}, not {value!r}")
     checked: Scalar = value

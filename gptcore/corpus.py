@@ -247,6 +247,10 @@ def _tokens(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
     return cached
 
 
+BLOCK = 10**6
+"""Tokens that are decoded at a time."""
+
+
 def _read_tokens(file: Path, text: str, tokenizer: str) -> NDArray[np.uint16] | None:
     """Read a file of the cache. Return None where it does not hold the tokens of this text."""
     try:
@@ -258,8 +262,13 @@ def _read_tokens(file: Path, text: str, tokenizer: str) -> NDArray[np.uint16] | 
     pieces = token_bytes(tokenizer)
     if tokens.max(initial=0) >= len(pieces):
         return None
-    decoded = b"".join([pieces[token] for token in tokens.tolist()])
-    return tokens if decoded == text.encode() else None
+    whole, start = text.encode(), 0
+    for block in range(0, len(tokens), BLOCK):  # a list of all tokens may be larger than memory
+        decoded = b"".join([pieces[token] for token in tokens[block : block + BLOCK].tolist()])
+        if whole[start : start + len(decoded)] != decoded:
+            return None
+        start += len(decoded)
+    return tokens if start == len(whole) else None
 
 
 def cache_dir() -> Path:
@@ -293,10 +302,16 @@ def _read_gulliver() -> tuple[str, str]:
         folders.insert(0, Path(folder))
     for file in (folder / name for folder in folders for name in GULLIVER_FILES):
         if file.is_file():
-            text, origin = _read_file(str(file))
+            is_cached = file.parent == cache_dir()
+            try:
+                text, origin = _read_file(str(file))
+            except InputError:
+                if is_cached:
+                    continue  # a damaged file of the cache is downloaded again
+                raise
             text = strip_gutenberg(text)
-            if file.parent == cache_dir() and len(_gulliver_parts(text)) != 4:
-                continue  # a damaged file of the cache is downloaded again
+            if is_cached and len(_gulliver_parts(text)) != 4:
+                continue
             return text, origin
     text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:

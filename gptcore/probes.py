@@ -277,6 +277,11 @@ def spectrum_rows(moment: Moment) -> list[Measured]:
     ]
 
 
+OVERFLOW = 0.999 * torch.finfo(torch.float32).max
+"""The square of a singular value is at least as large as any element of W^T W, and what overflows
+there counts as the largest float."""
+
+
 def _spectra(subject: Subject, parts: Sequence[Part]) -> Measured:
     """Compute the spectra of matrices of one shape, [K, P, 2]: largest square, sum of squares."""
     values = [subject.values(part) for part in parts]
@@ -294,8 +299,8 @@ def _spectra(subject: Subject, parts: Sequence[Part]) -> Measured:
                 tensor=part.name,
                 kind=part.kind,
                 layer=part.layer,
-                spectral_norm=math.sqrt(max(largest, 0.0)),
-                stable_rank=total / largest if 0 < largest < math.inf else None,
+                spectral_norm=math.sqrt(max(largest, 0.0)) if largest < OVERFLOW else math.inf,
+                stable_rank=total / largest if 0 < largest < OVERFLOW else None,
             )
             for part, (largest, total) in zip(parts, table, strict=True)
         ]

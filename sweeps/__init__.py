@@ -1,8 +1,10 @@
 """Trials planned, run and tracked: see init_sweep.py."""
 
 import atexit
+import contextlib
 import gc
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -32,9 +34,13 @@ def _find_home() -> None:
         Path.home()
     except RuntimeError:
         home = Path(tempfile.gettempdir(), f"gpt-sweeps-{os.getuid()}")
-        home.mkdir(mode=0o700, exist_ok=True)
-        is_own = home.lstat().st_uid == os.getuid() and not home.is_symlink()
-        os.environ["HOME"] = str(home) if is_own else tempfile.mkdtemp(prefix="gpt-sweeps-")
+        with contextlib.suppress(FileExistsError):
+            home.mkdir(mode=0o700)
+        found = home.lstat()
+        is_private = stat.S_IMODE(found.st_mode) == 0o700 and found.st_uid == os.getuid()
+        if not (stat.S_ISDIR(found.st_mode) and is_private):
+            home = Path(tempfile.mkdtemp(prefix="gpt-sweeps-"))
+        os.environ["HOME"] = str(home)
 
 
 _find_home()

@@ -69,7 +69,7 @@ def planned(
     Raises:
         InputError: a trial cannot run.
     """
-    if args.name and not (args.preset or overrides or args.until_decided):
+    if args.name and not (args.preset or overrides) and args.until_decided is None:
         # Not at the top: MLflow takes seconds to import.
         from analysis.interim import find_sweep
         from sweeps.session import check_kind, naming_faults
@@ -199,12 +199,12 @@ def run_sweep(
     runs_dir = args.runs_dir.resolve()
     store = Store(store_address(runs_dir))
     with naming_faults(store, runs_dir):
+        check_kind(find_sweep(store, plan.name), is_search=False)
         if args.dry_run:
             return dry_run(plan, args, store, console, first_seeds)
         with Session(
             plan.name, runs_dir, store, console, array=args.array, measures=not args.no_estimate
         ) as session:
-            check_kind(find_sweep(store, plan.name), is_search=False)
             interim = agreed_interim_plan(plan, first_seeds, store)
             if interim is None:
                 stopped = session.run(plan, args.redo)
@@ -264,11 +264,11 @@ def expected(
     from sweeps.execution.resources import cluster_address
 
     trials, measuring = {config.train for config in missing.values()}, not args.no_estimate
-    if measuring or cluster_address():  # only a running Ray knows the machines of a cluster
-        start_ray(trials, console)
-    else:
-        check_devices(trials)
     try:
+        if measuring or cluster_address():  # only a running Ray knows the machines of a cluster
+            start_ray(trials, console)
+        else:
+            check_devices(trials)
         texts = texts_for({config.corpus.name for config in missing.values()}) if measuring else {}
         found, _ = estimate(missing, texts, console, args.runs_dir.resolve(), args.array, measuring)
         return found.lines()

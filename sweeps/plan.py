@@ -108,9 +108,19 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
 
 
 def recorded_again(recorded: RecordedPlan) -> Plan:
-    """Make the plan of a sweep again from its record. Raise InputError as make_plan."""
+    """Make the plan of a sweep again from its record.
+
+    Raises:
+        InputError: a trial cannot run, or would be another one.
+    """
     configs = (TrialConfig.from_flat(trial.params) for trial in recorded.trials.values())
-    return Plan(recorded.sweep, recorded.preset, *checked(configs), recorded.notes)
+    trials, corpora = checked(configs)
+    if trials.keys() != recorded.trials.keys():
+        raise InputError(
+            f"the trials of sweep {recorded.sweep} would be other ones now, because a text or the "
+            f"experiment has changed: run its command again, {recorded.command}"
+        )
+    return Plan(recorded.sweep, recorded.preset, trials, corpora, recorded.notes)
 
 
 def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ...]]:

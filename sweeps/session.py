@@ -25,7 +25,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import KEY_LENGTH, InputError, TrainConfig, TrialConfig, spelling
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.files import JsonObject
-from gptcore.units import clock
+from gptcore.units import clock, counted
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
 from sweeps.execution.interrupts import Interrupts
@@ -34,7 +34,7 @@ from sweeps.plan import Plan, jobs_of
 from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
-from tracking.store import Store
+from tracking.store import Store, say_incomplete
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, RecordedTrial, SweepEnd, SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
@@ -272,7 +272,7 @@ class Session:
             assert self.plan
             self.console.print(trial_table(self.plan, self.ledger))
             left = sum(not entry.is_done for entry in self.ledger.values())
-        self.console.print(f"stopped with {left} trials to go: {GO_ON}")
+        self.console.print(f"stopped with {counted(left, 'trial')} to go: {GO_ON}")
         self._ended = "KILLED"
         return 130
 
@@ -373,10 +373,11 @@ def say_how_far(
     console: Console,
 ) -> None:
     """Say how many trials of the plan are done and missing, and which runs cannot be read."""
-    for sentence in store.incomplete.values():
-        console.print(f"NOTE: {sentence}", style="bold", soft_wrap=True)
+    for run in store.incomplete.values():
+        console.print(f"NOTE: {say_incomplete(run)}", style="bold", soft_wrap=True)
     done = sum(entry.is_done and key not in again for key, entry in ledger.items())
-    line = f"sweep {plan.name}: {len(ledger)} trials, {done} done, {len(ledger) - done} missing"
+    trials, missing = counted(len(ledger), "trial"), len(ledger) - done
+    line = f"sweep {plan.name}: {trials}, {done} done, {missing} missing"
     console.print(line + (f", {len(again)} of them to be run again" if again else ""))
 
 

@@ -15,7 +15,7 @@ from sweeps.execution import ray_cluster, resources
 from sweeps.execution.ray_cluster import (
     LONGEST_BASE,
     PREFIX,
-    OwnFolder,
+    RayFolder,
     check_cluster,
     check_shared,
 )
@@ -97,13 +97,13 @@ def test_a_folder_whose_driver_was_killed_is_removed_and_one_in_use_is_not(tmp_p
     monkeypatch.setattr(ray_cluster, "LONGEST_BASE", 200)
     monkeypatch.setattr(ray_cluster, "SECONDS_TO_LOCK", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    in_use = OwnFolder()
+    in_use = RayFolder()
     used = in_use.make().parent
     abandoned = tmp_path / f"{PREFIX}abandoned"
     abandoned.mkdir()
     (abandoned / "lock").touch()
     (tmp_path / "another").mkdir()
-    new = OwnFolder()
+    new = RayFolder()
     made = new.make().parent
     assert sorted(tmp_path.iterdir()) == sorted([used, made, tmp_path / "another"])
     new.remove()
@@ -117,7 +117,7 @@ def test_without_any_folder_for_its_sockets_the_way_out_is_named(monkeypatch):
 
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(InputError, match=r"set TMPDIR to a folder whose path has at most 26 char"):
-        OwnFolder().make()
+        RayFolder().make()
 
 
 def test_as_many_trials_run_at_a_time_as_cores_and_memory_suffice_for(started):

@@ -271,6 +271,17 @@ def test_the_book_is_downloaded_once(book, serve, empty_cache, monkeypatch):
     assert second.origin == str(empty_cache / "gulliver.txt")
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 999, b"\xff\xfe", b"half a book"])
+def test_a_damaged_book_in_the_cache_is_downloaded_again(
+    book, serve, empty_cache, monkeypatch, damage
+):
+    monkeypatch.delenv("GPTCORE_CORPORA")
+    monkeypatch.setattr(corpus, "GULLIVER_URL", serve(book.read_bytes()))
+    right = load("gulliver").digest
+    (empty_cache / corpus.GULLIVER_FILES[0]).write_bytes(damage)
+    assert load("gulliver").digest == right
+
+
 def test_a_page_that_is_not_the_book_is_not_kept(serve, empty_cache, monkeypatch):
     monkeypatch.setattr(corpus, "GULLIVER_URL", serve(b"<html>please log in</html>"))
     with pytest.raises(CorpusUnavailable, match="does not send Gulliver's Travels: save Project"):

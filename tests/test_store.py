@@ -14,7 +14,7 @@ from helpers.store import job_of, make_sweep, moved, open_store, store_in
 from helpers.trials import TINY
 from tracking.address import StoreAddress, sqlite_address, store_address
 from tracking.recorder import MlflowRecorder, close_cut_off, close_runs
-from tracking.store import Store
+from tracking.store import Store, say_incomplete
 
 
 @pytest.fixture
@@ -167,14 +167,15 @@ def test_a_run_whose_tag_was_removed_is_named_and_left_out(runs_dir, tag, capsys
     key, run = next(iter(store.trial_runs().items()))
     store.client.delete_tag(run.info.run_id, tag)
     assert key not in store.trial_runs()
-    (said,) = store.incomplete.values()
+    said = say_incomplete(*store.incomplete.values())
     assert f"run {run.info.run_id} (" in said
-    assert f"lacks its tag {tag}, so it is left out: set the tag again in MLflow" in said
+    assert f"has no usable tag {tag}, so it is left out: set the tag in MLflow" in said
     assert main(["--runs-dir", str(runs_dir)]) == 0
     assert said in (runs_dir / "reports" / "small" / "summary.md").read_text()
     # It is still there, and counts again with its tag.
     store.client.set_tag(run.info.run_id, tag, key if tag == "trial_key" else "finished")
     assert store.trial_runs()[key].info.run_id == run.info.run_id
+    assert store.incomplete == {}
 
 
 @pytest.mark.parametrize("launched", [None, "yesterday", "nan"])
@@ -186,7 +187,8 @@ def test_a_sweep_whose_tag_is_no_longer_a_number_is_named_and_left_out(runs_dir,
     else:
         store.client.set_tag(run.info.run_id, "launched", launched)
     assert store.sweep_runs() == {}
-    assert "lacks its tag launched" in store.incomplete[run.info.run_id]
+    with pytest.raises(InputError, match=r"there is no sweep yet .* has no usable tag launched"):
+        read_sweeps(store, [], None, runs_dir / "cache")
 
 
 def test_a_run_of_a_trial_that_is_finished_counts_before_a_newer_one(runs_dir, job):

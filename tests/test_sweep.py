@@ -212,7 +212,7 @@ def test_a_trial_that_loses_every_worker_fails_alone_and_the_same_command_goes_o
     assert "no trial finished, so there is nothing to report" in output
     code, output = run(runs_dir, *arguments, "--init.seed", "0", "--dry-run")
     assert code == 0, output
-    assert "1 trials, 0 done, 1 missing" in output
+    assert "1 trial, 0 done, 1 missing" in output
 
 
 @pytest.mark.full

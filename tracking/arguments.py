@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,7 +45,7 @@ def _as_decimal(text: str) -> str:
     """Write `-1e-3` as `-0.001`, because argparse takes the former for an option."""
     if not re.fullmatch(r"-([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]{1,3}", text):
         return text
-    return f"{float(text):.20f}".rstrip("0")
+    return format(Decimal(text), "f")
 
 
 LONGEST_FOLDER = 400

@@ -73,8 +73,8 @@ class Store:
 
     def __init__(self, address: StoreAddress) -> None:
         self.address = address
-        self.incomplete: dict[str, str] = {}
-        """By run id, a sentence on each run of this project that lacks a tag. It is left out."""
+        self.incomplete: dict[str, Run] = {}
+        """By run id, the runs of this project that were left out because they lack a tag."""
         self._is_checked = False
 
     @functools.cached_property
@@ -221,16 +221,12 @@ class Store:
         """
         complete = []
         for run in runs:
-            tags = run.data.tags
-            if lacking := [tag for tag in NEEDED[kind] if not _is_readable(tag, tags.get(tag))]:
-                if MADE_BY.items() <= tags.items() or len(lacking) < len(NEEDED[kind]):
-                    self.incomplete[run.info.run_id] = (
-                        f"run {run.info.run_id} ({run.info.run_name or kind}) lacks its tag "
-                        f"{' and '.join(lacking)}, so it is left out: set the tag again in MLflow, "
-                        "or run the sweep again, which makes a new run"
-                    )
-            else:
+            self.incomplete.pop(run.info.run_id, None)  # its tag may be back
+            lacking = _lacking(run, kind)
+            if not lacking:
                 complete.append(run)
+            elif MADE_BY.items() <= run.data.tags.items() or len(lacking) < len(NEEDED[kind]):
+                self.incomplete[run.info.run_id] = run
         return complete
 
     def folder_of(self, run: Run) -> Path | None:
@@ -328,6 +324,11 @@ def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: run.info.status != "FINISHED")
 
 
+def _lacking(run: Run, kind: str) -> list[str]:
+    """List the tags of NEEDED that a run does not have, or that cannot be read."""
+    return [tag for tag in NEEDED[kind] if not _is_readable(tag, run.data.tags.get(tag))]
+
+
 def _is_readable(tag: str, value: str | None) -> bool:
     """Return whether a tag is there, and a number if it has to be one."""
     if value is None or tag != "launched":
@@ -336,6 +337,16 @@ def _is_readable(tag: str, value: str | None) -> bool:
         return math.isfinite(float(value))
     except ValueError:
         return False
+
+
+def say_incomplete(run: Run) -> str:
+    """Say which tags a run lacks, and what to do."""
+    lacking = _lacking(run, run.data.tags["kind"])
+    return (
+        f"run {run.info.run_id} ({run.info.run_name or run.data.tags['kind']}) has no usable tag "
+        f"{' and '.join(lacking)}, so it is left out: set the tag in MLflow, or run the sweep "
+        "again, which makes a new run"
+    )
 
 
 def _check_location(name: str, experiment: Experiment, own: Path | None) -> None:
@@ -387,7 +398,8 @@ def named_runs(store: Store, names: Sequence[str]) -> list[Run]:
     """
     sweeps = store.sweep_runs()
     if not sweeps:
-        raise InputError(f"there is no sweep yet in {store.address.masked}")
+        left_out = "".join(f"; {say_incomplete(run)}" for run in store.incomplete.values())
+        raise InputError(f"there is no sweep yet in {store.address.masked}{left_out}")
     for name in names:
         if name not in sweeps:
             raise InputError(

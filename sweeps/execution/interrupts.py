@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,17 +91,19 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+HANGUP_MILLISECONDS = 200
+"""A terminal may send SIGHUP a moment before it closes."""
+
+
 def _leave_terminal() -> None:
     """Write nothing more to a terminal that is gone: each attempt would be an error."""
     gone = select.poll()
     for stream in (1, 2):
         gone.register(stream, 0)  # errors are always reported
-    broken = {stream for stream, events in gone.poll(0) if events}
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (1, 2):
-        if stream in broken or stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(nowhere, stream)
-    os.close(nowhere)
+    broken = [stream for stream, _ in gone.poll(HANGUP_MILLISECONDS)]
+    with Path(os.devnull).open("wb") as nowhere:
+        for stream in broken:
+            os.dup2(nowhere.fileno(), stream)
 
 
 def _leave() -> NoReturn:

@@ -19,18 +19,25 @@ def usable_cpus() -> int:
     return max(1, math.floor(min(quotas)))
 
 
-def memory_limit() -> float:
-    """Return the bytes of memory that the cgroup of this process may use; infinite without one."""
-    limits = [math.inf]
-    for folder in _own_folders("memory"):
-        texts = [_read(folder / name) for name in ("memory.max", "memory.limit_in_bytes")]
-        limits += [float(text) for text in texts if text.isdecimal()]
+def memory_limit() -> tuple[float, float]:
+    """Return the bytes of memory that the cgroup of this process may use, and those in use.
+
+    Without a limit, the first is infinite.
+    """
+    limits = [(math.inf, 0.0)]
+    for folder in _cgroup_folders("memory"):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            if (most := _read(folder / limit)).isdecimal():
+                limits.append((float(most), float(_read(folder / used) or 0)))
     return min(limits)
 
 
 def _cpu_quotas() -> Iterator[float]:
     """Yield the number of cores that each cgroup of this process may keep busy."""
-    for folder in _own_folders("cpu"):
+    for folder in _cgroup_folders("cpu"):
         quota, _, period = _read(folder / "cpu.max").partition(" ")  # "max 100000" without one
         if not quota:  # version 1, where a quota of -1 is none
             quota = _read(folder / "cpu.cfs_quota_us")
@@ -39,7 +46,7 @@ def _cpu_quotas() -> Iterator[float]:
             yield int(quota) / int(period)
 
 
-def _own_folders(controller: str) -> Iterator[Path]:
+def _cgroup_folders(controller: str) -> Iterator[Path]:
     """Yield the folders of the cgroups of this process, each below the next.
 
     Args:
@@ -49,8 +56,7 @@ def _own_folders(controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        # In a container, the tree that is shown may begin at the cgroup itself.
-        root = CGROUPS / controllers if controllers else CGROUPS
+        root = CGROUPS / controller if controllers else CGROUPS
         own = root / path.lstrip("/")
         yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 

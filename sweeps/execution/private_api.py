@@ -133,8 +133,10 @@ def memory_here() -> tuple[int, int]:
 
     Reason: what Ray takes for used is what its memory monitor goes by.
     """
-    total = int(min(memory_seen(), memory_limit()))
-    return max(0, total - int(get_used_memory())), total
+    total, (limit, used) = memory_seen(), memory_limit()
+    if limit < total:
+        return max(0, int(limit - used)), int(limit)
+    return total - int(get_used_memory()), total
 
 
 def aws_node_provider() -> type:

@@ -62,7 +62,13 @@ LONGEST_BASE = 26
 Ray's sockets are up to 65 characters longer than that, and Linux takes 107."""
 
 
-class OwnFolder:
+PREFIX = "gs-"
+"""How the name of Ray's folder begins."""
+SECONDS_TO_LOCK = 60.0
+"""A driver may not have locked a new folder yet; an older one it has."""
+
+
+class RayFolder:
     """The folder of Ray's sockets and logs. No other user can enter it, and it ends with Ray.
 
     A driver that is killed leaves its folder behind. The next one removes it.
@@ -82,15 +88,20 @@ class OwnFolder:
             InputError: there is no folder for it.
         """
         bases = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
-        for base in (Path(one) for one in bases if len(one) <= LONGEST_BASE):
+        for base in (Path(one) for one in bases if len(os.fsencode(one)) <= LONGEST_BASE):
             try:
-                self._path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-                self._lock = (self._path / "lock").open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
             except OSError:
                 continue
+            try:
+                self._lock = (path / "lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            self._path = path
             _remove_abandoned(base)
-            return self._path / "r"
+            return path / "r"
         raise InputError(
             f"Ray needs a folder for its sockets, and none of {', '.join(dict.fromkeys(bases))} "
             f"can be used: set TMPDIR to a folder whose path has at most {LONGEST_BASE} characters"
@@ -108,17 +119,14 @@ def _remove_abandoned(base: Path) -> None:
     """Remove folders of this user whose drivers were killed: nobody holds their locks."""
     for folder in base.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or one that another driver removes
-            if time.time() - (folder / "lock").stat().st_mtime < SECONDS_TO_LOCK:
+            if time.time() - folder.stat().st_mtime < SECONDS_TO_LOCK:
                 continue
-            with (folder / "lock").open("r+") as lock:
+            with (folder / "lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-PREFIX = "gs-"
-SECONDS_TO_LOCK = 60.0
-"""A driver may not have locked a new folder yet; an older one it has."""
-_own_folder = OwnFolder()
+_ray_folder = RayFolder()
 
 for chatty in CHATTY_LOGGERS:
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
@@ -163,7 +171,7 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
             object_store_memory=OBJECT_STORE,
             num_cpus=usable_cpus(),
             _memory=memory_for_trials(),
-            _temp_dir=str(_own_folder.make()),
+            _temp_dir=str(_ray_folder.make()),
             **quiet,
         )
     check_devices(trials)
@@ -211,7 +219,7 @@ def await_machines(address: str, console: Console) -> None:
 def stop_ray() -> None:
     """Leave the cluster, or stop the Ray of this machine."""
     ray.shutdown()
-    _own_folder.remove()
+    _ray_folder.remove()
 
 
 def check_cluster(address: str) -> None:

@@ -56,7 +56,7 @@ def _this_machine() -> dict[str, float]:
 
 def memory_for_trials() -> int | None:
     """Return the bytes that trials may take where a cgroup limits them; else Ray decides."""
-    limit = memory_limit()
+    limit, _ = memory_limit()
     if limit >= memory_seen():
         return None
     return max(1, int(MEMORY_SHARE * limit) - OBJECT_STORE)

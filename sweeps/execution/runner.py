@@ -165,11 +165,11 @@ def _ending_runs(
         except StopTune:
             pass
         finally:
-            if stopped:
-                stop_ray()  # a trial that is being stopped may still write
-            if outcomes.fault:
-                stop_waiting()  # the store has been waited for already
             with context.interrupts.postponed():
+                if stopped:
+                    stop_ray()  # a trial that is being stopped may still write
+                if outcomes.fault:
+                    stop_waiting()  # the store has been waited for already
                 close_runs(
                     context.store,
                     context.recording.experiment_id,
