@@ -173,8 +173,8 @@ class Session:
                 from sweeps.execution.ray_cluster import check_shared, start_ray, stop_ray
 
                 self._on_exit.callback(stop_ray)
-                start_ray(trials, self.console)
-                self._interrupts.install()
+                with self._interrupts.kept():
+                    start_ray(trials, self.console)
                 check_shared(self.runs_dir, self.store.address)
                 self._has_ray = True
             opening.result()

@@ -71,6 +71,19 @@ def test_what_a_batch_system_or_a_closed_terminal_sends_is_like_ctrl_c(name):
     assert (code, said) == (0, ["first", "goes on to its end", "True"])
 
 
+def test_a_handler_that_ray_sets_while_it_starts_is_taken_for_ours():
+    code, said, _ = run(
+        "import sys\n"
+        "try:\n"
+        "    with interrupts.handled():\n"
+        "        with interrupts.kept():\n"
+        "            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except KeyboardInterrupt: print('raised', interrupts.has_come)\n"
+    )
+    assert (code, said) == (0, ["raised True"])
+
+
 def test_a_warning_that_is_repeated_does_not_end_the_process():
     """Slurm sends SIGUSR1 to every process of a step, and `kill` may send it twice."""
     code, said, _ = run(

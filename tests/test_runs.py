@@ -64,13 +64,13 @@ def test_a_server_that_wants_a_password_gets_it_and_answers(tmp_path):
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 99)
-    with pytest.raises(InputError, match=r"mlflow.db does not answer"):
+    with pytest.raises(InputError, match=r"mlflow.db is damaged \(file is not a database\)"):
         store_in(tmp_path)
 
 
 def test_an_empty_file_is_no_store_and_none_is_made_of_it(tmp_path):
     (tmp_path / "mlflow.db").touch()
-    with pytest.raises(InputError, match=r"mlflow.db does not answer: the file is empty"):
+    with pytest.raises(InputError, match=r"mlflow.db is damaged \(it is empty\): put a copy of it"):
         store_in(tmp_path)
     assert (tmp_path / "mlflow.db").stat().st_size == 0
 

@@ -12,6 +12,8 @@ from gptcore.config import InputError
 from gptcore.experiment import check_trial, run_trial
 from helpers.store import job_of, make_sweep, moved, open_store, store_in
 from helpers.trials import TINY
+from sweeps import launch
+from sweeps.presets import PRESETS
 from tracking.address import StoreAddress, sqlite_address, store_address
 from tracking.recorder import MlflowRecorder, close_cut_off, close_runs
 from tracking.store import Store, say_incomplete
@@ -176,6 +178,46 @@ def test_a_run_whose_tag_was_removed_is_named_and_left_out(runs_dir, tag, capsys
     store.client.set_tag(run.info.run_id, tag, key if tag == "trial_key" else "finished")
     assert store.trial_runs()[key].info.run_id == run.info.run_id
     assert store.incomplete == {}
+
+
+def test_a_status_that_is_none_of_ours_is_named_and_left_out(runs_dir):
+    store = store_in(runs_dir)
+    key, run = next(iter(store.trial_runs().items()))
+    store.client.set_tag(run.info.run_id, "trial_status", "banana")
+    assert key not in store.trial_runs()
+    assert "has no usable tag trial_status" in say_incomplete(store.incomplete[run.info.run_id])
+
+
+@pytest.mark.parametrize(
+    "text", ['{"sweep": "small", "tri', "[]", "{}", '{"command": "", "notes": [], "trials": []}'],
+    ids=["cut short", "a list", "empty", "no table of trials"],
+)  # fmt: skip
+def test_a_damaged_plan_is_named_with_the_way_out(runs_dir, text, capsys):
+    store = store_in(runs_dir)
+    plan = store.folder_of(store.sweep_runs()["small"]) / "plan.json"
+    plan.write_text(text)
+    assert main(["--runs-dir", str(runs_dir)]) == 2
+    error = capsys.readouterr().err
+    assert "plan.json is damaged (" in error
+    assert "run the sweep's command again with all its knobs" in error
+    assert error.count("\n") == 1
+
+
+def test_a_name_whose_own_run_is_gone_does_not_become_another_sweep(runs_dir, capsys):
+    store = store_in(runs_dir)
+    store.client.delete_run(store.sweep_runs()["small"].info.run_id)
+    given = ["--runs-dir", str(runs_dir), "--name", "small", "--dry-run", "--no-estimate"]
+    assert launch.main("doc", PRESETS, given) == 2
+    assert "sweep small has trials, but no run of its own that says which" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_database_that_was_cut_short_is_named_as_damaged(runs_dir, capsys):
+    file = runs_dir / "mlflow.db"
+    file.write_bytes(file.read_bytes()[:50_000])
+    assert main(["--runs-dir", str(runs_dir)]) == 2
+    assert "mlflow.db is damaged (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launched", [None, "yesterday", "nan"])

@@ -21,7 +21,7 @@ import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast, get_args
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -40,7 +40,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
 from tracking.address import StoreAddress, mask_password, sqlite_address
-from tracking.health import check_server
+from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
 
 Item = TypeVar("Item")
@@ -94,8 +94,8 @@ class Store:
         try:
             if file and not address.exists:
                 _make_database(file)
-            elif file and not file.stat().st_size:
-                raise ValueError("the file is empty")  # MLflow would make a store of it
+            elif file and not file.stat().st_size:  # MLflow would make a store of it
+                raise InputError(damaged(file, "it is empty"))
             # MLflow's client would go on trying for minutes.
             if address.is_server:
                 check_server(address.uri)
@@ -104,7 +104,11 @@ class Store:
                 engine.connect().close()
                 engine.dispose()
             self.client.search_experiments(max_results=1)
+        except InputError:
+            raise
         except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:
+            if file and any(sqlite_code(cause) in DAMAGE for cause in causes(error)):
+                raise InputError(damaged(file, str(list(causes(error))[-1]))) from error
             why = mask_password(str(error).strip().splitlines()[0])
             raise InputError(
                 f"the tracking store {address.masked} does not answer: {why}"
@@ -214,6 +218,10 @@ class Store:
         launched = sorted(found, key=lambda run: float(run.data.tags["launched"]))
         return {run.data.tags["sweep"]: run for run in launched}
 
+    def has_trials_of(self, sweep: str) -> bool:
+        """Return whether a trial was run by the sweep of this name."""
+        return any(run.data.tags.get("sweep") == sweep for run in self.trial_runs().values())
+
     def _complete(self, kind: str, runs: Sequence[Run]) -> list[Run]:
         """Leave out runs of other people, and runs that lack a tag, which `incomplete` then names.
 
@@ -246,7 +254,7 @@ class Store:
         """Read the object of a JSON file that a sweep's own run holds.
 
         Raises:
-            InputError: the file is not there, or the store stops answering.
+            InputError: the file is not there or damaged, or the store stops answering.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.folder_of(run)
@@ -257,7 +265,10 @@ class Store:
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{folder or run.info.artifact_uri}: put it there, or take another --name"
                 )
-            contents: JsonObject = json.loads((folder / name).read_text())
+            try:
+                contents: JsonObject = json.loads((folder / name).read_text())
+            except ValueError as error:
+                raise damaged_file(folder / name, error) from error
             return contents
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
@@ -324,6 +335,14 @@ def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=lambda run: run.info.status != "FINISHED")
 
 
+def damaged_file(file: Path, why: Exception) -> InputError:
+    """Return the error for a file of a sweep's own run that cannot be understood."""
+    return InputError(
+        f"{file} is damaged ({type(why).__name__}: {why}): run the sweep's command again with all "
+        "its knobs, which writes the file anew"
+    )
+
+
 def _lacking(run: Run, kind: str) -> list[str]:
     """List the tags of NEEDED that a run does not have, or that cannot be read."""
     return [tag for tag in NEEDED[kind] if not _is_readable(tag, run.data.tags.get(tag))]
@@ -331,6 +350,8 @@ def _lacking(run: Run, kind: str) -> list[str]:
 
 def _is_readable(tag: str, value: str | None) -> bool:
     """Return whether a tag is there, and a number if it has to be one."""
+    if tag == "trial_status":
+        return value in STATUSES
     if value is None or tag != "launched":
         return value is not None
     try:
@@ -378,6 +399,9 @@ def _check_location(name: str, experiment: Experiment, own: Path | None) -> None
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Cut the values of tags to the length that MLflow takes."""
     return {name: value[:MAX_TAG_LENGTH] for name, value in tags.items()}
+
+
+STATUSES: tuple[str, ...] = get_args(TrialStatus)
 
 
 def trial_status(run: Run | None) -> TrialStatus:

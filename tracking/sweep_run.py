@@ -11,7 +11,7 @@ from mlflow.entities import Run
 
 from gptcore.config import Scalar
 from gptcore.files import JsonObject
-from tracking.store import MADE_BY, Store
+from tracking.store import MADE_BY, Store, damaged_file
 
 PLAN_FILE = "plan.json"
 
@@ -68,7 +68,11 @@ class RecordedPlan:
 
 def read_plan(store: Store, sweep_run: Run) -> RecordedPlan:
     """Read the latest plan of a sweep from its own run. Raises what Store.read_json raises."""
-    return RecordedPlan.from_json(store.read_json(sweep_run, PLAN_FILE))
+    stored = store.read_json(sweep_run, PLAN_FILE)
+    try:
+        return RecordedPlan.from_json(stored)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise damaged_file(Path(PLAN_FILE), error) from error
 
 
 class SweepRun:

@@ -40,7 +40,7 @@ class Interrupts:
         if self.has_come:
             if number in (signal.SIGINT, signal.SIGTERM):
                 _leave()
-            return
+            return  # whatever sends a warning may repeat it
         self.has_come = True
         if self._on_first is None:
             raise KeyboardInterrupt
@@ -64,9 +64,20 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Handle the signals again after ray.init, which sets a handler of its own."""
+        """Handle the signals, again where Ray or Tune has set a handler of its own."""
         for number in self._installed:
             signal.signal(number, self._receive)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, ray.init may set a handler for SIGTERM, which raises SystemExit: it is ours."""
+        try:
+            yield
+        except SystemExit:
+            self.has_come = True
+            raise KeyboardInterrupt from None
+        finally:
+            self.install()
 
     @contextmanager
     def calling(self, first: Callable[[], object]) -> Iterator[None]:
