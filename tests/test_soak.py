@@ -133,7 +133,8 @@ class Soak:
                 assert "does not answer" in output, output
                 continue
             assert self.driver.returncode in (0, 1, 130, *ended), output
-            assert self.driver.returncode in ended or "Traceback" not in output, output
+            # What a signal interrupts may say so; test_sweep.py has the signals at a quiet moment.
+            assert self.driver.returncode in (130, *ended) or "Traceback" not in output, output
             wait_for(lambda: not workers(), seconds=120)
             if self.driver.returncode == 0:
                 self.done["starts"] = starts
