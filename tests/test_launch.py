@@ -189,7 +189,7 @@ def test_a_console_of_few_characters_gets_question_marks(tiny, runs_dir):
 
 
 def test_debug_says_in_one_sentence_that_memory_does_not_suffice(runs_dir, capsys):
-    wide = ["--model.d_model", "400000", "--model.n_head", "1", "--corpus.name", "pydocs"]
+    wide = ["--model.d_model", "1000000", "--model.n_head", "1", "--corpus.name", "pydocs"]
     assert run("--runs-dir", str(runs_dir), "--debug", *wide) == 1
     error = capsys.readouterr().err
     assert re.match(r"error: trial [0-9a-f]{12} failed: out of memory: an allocation of ", error)
