@@ -105,8 +105,8 @@ class ModelConfig:
     """Shape of the GPT, which has no dropout."""
 
     n_layer: int = knob(6, "number of blocks", low=1, high=1000)
-    n_head: int = knob(4, "attention heads per block", low=1, high=10**6)
-    d_model: int = knob(64, "width of the residual stream", low=1, high=10**6)
+    n_head: int = knob(4, "attention heads per block", low=1, high=10**7)
+    d_model: int = knob(64, "width of the residual stream", low=1, high=10**7)
     context: int = knob(64, "tokens per sequence", low=2, high=10**6)
     vocab_size: int = knob(
         50257,
