@@ -15,6 +15,7 @@ HEAD = """
 import os, signal, subprocess
 from sweeps.execution.interrupts import Interrupts
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 interrupts = Interrupts()
 
 def press():
