@@ -246,7 +246,7 @@ def test_model5_gives_the_sources_table_at_the_sources_shape():
 
 
 def test_unknown_schemes_and_parameters_are_refused():
-    with pytest.raises(InputError, match="'xavier' is unknown: .*take one of model5, normal, "):
+    with pytest.raises(InputError, match=r"'xavier' is unknown: .*take one of model5, normal, "):
         check_init(InitConfig(scheme="xavier"))
     says = "gpt2 does not take init.std: leave it out, or take one of normal"
     with pytest.raises(InputError, match=says):
