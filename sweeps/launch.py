@@ -83,7 +83,7 @@ def planned(
             sweep_run = find_sweep(store, args.name)
             check_kind(sweep_run, is_search=False)
             recorded = read_plan(store, sweep_run) if sweep_run else None
-            if recorded is None and (store.address.exists and store.has_trials_of(args.name)):
+            if not recorded and store.address.exists and store.has_trials_of(args.name):
                 raise InputError(
                     f"sweep {args.name} has trials, but no run of its own that says which: give "
                     "its --preset or its knobs"

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from contextlib import suppress
 
@@ -17,6 +16,7 @@ import pytest
 
 from gptcore.config import TrialConfig
 from helpers.driving import kill, outcome, start, wait_for, workers
+from helpers.machines import mounted
 from helpers.servers import free_port, start_server
 from helpers.store import check_whole, keys_running, runs_of, store_in
 from helpers.trials import KILLED, WORDS, flags
@@ -122,16 +122,8 @@ def test_a_server_that_is_away_is_waited_for_and_caught_up_with(tmp_path, longer
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", "") or error
-        pytest.skip(f"a small file system cannot be mounted here: {why}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "small", "96m") as folder:
+        yield folder
 
 
 def fill(file):

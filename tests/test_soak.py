@@ -12,6 +12,7 @@ import pytest
 
 from gptcore.config import TrialConfig
 from helpers.driving import start, wait_for, workers
+from helpers.machines import mounted
 from helpers.servers import free_port, start_server
 from helpers.store import check_whole
 from helpers.trials import TINY, flags
@@ -145,16 +146,8 @@ class Soak:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", "") or error
-        pytest.skip(f"a small file system cannot be mounted here: {why}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "small", "400m") as folder:
+        yield folder
 
 
 def check(soak: Soak, uri: str, database: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
-"""The machines of a cluster that a test makes up."""
+"""The machines of a cluster, and the small disk, that a test makes up."""
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +15,19 @@ def set_machines(monkeypatch: pytest.MonkeyPatch, *machines: Mapping[str, float]
     """Have trials run on these machines alone."""
     for module in (resources, packing):
         monkeypatch.setattr(module, "schedulable_machines", lambda: list(machines))
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """Inside, a new folder is a file system of its own, of a size such as `96m`."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or error
+        pytest.skip(f"a small file system cannot be mounted here: {why}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
