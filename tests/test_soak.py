@@ -103,6 +103,8 @@ class Soak:
         self.driver.kill()
         self.driver.communicate()
         wait_for(lambda: not workers(), seconds=120)
+        if not self.runs_dir.exists():  # the driver was killed before it had made it
+            return
         another = self.folder / f"runs-{self.dice.randrange(10**6)}"
         shutil.move(self.runs_dir, another)
         self.runs_dir = another
