@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,7 +18,10 @@ from helpers.paths import CHROMIUM, REAL_CORPORA
 from helpers.servers import free_port, start_server
 from helpers.store import made_once, make_sweep, store_in
 from helpers.trials import TINY
-from tracking.store import Store
+
+# xdist's first process reads this file before it starts the others: no torch, no MLflow here.
+if TYPE_CHECKING:
+    from tracking.store import Store
 
 # Tests run on every core already: a second thread in each process would only stand in the way.
 # This is for the processes that tests start, xdist's among them.

@@ -1,6 +1,7 @@
 """Real servers for a test."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import requests
+
+from helpers.store import empty_database
 
 
 def free_port() -> int:
@@ -22,6 +25,8 @@ def start_server(uri: str, folder: Path) -> subprocess.Popen[bytes]:
 
     It is a group of processes, to be ended by os.killpg.
     """
+    if not (database := folder / "mlflow.db").exists():
+        shutil.copyfile(empty_database(), database)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
         "--port", uri.rpartition(":")[2], "--workers", "1",

@@ -23,21 +23,26 @@ if TYPE_CHECKING:  # MLflow takes seconds to import, and many tests need none
 
 
 def open_store(uri: str) -> Store:
-    """Return the store at an address, made if it is new, after a check that it answers.
+    """Return the store at an address, made if it is new, after a check that it answers."""
+    from tracking.address import StoreAddress
+    from tracking.store import Store
 
-    A new database is a copy of an empty one: MLflow takes more than a second to make one.
-    """
+    store = Store(StoreAddress(uri))
+    if (database := store.address.database) and not database.exists():
+        shutil.copyfile(empty_database(), database)
+    store.open()
+    return store
+
+
+def empty_database() -> Path:
+    """Return MLflow's database without a run, made once a session: it takes seconds to make."""
     from tracking.address import StoreAddress, sqlite_address
     from tracking.store import Store
 
     def make(folder: Path) -> None:
         Store(StoreAddress(sqlite_address(folder / "mlflow.db"))).open()
 
-    store = Store(StoreAddress(uri))
-    if (database := store.address.database) and not database.exists():
-        shutil.copyfile(shared("empty_store", make) / "mlflow.db", database)
-    store.open()
-    return store
+    return shared("empty_store", make) / "mlflow.db"
 
 
 def store_in(runs_dir: Path) -> Store:

@@ -9,7 +9,6 @@ from pathlib import Path
 import polars as pl
 
 from gptcore.config import TrialConfig, spelling
-from gptcore.experiment import check_trial, run_trial
 from gptcore.files import write_atomically
 from gptcore.records import MemoryRecorder, Row, TrainingRow
 from tracking.tables import write_tables
@@ -76,6 +75,8 @@ def with_knobs(config: TrialConfig, **knobs: object) -> TrialConfig:
 
 def key_of(config: TrialConfig) -> str:
     """Return the key under which a sweep would run the trial."""
+    from gptcore.experiment import check_trial  # which imports torch; see conftest.py
+
     return config.key(check_trial(config).digest)
 
 
@@ -89,6 +90,8 @@ def undisturbed(config: TrialConfig) -> MemoryRecorder:
         os.environ["GPT_SWEEPS_TEST_SHARED"], f"{key_of(config)}-{config.train.device}.pickle"
     )
     if not file.exists():
+        from gptcore.experiment import run_trial
+
         recorder = MemoryRecorder()
         run_trial(config, recorder)
         write_atomically(file, lambda temporary: temporary.write_bytes(pickle.dumps(recorder)))
