@@ -208,7 +208,13 @@ def run_sweep(
         if args.dry_run:
             return dry_run(plan, args, store, console, first_seeds)
         with Session(
-            plan.name, runs_dir, store, console, array=args.array, measures=not args.no_estimate
+            plan.name,
+            runs_dir,
+            store,
+            console,
+            array=args.array,
+            measures=not args.no_estimate,
+            waits=args.wait,
         ) as session:
             interim = agreed_interim_plan(plan, first_seeds, store)
             if interim is None:
@@ -230,8 +236,7 @@ def dry_run(
     from analysis.decisions import ALPHA
     from analysis.power import power
     from sweeps.interim import agreed_interim_plan, next_analysis, say_schedule
-    from sweeps.ledger import holder, read_ledger, to_redo
-    from sweeps.session import say_how_far, trial_table
+    from sweeps.ledger import holder, read_ledger, say_how_far, to_redo, trial_table
 
     interim, alpha = agreed_interim_plan(plan, first_seeds, store), ALPHA
     if interim:
@@ -241,7 +246,7 @@ def dry_run(
     ledger = read_ledger(plan.trials, plan.name, store, runs_dir)
     again = to_redo(ledger, args.redo)
     say_how_far(plan, ledger, again, store, console)
-    if by := holder(runs_dir, plan.name):
+    if by := holder(runs_dir, plan.name, store):
         console.print(f"sweep {plan.name} is being run by {by}", soft_wrap=True)
     console.print(trial_table(plan, ledger, again))
     missing = {

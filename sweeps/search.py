@@ -175,7 +175,9 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         check_kind(sweep_run, is_search=True)
         if sweep_run and read_interim_plan(store, sweep_run):
             raise InputError(f"sweep {name} is run with --until-decided: take another --name")
-        with Session(name, runs_dir, store, console, measures=not args.no_estimate) as session:
+        with Session(
+            name, runs_dir, store, console, measures=not args.no_estimate, waits=args.wait
+        ) as session:
             study = open_study(runs_dir, name, question, largest)
             runner = SearchRunner(session, study, question, domains, notes)
             return finish_search(runner, args, largest)

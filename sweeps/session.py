@@ -16,25 +16,32 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from analysis.claims import digest
 from analysis.interim import InterimPlan
 from analysis.report import build_report
 from gptcore.checkpoint import checkpoint_file
-from gptcore.config import KEY_LENGTH, InputError, TrainConfig, TrialConfig, spelling
+from gptcore.config import InputError, TrainConfig, TrialConfig
 from gptcore.corpus import NO_TEXTS, Texts
 from gptcore.files import JsonObject
 from gptcore.units import clock, counted
 from sweeps.execution.checkpoints import check_bucket, delete_checkpoint
 from sweeps.execution.faults import Fault, fault_of_sweep
 from sweeps.execution.interrupts import Interrupts
-from sweeps.ledger import Entry, read_ledger, sweep_lock, to_redo
+from sweeps.ledger import (
+    Entry,
+    read_ledger,
+    say_how_far,
+    sweep_lock,
+    to_redo,
+    trial_table,
+)
 from sweeps.plan import Plan, jobs_of
 from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
-from tracking.recorder import close_cut_off, set_aside
-from tracking.store import Store, say_incomplete
+from tracking.lease import SweepLease, sweep_lease
+from tracking.recorder import close_cut_off
+from tracking.store import Store, set_aside
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, RecordedTrial, SweepEnd, SweepRun
 from tracking.view import VIEW_TAG, view_of_sweep
 
@@ -48,8 +55,9 @@ if TYPE_CHECKING:
 class Session:
     """A sweep while this driver holds it.
 
-    Entering takes the sweep's lock. On leaving, Ray is stopped and the sweep's run is ended.
-    Inside, Ctrl-C and SIGTERM stop it cleanly and, when they come again, at once.
+    Entering takes the sweep's lock and, in a store that several folders share, its lease. On
+    leaving, Ray is stopped and the sweep's run is ended. Inside, Ctrl-C and SIGTERM stop it cleanly
+    and, when they come again, at once.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Session:
         *,
         array: str = "off",
         measures: bool = True,
+        waits: bool = False,
     ) -> None:
         """Describe the work; nothing is opened before the session is entered.
 
@@ -72,13 +81,15 @@ class Session:
             array: which trials train together, as --array takes it.
             measures: whether shapes are measured before trials run; else an earlier measurement is
                 used.
+            waits: whether to wait for another driver that works on the sweep.
         """
         self.name, self.runs_dir, self.store, self.console = name, runs_dir, store, console
-        self.array, self.measures = array, measures
+        self.array, self.measures, self.waits = array, measures, waits
         self.plan: Plan | None = None
         self.ledger: dict[str, Entry] = {}
         self.texts: Texts = NO_TEXTS
         self._sweep_run: SweepRun | None = None
+        self._lease: SweepLease | None = None
         self._interim: JsonObject | None = None  # the contents of looks.json
         self._ended: SweepEnd = "FAILED"
         self._has_ray = False
@@ -86,7 +97,7 @@ class Session:
         self._interrupts = Interrupts()
 
     def __enter__(self) -> Session:
-        """Take the sweep's lock.
+        """Take the sweep's lock, and its lease.
 
         Raises:
             InputError: another driver works on the sweep, or nothing can be written.
@@ -94,11 +105,28 @@ class Session:
         check_writable(self.runs_dir)
         self._on_exit.enter_context(self._interrupts.handled())
         try:
-            self._on_exit.enter_context(sweep_lock(self.runs_dir, self.name))
-        except InputError:
+            self._on_exit.enter_context(
+                sweep_lock(self.runs_dir, self.name, wait=self.waits, say=self._say)
+            )
+            if not self.store.address.is_of(self.runs_dir):
+                self.store.open()
+                self._lease = self._on_exit.enter_context(
+                    sweep_lease(
+                        self.store,
+                        self.store.open_experiment(self.name, self.runs_dir),
+                        self.name,
+                        wait=self.waits,
+                        say=self._say,
+                        on_loss=self._interrupts.stop,
+                    )
+                )
+        except BaseException:
             self._on_exit.close()
             raise
         return self
+
+    def _say(self, sentence: str) -> None:
+        self.console.print(sentence, soft_wrap=True)
 
     def __exit__(
         self,
@@ -109,6 +137,11 @@ class Session:
         if kind is KeyboardInterrupt:
             self._ended = "KILLED"
         self._on_exit.__exit__(kind, error, trace)
+        if self._lease and self._lease.taken_by:
+            raise Fault(
+                f"sweep {self.name} was taken over by {self._lease.taken_by}: this driver could "
+                f"not renew its lease in time, perhaps because its machine slept"
+            ) from error
 
     @property
     def sweep_run(self) -> SweepRun:
@@ -194,23 +227,35 @@ class Session:
         n_layer = max((config.model.n_layer for config in plan.trials.values()), default=1)
         view = {VIEW_TAG: view_of_sweep(plan.compared(), n_layer)}
         experiment_id = self.store.open_experiment(self.name, self.runs_dir, view)
-        close_cut_off(self.store, experiment_id)
+        close_cut_off(self.store, experiment_id, self._owner)
         sweep_run = SweepRun(
             self.store,
             experiment_id,
             planned,
             launched=time.time(),
             interim=self._interim,
+            run_id=self._lease.run_id if self._lease else None,
         )
-        self._on_exit.callback(lambda: sweep_run.end(self._ended))
+        self._on_exit.callback(self._end_sweep_run)
         self._sweep_run = sweep_run
+
+    def _end_sweep_run(self) -> None:
+        if not (self._lease and self._lease.taken_by):  # else it is another driver's
+            self.sweep_run.end(self._ended)
+
+    @property
+    def _owner(self) -> str | None:
+        """The name by which this driver owns trials; None in the runs folder's own store."""
+        return self._lease.owner if self._lease else None
 
     def run_context(self) -> RunContext:
         """Return what all trials of this driver share."""
         from sweeps.execution.runner import RunContext
         from sweeps.execution.trainable import Recording
 
-        recording = Recording(self.store.address, self.sweep_run.experiment_id, self.runs_dir)
+        recording = Recording(
+            self.store.address, self.sweep_run.experiment_id, self.runs_dir, self._owner
+        )
         return RunContext(self.store, recording, self.texts, self.console, self._interrupts)
 
     @contextmanager
@@ -363,34 +408,3 @@ def check_kind(sweep_run: Run | None, is_search: bool) -> None:
             f"{tags['sweep']} is the name of a {theirs}: continue that with "
             f"sweeps/{command}.py, or take another --name"
         )
-
-
-def say_how_far(
-    plan: Plan,
-    ledger: Mapping[str, Entry],
-    again: Sequence[str],
-    store: Store,
-    console: Console,
-) -> None:
-    """Say how many trials of the plan are done and missing, and which runs cannot be read."""
-    for run in store.incomplete.values():
-        console.print(f"NOTE: {say_incomplete(run)}", style="bold", soft_wrap=True)
-    done = sum(entry.is_done and key not in again for key, entry in ledger.items())
-    trials, missing = counted(len(ledger), "trial"), len(ledger) - done
-    line = f"sweep {plan.name}: {trials}, {done} done, {missing} missing"
-    console.print(line + (f", {len(again)} of them to be run again" if again else ""))
-
-
-def trial_table(plan: Plan, ledger: Mapping[str, Entry], again: Sequence[str] = ()) -> Table:
-    """Return a table of a plan's trials: what they vary, and what became of each."""
-    varied = plan.varied()
-    has_reasons = any(entry.why for entry in ledger.values()) or bool(again)
-    table = Table(Column("trial", no_wrap=True, min_width=KEY_LENGTH))
-    for column in (*varied, "status", *(["why"] if has_reasons else [])):
-        table.add_column(column, overflow="fold")  # cut, a value could not be told from another
-    for key, config in plan.trials.items():
-        flat, entry = config.to_flat(), ledger[key]
-        why = "; ".join(filter(None, ["to be run again" if key in again else "", entry.why]))
-        row = [key, *(spelling(flat[knob]) for knob in varied), entry.status]
-        table.add_row(*row, *([why] if has_reasons else []))
-    return table

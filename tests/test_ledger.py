@@ -11,12 +11,13 @@ import pytest
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start
-from helpers.store import job_of, moved, store_in
+from helpers.store import job_of, moved, recorder_of, store_in
 from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
 from sweeps.ledger import holder, read_ledger, sweep_lock, to_redo
 from sweeps.presets import PRESETS
-from tracking.recorder import MlflowRecorder, close_cut_off, set_aside
+from tracking.recorder import close_cut_off
+from tracking.store import set_aside
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_dry_run_says_what_is_done_and_why(runs_dir, capsys):
 def test_a_run_that_nobody_works_on_was_cut_off(runs_dir, tiny):
     store = store_in(runs_dir)
     experiment_id = store.open_experiment("one", runs_dir)
-    MlflowRecorder(store, experiment_id, job_of(tiny, "begun", sweep="one"))
+    recorder_of(store, experiment_id, job_of(tiny, "begun", sweep="one"))
     checkpoint_file(runs_dir, "begun").parent.mkdir(exist_ok=True)
     checkpoint_file(runs_dir, "begun").touch()
     with sweep_lock(runs_dir, "one"):
@@ -67,7 +68,7 @@ def test_a_run_that_nobody_works_on_was_cut_off(runs_dir, tiny):
     assert (run.info.status, run.data.tags["trial_status"]) == ("KILLED", "stopped")
     # Whoever runs it again, under whatever sweep, goes on with the same run.
     other = store.open_experiment("other", runs_dir)
-    again = MlflowRecorder(store, other, job_of(tiny, "begun", sweep="other"))
+    again = recorder_of(store, other, job_of(tiny, "begun", sweep="other"))
     assert again.run_id == run.info.run_id
     assert store.trial_runs()["begun"].data.tags["sweep"] == "one"
 
@@ -80,7 +81,7 @@ def test_what_is_set_aside_is_kept_and_counts_no_more(runs_dir, tiny):
     (kept,) = store.runs("replaced")
     assert (kept.info.run_id, kept.data.tags["trial_key"]) == (run.info.run_id, key)
     assert store.client.get_metric_history(run.info.run_id, "loss/train")
-    fresh = MlflowRecorder(store, run.info.experiment_id, job_of(tiny, key, sweep="one"))
+    fresh = recorder_of(store, run.info.experiment_id, job_of(tiny, key, sweep="one"))
     assert fresh.run_id != run.info.run_id
 
 
@@ -113,14 +114,15 @@ def test_two_drivers_on_one_sweep_are_told_apart(tmp_path):
     says = f"sweep one is being run by process {other.pid} on "
     with pytest.raises(InputError, match=says), sweep_lock(tmp_path, "one"):
         raise AssertionError("it is held")
-    assert f"process {other.pid}" in holder(tmp_path, "one")
-    assert holder(tmp_path, "two") is None
+    store = store_in(tmp_path)
+    assert f"process {other.pid}" in holder(tmp_path, "one", store)
+    assert holder(tmp_path, "two", store) is None
     with sweep_lock(tmp_path, "two"):
         pass
     # However it dies, it holds nothing.
     os.kill(other.pid, signal.SIGKILL)
     other.join()
-    assert holder(tmp_path, "one") is None
+    assert holder(tmp_path, "one", store) is None
     with sweep_lock(tmp_path, "one"):
         assert json.loads((tmp_path / "locks" / "one.json").read_text())["pid"] == os.getpid()
 

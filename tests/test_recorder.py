@@ -15,9 +15,9 @@ from analysis.runs import read_sweeps
 from gptcore.config import InputError, spelling
 from gptcore.experiment import check_trial, run_trial
 from helpers.paths import ROOT
-from helpers.store import job_of
+from helpers.store import job_of, recorder_of
 from helpers.trials import undisturbed_tables
-from tracking.recorder import MlflowRecorder, close_runs
+from tracking.recorder import close_runs
 from tracking.store import trial_status
 from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepRun
 
@@ -30,7 +30,7 @@ def key(tiny):
 @pytest.fixture
 def recorder(store, experiment_id, tiny):
     """Return a function that makes the recorder of a trial like `tiny`, under any key."""
-    return lambda key: MlflowRecorder(store, experiment_id, job_of(tiny, key))
+    return lambda key: recorder_of(store, experiment_id, job_of(tiny, key))
 
 
 def plan_of(trials):
@@ -77,7 +77,7 @@ import polars as pl
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from tracking.job import Job
-from tracking.recorder import MlflowRecorder
+from tracking.recorder import MlflowRecorder, run_of
 from tracking.address import StoreAddress
 from tracking.store import Store
 
@@ -92,7 +92,8 @@ def write_four_and_a_half(frame, file, **options):
 
 pl.DataFrame.write_parquet = write_four_and_a_half
 uri, experiment_id, trial = json.loads(sys.argv[1])
-recorder = MlflowRecorder(Store(StoreAddress(uri)), experiment_id, Job(**trial))
+store, job = Store(StoreAddress(uri)), Job(**trial)
+recorder = MlflowRecorder(store, run_of(store, experiment_id, job), job)
 run_trial(TrialConfig.from_flat(trial["params"]), recorder)
 """
 

@@ -10,7 +10,7 @@ from analysis.report import main
 from analysis.runs import read_sweeps
 from gptcore.config import InputError
 from gptcore.experiment import check_trial, run_trial
-from helpers.store import job_of, make_sweep, moved, open_store, store_in
+from helpers.store import job_of, make_sweep, moved, open_store, recorder_of, store_in
 from helpers.trials import TINY
 from sweeps import launch
 from sweeps.presets import PRESETS
@@ -77,7 +77,7 @@ def test_a_server_with_thousands_of_experiments_hides_no_run_and_none_is_deleted
     key, run = next(iter(finished.items()))
     assert store.find_run("trial", trial_key=key).info.run_id == run.info.run_id
     # Even where the run that exists were not found, another one does not delete it.
-    recorder = MlflowRecorder(store, experiment_id, job_of(tiny, "new", sweep="served"))
+    recorder = recorder_of(store, experiment_id, job_of(tiny, "new", sweep="served"))
     store.client.set_tag(recorder.run_id, "trial_key", key)
     again = MlflowRecorder.__new__(MlflowRecorder)
     again.store, again.client = store, store.client
@@ -113,7 +113,7 @@ def test_a_moved_or_copied_runs_folder_is_read_and_written_where_it_lies(
     sweep = read_sweeps(store, ["small"], None, copy / "cache")
     assert all(folder.is_relative_to(copy) for folder in sweep.folders.values())
     experiment_id = store.open_experiment("small", copy)
-    run_trial(tiny, MlflowRecorder(store, experiment_id, job))
+    run_trial(tiny, recorder_of(store, experiment_id, job))
     store.client.log_text(store.sweep_runs()["small"].info.run_id, "report", "report/report.html")
     run_id = store.trial_runs()[job.key].info.run_id
     assert (copy / "artifacts" / run_id / "artifacts" / "weights.parquet").exists()

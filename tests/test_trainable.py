@@ -15,12 +15,11 @@ from gptcore.config import TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.experiment import check_trial, run_trial
 from gptcore.records import TABLES
-from helpers.store import job_of, open_store, worker_config
+from helpers.store import job_of, open_store, recorder_of, worker_config
 from helpers.trials import undisturbed, undisturbed_tables
 from sweeps.execution import trainable
 from sweeps.execution.trainable import TrialReport, run_batch
 from tracking import recorder
-from tracking.recorder import MlflowRecorder
 
 
 @pytest.fixture
@@ -183,7 +182,7 @@ def test_a_trial_that_another_process_runs_is_waited_for_and_not_run_again(
     assert waiting.is_alive()
     assert store.trial_runs() == {}
     # The other one is done with it: the trial is run once.
-    first = MlflowRecorder(store, experiment_id, job)
+    first = recorder_of(store, experiment_id, job)
     run_trial(tiny, first)
     release.set()
     waiting.join(60)

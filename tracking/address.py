@@ -49,6 +49,10 @@ class StoreAddress:
         # os.path.exists is False, and not an error, for a name that no file can have.
         return self.database is None or os.path.exists(self.database)  # noqa: PTH110
 
+    def is_of(self, runs_dir: Path) -> bool:
+        """Whether this is the runs folder's own store, which no other folder's drivers use."""
+        return self.database == runs_dir.resolve() / "mlflow.db"
+
     @property
     def masked(self) -> str:
         """The address for a reader, without its password."""

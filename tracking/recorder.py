@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import tempfile
-import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from gptcore.files import remove_leftovers
 from gptcore.records import MemoryRecorder, Row, TrialResult
 from tracking.charts import chart_points
 from tracking.job import Job
+from tracking.lease import works_elsewhere
 from tracking.store import DONE, MADE_BY, Store, cut_tags
 from tracking.tables import write_tables
 
@@ -32,26 +32,12 @@ FLUSH_AT = 1000
 class MlflowRecorder(MemoryRecorder):
     """Writes the rows of one trial into its MLflow run."""
 
-    def __init__(self, store: Store, experiment_id: str, job: Job) -> None:
-        """Find the trial's run, in whichever sweep, or make it in this experiment."""
+    def __init__(self, store: Store, run: Run, job: Job) -> None:
+        """Begin to write, or go on, into the run of the trial, which may be of another sweep."""
         super().__init__()
         self.store, self.client = store, store.client
-        run = store.find_run("trial", trial_key=job.key)
-        tags = dict(job.tags)
-        if run is None:
-            # A run has the tags that readers need from the start: a worker may die at any moment.
-            first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
-            attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
-            run = self.client.create_run(
-                experiment_id,
-                run_name=f"{job.name} {job.key}",
-                tags={**first, **attempt, **cut_tags(tags)},
-            )
-            if attempt:
-                self._delete_twins(run)
-        else:
-            # It stays where it is: a run of the sweep that asked for it first.
-            tags["sweep"] = run.data.tags.get("sweep", tags.get("sweep", ""))
+        # It stays where it is: a run of the sweep that asked for it first.
+        tags = {**job.tags, "sweep": run.data.tags.get("sweep", job.tags.get("sweep", ""))}
         self.run_id, self.start_ms = run.info.run_id, run.info.start_time
         self.folder = store.folder_of(run)
         self.client.update_run(self.run_id, status="RUNNING")
@@ -71,17 +57,6 @@ class MlflowRecorder(MemoryRecorder):
             reason="",
         )
         self.metrics: list[Metric] = []
-
-    def _delete_twins(self, run: Run) -> None:
-        """Delete other runs that the same request has made.
-
-        A server that dies after it has made a run, and before its answer, is asked again by MLflow
-        and then makes another one. Both have the tag of this attempt, which no other run has.
-        """
-        condition = f"tags.attempt = '{run.data.tags['attempt']}'"
-        for twin in self.store.search(condition, run.info.experiment_id):
-            if twin.info.run_id != run.info.run_id:
-                self.client.delete_run(twin.info.run_id)
 
     def log(self, rows: Sequence[Row]) -> None:
         """Keep rows, and send the points of MLflow's charts in batches."""
@@ -131,6 +106,31 @@ class MlflowRecorder(MemoryRecorder):
         self.metrics.clear()
 
 
+def run_of(store: Store, experiment_id: str, job: Job) -> Run:
+    """Find the run of a trial, in whichever sweep, or make it in this experiment."""
+    return store.find_run("trial", trial_key=job.key) or make_run(store, experiment_id, job)
+
+
+def make_run(store: Store, experiment_id: str, job: Job) -> Run:
+    """Make a run for a trial, which is then under way."""
+    # A run has the tags that readers need from the start: a worker may die at any moment.
+    first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
+    attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
+    run = store.client.create_run(
+        experiment_id,
+        run_name=f"{job.name} {job.key}",
+        tags={**first, **attempt, **cut_tags(job.tags)},
+    )
+    if attempt:
+        # A server that dies after it has made a run, and before its answer, is asked again by
+        # MLflow and then makes another one. Both have the tag of this attempt, and no other has.
+        condition = f"tags.attempt = '{attempt['attempt']}'"
+        for twin in store.search(condition, experiment_id):
+            if twin.info.run_id != run.info.run_id:
+                store.client.delete_run(twin.info.run_id)
+    return run
+
+
 RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
 """MLflow's condition for the runs of trials that are under way, or were when they were cut off."""
 
@@ -140,21 +140,21 @@ def _running(store: Store, experiment_id: str | None = None) -> list[Run]:
     return [run for run in store.search(RUNNING, experiment_id) if "trial_key" in run.data.tags]
 
 
-def set_aside(store: Store, run: Run) -> None:
-    """Mark a trial's run as replaced, so that the trial counts as not run (--redo)."""
-    store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
-    if run.info.status == "RUNNING":
-        store.client.set_terminated(run.info.run_id, "KILLED")
-
-
-def close_cut_off(store: Store, experiment_id: str) -> None:
+def close_cut_off(store: Store, experiment_id: str, owner: str | None = None) -> None:
     """End the runs of a sweep's trials that a killed driver left RUNNING.
 
     Only the driver that holds the sweep's lock may call it. A worker that runs such a trial again
     opens its run again.
+
+    Args:
+        store: where the runs are.
+        experiment_id: the sweep's experiment.
+        owner: the name by which this driver owns trials, in a store with leases. A trial on which
+            another sweep works is left alone.
     """
     for run in _running(store, experiment_id):
-        close_run(store, run, "stopped")
+        if not (owner and works_elsewhere(store, run, owner)):
+            close_run(store, run, "stopped")
 
 
 Unfinished = Literal["failed", "pruned", "stopped"]
@@ -185,6 +185,7 @@ def close_runs(
     failed: Mapping[str, str],
     retried: Mapping[str, Sequence[str]],
     pruned: Mapping[str, str],
+    owner: str | None = None,
 ) -> None:
     """End every run that is still RUNNING once no worker runs any more.
 
@@ -195,6 +196,7 @@ def close_runs(
         failed: by trial key, why it failed: a worker that died could not say so itself.
         retried: by trial key, why it went on with another worker, each time.
         pruned: by trial key, at which step a search gave it up.
+        owner: as for close_cut_off.
 
     All other runs that are RUNNING were stopped by the user.
     """
@@ -210,8 +212,9 @@ def close_runs(
             store.set_tags(run.info.run_id, retries=str(len(retried[key])), retried_because=why)
         if run is None:
             if key in failed:
-                MlflowRecorder(store, experiment_id, job).fail(failed[key])
-        elif run.info.status == "RUNNING":
+                run = make_run(store, experiment_id, job)
+                MlflowRecorder(store, run, job).fail(failed[key])
+        elif run.info.status == "RUNNING" and not (owner and works_elsewhere(store, run, owner)):
             status: Unfinished = (
                 "failed" if key in failed else "pruned" if key in pruned else "stopped"
             )

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -201,9 +202,13 @@ class Store:
 
         It has its params and metrics too.
         """
+        return next(iter(self.find_runs(kind, experiment_id, **tags)), None)
+
+    def find_runs(self, kind: str, experiment_id: str | None = None, **tags: str) -> list[Run]:
+        """Return all runs of a kind with the given tags, with params, the one that counts first."""
         clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
         found = self._complete(kind, self.search(" and ".join(clauses), experiment_id))
-        return next(iter(_what_counts_first(found)), None)
+        return _what_counts_first(found)
 
     def trial_runs(self) -> dict[str, Run]:
         """Return by trial key the run that counts, of whichever sweep."""
@@ -399,6 +404,13 @@ def _check_location(name: str, experiment: Experiment, own: Path | None) -> None
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Cut the values of tags to the length that MLflow takes."""
     return {name: value[:MAX_TAG_LENGTH] for name, value in tags.items()}
+
+
+def set_aside(store: Store, run: Run) -> None:
+    """Mark a trial's run as replaced, so that the trial counts as not run (--redo)."""
+    store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
+    if run.info.status == "RUNNING":
+        store.client.set_terminated(run.info.run_id, "KILLED")
 
 
 STATUSES: tuple[str, ...] = get_args(TrialStatus)

@@ -85,6 +85,7 @@ class SweepRun:
         plan: RecordedPlan,
         launched: float,
         interim: JsonObject | None = None,
+        run_id: str | None = None,
     ) -> None:
         """Open the sweep's run, made if it is new.
 
@@ -94,17 +95,19 @@ class SweepRun:
             plan: what is about to run.
             launched: seconds since the epoch; the newest sweep is found by it.
             interim: the contents of looks.json, for a sweep with interim analyses.
+            run_id: of the run that the sweep's lease is on; None where there is no lease.
         """
         self.store, self.experiment_id, client = store, experiment_id, store.client
-        run = store.find_run("sweep", experiment_id, sweep=plan.sweep)
-        if run is None:
-            # Claims are confirmatory only if they were fixed before the first trial.
-            run = client.create_run(
-                experiment_id,
-                run_name=f"sweep {plan.sweep}",
-                tags={"claims_digest": plan.claims_digest, **MADE_BY},
-            )
+        run = (
+            client.get_run(run_id)
+            if run_id
+            else store.find_run("sweep", experiment_id, sweep=plan.sweep)
+            or client.create_run(experiment_id, run_name=f"sweep {plan.sweep}", tags=MADE_BY)
+        )
         self.run_id = run.info.run_id
+        if "kind" not in run.data.tags:
+            # Claims are confirmatory only if they were fixed before the first trial.
+            store.set_tags(self.run_id, claims_digest=plan.claims_digest)
         self.plans(plan)
         if interim:
             self.keep_interim_plan(interim)

@@ -46,6 +46,10 @@ class Interrupts:
             raise KeyboardInterrupt
         self._on_first()
 
+    def stop(self) -> None:
+        """Stop as the first Ctrl-C does. Any thread may call it."""
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Inside, the signals are handled here."""

@@ -177,6 +177,7 @@ def _ending_runs(
                     outcomes.failed,
                     outcomes.retried,
                     outcomes.pruned,
+                    context.recording.owner,
                 )
     if outcomes.fault:
         raise Fault(outcomes.fault)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mlflow.entities import Run
 from ray import tune
 
 from gptcore.checkpoint import checkpoint_file
@@ -30,7 +31,8 @@ from tracking.address import StoreAddress
 from tracking.charts import chart_points
 from tracking.health import wait_for_server
 from tracking.job import Job
-from tracking.recorder import MlflowRecorder
+from tracking.lease import own_trial
+from tracking.recorder import MlflowRecorder, make_run, run_of
 from tracking.store import DONE, Store, trial_status
 
 REPORT_SECONDS = 1.0
@@ -68,6 +70,8 @@ class Recording:
     address: StoreAddress
     experiment_id: str
     runs_dir: Path
+    owner: str | None = None
+    """The name by which the driver owns trials; None in the runs folder's own store."""
 
 
 def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
@@ -123,12 +127,35 @@ def run_missing(
             return [job for job in batch if not _is_done(job, store, recording.runs_dir)]
 
         jobs = missing()
+        owned = {job.key: _own(job, store, recording) for job in _in_order(jobs)}
+        if not all(owned.values()):  # another driver has trained some of them meanwhile
+            jobs = missing()
         if len(jobs) > 1:
-            if run_together(jobs, store, recording, metric, texts, release):
+            if run_together(jobs, owned, store, recording, metric, texts, release):
                 return
             jobs = missing()  # which of them broke the array is not known: each goes on by itself
         for job in jobs:
-            run_together([job], store, recording, metric, texts, release)
+            run_together([job], owned, store, recording, metric, texts, release)
+
+
+def _in_order(jobs: Sequence[Job]) -> list[Job]:
+    """Sort trials as every worker does, so that no two wait for each other."""
+    return sorted(jobs, key=lambda job: job.key)
+
+
+def _own(job: Job, store: Store, recording: Recording) -> Run | None:
+    """Return the trial's run, which no other driver writes into; None where it has a result.
+
+    The locks of trials are enough for a store that no other runs folder uses.
+    """
+    if recording.owner:
+        return own_trial(
+            store,
+            job.key,
+            recording.owner,
+            lambda: make_run(store, recording.experiment_id, job),
+        )
+    return run_of(store, recording.experiment_id, job)
 
 
 def _is_done(job: Job, store: Store, runs_dir: Path) -> bool:
@@ -160,7 +187,7 @@ def trial_locks(keys: Iterable[str], runs_dir: Path) -> Iterator[Callable[[str],
     file = runs_dir / "locks" / "trials"
     file.parent.mkdir(parents=True, exist_ok=True)
     # A byte of the file for each trial, at a place that its key gives; the file stays empty.
-    byte_of = {key: seed_of("lock", key) >> 2 for key in sorted(keys)}
+    byte_of = {key: seed_of("lock", key) >> 2 for key in sorted(keys)}  # as _in_order
     # It is opened once: closing any handle would release every lock of this process on the file.
     with file.open("a") as lock:
         for byte in byte_of.values():  # in the same order as every other worker
@@ -170,6 +197,7 @@ def trial_locks(keys: Iterable[str], runs_dir: Path) -> Iterator[Callable[[str],
 
 def run_together(
     batch: Sequence[Job],
+    runs: Mapping[str, Run | None],
     store: Store,
     recording: Recording,
     metric: str | None,
@@ -178,14 +206,14 @@ def run_together(
 ) -> bool:
     """Run trials as one array. Return False if it failed; its trials may still succeed alone.
 
-    A trial that cannot even begin fails, and the others go on without it. `release` is called with
-    the key of each trial that has its result.
+    A trial that cannot even begin fails, and the others go on without it. `runs` has the run of
+    each trial by its key. `release` is called with the key of each trial that has its result.
     """
     trials, recorders = [], []
     for job in batch:
-        recorder = MlflowRecorder(
-            store, recording.experiment_id, job.with_tags(array=str(len(batch)))
-        )
+        run = runs[job.key]
+        assert run is not None
+        recorder = MlflowRecorder(store, run, job.with_tags(array=str(len(batch))))
         file = checkpoint_file(recording.runs_dir, job.key)
         fetch_checkpoint(file)
         try:

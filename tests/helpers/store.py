@@ -19,6 +19,7 @@ from helpers.trials import TINY, WORDS, key_of, undisturbed_tables
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and many tests need none
     from tracking.job import Job
+    from tracking.recorder import MlflowRecorder
     from tracking.store import Store
 
 
@@ -50,6 +51,13 @@ def store_in(runs_dir: Path) -> Store:
     from tracking.address import store_address
 
     return open_store(store_address(runs_dir).uri)
+
+
+def recorder_of(store: Store, experiment_id: str, job: Job) -> MlflowRecorder:
+    """Begin to record a trial, in its run if it has one."""
+    from tracking.recorder import MlflowRecorder, run_of
+
+    return MlflowRecorder(store, run_of(store, experiment_id, job), job)
 
 
 def job_of(
@@ -135,7 +143,6 @@ def make_sweep(
     """
     from analysis.claims import digest
     from gptcore.experiment import run_trial
-    from tracking.recorder import MlflowRecorder
     from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepRun
     from tracking.view import VIEW_TAG, view_of_sweep
 
@@ -152,7 +159,7 @@ def make_sweep(
             flat = config.to_flat()
             label = f"{flat['init.scheme']}, {flat['corpus.subset']}, seed {flat['init.seed']}"
             job = job_of(config, key, label, name)
-            run_trial(config, MlflowRecorder(store, experiment_id, job))
+            run_trial(config, recorder_of(store, experiment_id, job))
     plan = RecordedPlan(
         sweep=name,
         preset="",
