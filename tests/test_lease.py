@@ -6,8 +6,11 @@ import time
 
 import pytest
 
-from gptcore.config import InputError
+from gptcore.config import InputError, TrialConfig
+from helpers.driving import outcome, start, wait_for
+from helpers.servers import free_port, start_server
 from helpers.store import job_of, open_store
+from helpers.trials import KILLED, flags
 from tracking import lease
 from tracking.address import sqlite_address
 from tracking.holder import Holder
@@ -267,3 +270,48 @@ def test_a_run_that_a_killed_process_made_twice_is_set_aside(shared, tiny):
         (run,) = store.find_runs("trial", trial_key=job.key)
         assert run.info.status == "RUNNING"
         assert len(store.search("tags.kind = 'replaced'")) == 1
+
+
+@pytest.mark.full
+def test_two_drivers_with_a_server_between_them_train_each_trial_once(tmp_path, monkeypatch):
+    """Sweeps as commands, each with a runs folder of its own: the store is all that they share."""
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    server = start_server(uri, tmp_path)
+    try:
+        wanted = [
+            *flags(TrialConfig.from_flat(KILLED)), "--init.seed", "0", "1", "2",
+            "--no-estimate", "--no-report",
+        ]  # fmt: skip
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        drivers = [
+            start("init_sweep.py", tmp_path / one / "runs", "--name", "shared", *wanted)
+            for one in "ab"
+        ]
+        store = open_store(uri)
+        wait_for(lambda: any(driver.poll() is not None for driver in drivers))
+        refused, works = sorted(drivers, key=lambda driver: driver.poll() is None)
+        code, said = outcome(refused, 60)
+        assert code == 2
+        assert f"sweep shared is being run by process {works.pid} on " in said
+        # Another sweep of the same trials waits for those that are under way.
+        other = start("init_sweep.py", tmp_path / "b" / "runs", "--name", "other", *wanted)
+        wait_for(store.trial_runs)
+        works.kill()
+        works.communicate()
+        waits = start(
+            "init_sweep.py", tmp_path / "a" / "runs", "--name", "shared", "--wait", *wanted
+        )
+        for driver in (other, waits):
+            code, said = outcome(driver)
+            assert code == 0, said
+        runs = store.runs("trial")
+        assert len(runs) == len({run.data.tags["trial_key"] for run in runs}) == 3
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        for run in runs:
+            points = store.client.get_metric_history(run.info.run_id, "loss/train")
+            assert [point.step for point in points] == list(range(KILLED["train.steps"] + 1))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()

@@ -151,9 +151,14 @@ class Store:
             else self.client.get_experiment_by_name(name)
         )
         if experiment is None:
-            experiment_id = self.client.create_experiment(
-                name, artifact_location=own.as_uri() if own else None
-            )
+            try:
+                experiment_id = self.client.create_experiment(
+                    name, artifact_location=own.as_uri() if own else None
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                return self.open_experiment(name, runs_dir, tags)  # another driver was faster
         elif experiment.lifecycle_stage != "active":
             raise InputError(
                 f"sweep {name} was deleted in MLflow: restore it there or take another --name"
