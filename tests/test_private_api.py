@@ -71,11 +71,6 @@ def test_ray_prints_what_a_dead_worker_took_with_it_by_a_function_that_can_be_si
     assert ray._private.worker.print_to_stdstream("anything", key="value") is None, says
 
 
-def test_ray_finds_the_cluster_that_was_started_here(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert private_api.started_cluster() is None, changed("ray", "find_bootstrap_address")
-
-
 def test_ray_says_what_versions_a_cluster_has():
     """What it answers is tried on a real cluster in test_cluster.py."""
     asked = inspect.signature(usage.usage_lib.get_cluster_metadata).parameters
