@@ -37,6 +37,7 @@ from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
+from tracking.access import private_files, write_for
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
 from tracking.store import Store
@@ -241,10 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
-        folder = build_report(
-            Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
-            where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
-        )  # fmt: skip
+        with private_files():
+            write_for(args.runs_dir)
+            folder = build_report(
+                Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
+                where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+            )  # fmt: skip
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,10 @@ def sweep_parser(doc: str) -> Parser:
     )
     parser.add_argument("--name", help="name of the sweep (by default the preset's name)")
     parser.add_runs_dir()
+    parser.add_argument(
+        "--share", action="store_true",
+        help="open the runs folder to its group, for this and all later commands",
+    )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="build no report at the end")
     parser.add_argument(
         "--no-estimate", action="store_true",

@@ -47,7 +47,9 @@ from sweeps.searching.study import (
     takes,
 )
 from sweeps.session import Session, check_kind, naming_faults
+from tracking.access import private_files, write_for
 from tracking.address import store_address
+from tracking.arguments import check_writable
 from tracking.store import Store
 
 GOALS: dict[str, dict[str, list[str]]] = {
@@ -69,7 +71,10 @@ METRICS = ("loss/val", "loss/probe", "loss/train")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code, as sweeps.launch.exit_code."""
     try:
-        return search(*command_line(argv), make_console())
+        with private_files():
+            args, given = command_line(argv)
+            write_for(args.runs_dir)
+            return search(args, given, make_console())
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
 
@@ -175,6 +180,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         check_kind(sweep_run, is_search=True)
         if sweep_run and read_interim_plan(store, sweep_run):
             raise InputError(f"sweep {name} is run with --until-decided: take another --name")
+        check_writable(runs_dir, args.share)
         with Session(name, runs_dir, store, console, measures=not args.no_estimate) as session:
             study = open_study(runs_dir, name, question, largest)
             runner = SearchRunner(session, study, question, domains, notes)

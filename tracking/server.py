@@ -304,6 +304,7 @@ def serve_cluster(file: Path) -> int:
         known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}
+    known["RAY_ADDRESS"] = f"{host}:{RAY_PORT}"
     FOLDER.mkdir(parents=True, exist_ok=True)
     end_server_of(FOLDER)
     command = [

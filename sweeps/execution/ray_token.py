@@ -1,4 +1,4 @@
-"""Ray's token, by which the processes of one Ray know each other: a sweep's own, and a cluster's."""
+"""Ray's token, by which the processes of one Ray know each other: our own, or a cluster's."""
 
 from __future__ import annotations
 
