@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore.config import InputError
-from gptcore.files import write_atomically
+from gptcore.files import is_trusted, write_atomically
 
 
 def cache_dir() -> Path:
@@ -33,12 +33,6 @@ def cache_dir() -> Path:
             "folder of your own, or close this one by chmod go-w"
         )
     return folder
-
-
-def is_trusted(place: Path) -> bool:
-    """Return whether only this account and root own and can write a file or folder."""
-    found = place.stat()
-    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
 
 
 def write_to_cache(file: Path, write: Callable[[Path], object]) -> None:

@@ -20,8 +20,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore.cache import cache_dir, cached_tokens, is_trusted, write_to_cache
+from gptcore.cache import cache_dir, cached_tokens, write_to_cache
 from gptcore.config import VOCAB_SIZES, CorpusConfig, InputError, seed_of
+from gptcore.files import is_trusted
 from gptcore.records import FixedTextRow
 from gptcore.tokenizer import encode, token_bytes
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ray
@@ -115,6 +116,15 @@ def test_ray_has_a_provider_for_aws_with_the_hooks_that_ours_overrides():
         assert isinstance(inspect.getattr_static(provider, hook), staticmethod), changed(
             "ray", f"AWSNodeProvider.{hook}"
         )
+
+
+def test_ray_keeps_its_ssh_connections_in_a_folder_of_this_name():
+    command_runner = pytest.importorskip("ray.autoscaler._private.command_runner")
+    runner = command_runner.SSHCommandRunner(
+        "", "node", None, {"ssh_user": "me"}, "cluster", subprocess, False
+    )
+    folder = Path(runner.ssh_control_path).parent
+    assert folder == private_api.ssh_folder(), changed("ray", "ssh_control_path")
 
 
 def test_tune_keeps_the_errors_of_a_trial_in_a_file():

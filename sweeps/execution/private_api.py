@@ -6,6 +6,8 @@ one of them.
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +150,17 @@ def aws_node_provider() -> type:
 
     provider: type = AWSNodeProvider
     return provider
+
+
+def ssh_folder() -> Path:
+    """Return the folder in which Ray's commands keep their ssh connections to clusters.
+
+    Reason: Ray makes it in /tmp, and takes what is there, also where another account has made it.
+    """
+    from ray.autoscaler._private.command_runner import HASH_MAX_LENGTH
+
+    user = hashlib.sha256(getpass.getuser().encode()).hexdigest()
+    return Path(f"/tmp/ray_ssh_{user[:HASH_MAX_LENGTH]}")
 
 
 def error_text(trial: TuneTrial) -> str:

@@ -33,7 +33,7 @@ from sweeps.execution.private_api import (
     silence_workers,
     start_apart,
 )
-from sweeps.execution.ray_token import MODE, close_token_file, own_token
+from sweeps.execution.ray_token import MODE, close_to_others, own_token, token_file
 from sweeps.execution.resources import (
     OBJECT_STORE,
     autoscaler_machines,
@@ -169,7 +169,7 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
         listen_on_loopback()
         start_apart()
         with contextlib.suppress(InputError):  # this Ray does not use it
-            close_token_file()
+            close_to_others(token_file())
         folder = _ray_folder.make()
         _at_stop.enter_context(own_token(folder.parent))
         ray.init(
@@ -248,7 +248,7 @@ def check_cluster(address: str) -> None:
         ) from error
     wants_token = os.environ.get(MODE) == "token"
     if wants_token:
-        close_token_file()
+        close_to_others(token_file())
     if wants_token and not has_token():
         raise InputError(
             "RAY_AUTH_MODE is token, but this account has no token: copy the cluster's token to "

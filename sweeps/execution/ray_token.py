@@ -41,15 +41,17 @@ def own_token(folder: Path) -> Iterator[None]:
         forget_token()
 
 
-def close_token_file() -> None:
-    """Close the file with this account's token to other accounts, if there is one.
+def token_file() -> Path:
+    """Return the file from which Ray reads this account's token, which need not exist."""
+    return Path(os.environ.get(TOKEN_PATH) or "~/.ray/auth_token").expanduser()
+
+
+def close_to_others(file: Path) -> None:
+    """Close a file with a token to other accounts, if there is one.
 
     Raises:
         InputError: others can read it, and this account cannot change that.
     """
-    if os.environ.get(TOKEN):
-        return
-    file = Path(os.environ.get(TOKEN_PATH) or "~/.ray/auth_token").expanduser()
     try:
         found = file.stat()
     except OSError:
