@@ -211,6 +211,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+@private_files()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     prepare_output()
@@ -242,12 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
-        with private_files():
-            write_for(args.runs_dir)
-            folder = build_report(
-                Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
-                where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
-            )  # fmt: skip
+        write_for(args.runs_dir)
+        folder = build_report(
+            Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
+            where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+        )  # fmt: skip
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

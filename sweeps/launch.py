@@ -39,20 +39,20 @@ WIDTH_OF_FILES = 160
 """Characters in a line of output that no terminal shows."""
 
 
+@private_files()
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 1 if a trial failed, else as `exit_code`."""
     console = make_console()
     try:
-        with private_files():
-            args, overrides = command_line(doc, presets, argv)
-            write_for(args.runs_dir)
-            plan, first_seeds = planned(args, overrides, presets, console)
-            check_together(args.array, plan.trials)
-            for note in plan.notes:
-                console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
-            if args.debug:
-                return debug(plan, args, console)
-            return run_sweep(plan, args, console, first_seeds)
+        args, overrides = command_line(doc, presets, argv)
+        write_for(args.runs_dir)
+        plan, first_seeds = planned(args, overrides, presets, console)
+        check_together(args.array, plan.trials)
+        for note in plan.notes:
+            console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
+        if args.debug:
+            return debug(plan, args, console)
+        return run_sweep(plan, args, console, first_seeds)
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
 

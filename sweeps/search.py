@@ -68,13 +68,13 @@ GOALS: dict[str, dict[str, list[str]]] = {
 METRICS = ("loss/val", "loss/probe", "loss/train")
 
 
+@private_files()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code, as sweeps.launch.exit_code."""
     try:
-        with private_files():
-            args, given = command_line(argv)
-            write_for(args.runs_dir)
-            return search(args, given, make_console())
+        args, given = command_line(argv)
+        write_for(args.runs_dir)
+        return search(args, given, make_console())
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
 

@@ -22,7 +22,7 @@ SHARED = stat.S_ISGID | stat.S_IRWXG
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Inside, new files are for this account alone, whatever its umask is."""
+    """Inside a block or a function, make new files for this account alone, whatever its umask."""
     before = os.umask(ALONE)
     try:
         yield
