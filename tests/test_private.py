@@ -209,7 +209,8 @@ from ray._raylet import GcsClient
 
 METHODS = (
     "CoreWorkerService/NumPendingTasks", "NodeManagerService/GetResourceLoad",
-    "NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys",
+    "NodeInfoGcsService/GetAllNodeInfo", "ObjectManagerService/Pull",
+    "ReporterService/GetTraceback", "LogService/ListLogs",
 )
 
 def call(port, method):
@@ -222,9 +223,9 @@ def call(port, method):
 
 def http(port, path):
     try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).status
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()
     except urllib.error.HTTPError as error:
-        return error.code
+        return str(error.code)
     except Exception as error:
         return type(error).__name__
 
@@ -257,13 +258,12 @@ asked = json.loads(sys.stdin.readline())
 os.setgroups([]), os.setgid(asked["other"]), os.setuid(asked["other"])
 json.dump({
     "id": os.getresuid(),
-    "reached": {folder: reached(folder) for folder in asked["folders"]},
+    "reached": reached(asked["folder"]),
     "opened": {file: tried(open, file, "rb") for file in asked["files"]},
     "written": {folder: tried(Path(folder, "planted").touch) for folder in asked["closed"]},
     "sockets": {path: tried(connect, path) for path in asked["sockets"]},
     "calls": {port: [call(port, method) for method in METHODS] for port in asked["ports"]},
-    "http": {port: [http(port, path) for path in ("/", "/metrics", "/api/healthz")]
-             for port in asked["ports"]},
+    "http": {port: http(port, "/") for port in asked["ports"]},
     "gcs": [tried(gcs, asked["gcs"], token) for token in ("", "0" * 64)],
 }, sys.stdout)
 """
@@ -298,7 +298,7 @@ def test_another_account_gets_at_nothing_of_a_sweep_that_runs(reachable, monkeyp
             [sys.executable, "-c", ATTACKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, cwd=ROOT,
         )  # fmt: skip
-        tiny = TrialConfig.from_flat({**KILLED, "train.steps": 4000})
+        tiny = TrialConfig.from_flat({**KILLED, "train.steps": 2500})
         sweep = start(
             "init_sweep.py", runs_dir, "--name", "private", *flags(tiny),
             HOME=str(home), TMPDIR=str(temporary), GPTCORE_CACHE=str(cache),
@@ -314,18 +314,14 @@ def test_another_account_gets_at_nothing_of_a_sweep_that_runs(reachable, monkeyp
             sockets = {each.laddr for each in connections if each.family == socket.AF_UNIX}
             commands = [" ".join(one.cmdline()) for one in processes]
             (folder,) = temporary.glob("gs-*")
-            (gcs,) = (
-                re.search(r"--gcs_server_port=(\d+)", line)
-                for line in commands
-                if "gcs_server " in line
-            )
+            gcs = {match[1] for match in re.finditer(r"gcs[-_]address=[\d.]+:(\d+)", str(commands))}
             shared = {
                 mapped.path for one in processes for mapped in one.memory_maps()
                 if mapped.path.startswith("/dev/shm")
             }  # fmt: skip
             asked = {
                 "other": OTHER,
-                "folders": [str(reachable)],
+                "folder": str(reachable),
                 "files": [
                     str(folder / "token"), str(runs_dir / "mlflow.db"), *shared,
                     *(f"/proc/{one.pid}/environ" for one in processes),
@@ -333,11 +329,9 @@ def test_another_account_gets_at_nothing_of_a_sweep_that_runs(reachable, monkeyp
                 "closed": [str(place) for place in (runs_dir, cache, folder, home)],
                 "sockets": sorted(filter(None, sockets)),
                 "ports": sorted({address.port for address in listening}),
-                "gcs": int(gcs[1]),
+                "gcs": int(*gcs),
             }  # fmt: skip
-            said, _ = attacker.communicate(json.dumps(asked) + "\n", timeout=60)
-            found = json.loads(said)
-            print(json.dumps(found, indent=1), *commands, sep="\n")
+            said, _ = attacker.communicate(json.dumps(asked) + "\n", timeout=120)
             token = (folder / "token").read_text()
             assert sweep.poll() is None, "the sweep ended before it was attacked"
             code, printed = outcome(sweep)
@@ -346,5 +340,33 @@ def test_another_account_gets_at_nothing_of_a_sweep_that_runs(reachable, monkeyp
             kill(sweep)
         with pytest.raises(BlockingIOError):
             trap.accept()
+    found = json.loads(said)
+    print(json.dumps(found, indent=1))
+    assert found["id"] == [OTHER] * 3
+    # What the test itself has made for everyone, or in the other account's name, and no more.
+    for_all = {home, temporary, temporary / "ray", temporary / "ray" / "ray_current_cluster"}
+    assert set(found["reached"]) == set(map(str, for_all))
+    assert set(found["opened"].values()) <= {"PermissionError", "FileNotFoundError"}
+    assert found["opened"][str(folder / "token")] == "PermissionError"
+    assert set(found["written"].values()) == {"PermissionError"}
+    assert len(found["sockets"]) == 2
+    assert set(found["sockets"].values()) == {"PermissionError"}
+    assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    for port, answers in found["calls"].items():
+        # Either a port of Ray's own protocol or one of HTTP; its numbers on itself are for all.
+        if set(answers) == {"UNAVAILABLE"}:
+            assert found["http"][port] == "401" or found["http"][port].startswith("# HELP "), port
+        else:
+            assert set(answers) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, port
+    refused = [
+        answers.count("UNAUTHENTICATED") for answers in zip(*found["calls"].values(), strict=True)
+    ]
+    assert all(refused[:3]), "the driver and workers, the raylet and the GCS"
+    assert found["gcs"] == ["AuthenticationError", "AuthenticationError"]
+    assert token not in str(commands)
     assert code == 0, printed
     assert "Ray: this machine, " in printed
+    assert (runs_dir / "reports" / "private" / "report.html").exists()
+    assert set(open_to_others(reachable)) == {*map(str, for_all), str(reachable)}
+    assert list(home.iterdir()) == []
+    assert list(temporary.iterdir()) == [temporary / "ray"]
