@@ -37,6 +37,7 @@ from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
+from tracking.access import private_files, write_for
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
 from tracking.store import Store
@@ -210,6 +211,7 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+@private_files()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     prepare_output()
@@ -241,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
+        write_for(args.runs_dir)
         folder = build_report(
             Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
             where=args.where, claims=args.claims, shuffle=args.shuffle_labels,

@@ -1,9 +1,6 @@
 """Corpora: find or download a text, tokenise it once, take a subset, and draw batches.
 
-A text is tokenised once per machine into `<cache>/<digest>.npy` (uint16), or
-`<digest>-bytes.npy` for the tokenizer `bytes`. All trials memory-map this file. The cache is
-~/.cache/gpt-sweeps, or `$GPTCORE_CACHE`. `$GPTCORE_CORPORA` names a folder that is searched
-for texts first.
+`$GPTCORE_CORPORA` names a folder that is searched for texts before the cache is.
 """
 
 from __future__ import annotations
@@ -23,8 +20,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcore.cache import cache_dir, cached_tokens, write_to_cache
 from gptcore.config import VOCAB_SIZES, CorpusConfig, InputError, seed_of
-from gptcore.files import write_atomically
+from gptcore.files import is_trusted
 from gptcore.records import FixedTextRow
 from gptcore.tokenizer import encode, token_bytes
 
@@ -142,7 +140,7 @@ def load_corpus(config: CorpusConfig, context: int, preloaded_texts: Texts = NO_
     """
     text, origin = preloaded_texts.get(config.name) or read_text(config.name)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    tokens = _tokens(text, digest, config.tokenizer)
+    tokens = cached_tokens(digest, config.tokenizer, lambda: encode(config.tokenizer, text))
     start, stop = _subset_bounds(config, text, tokens)
     # This length keeps the fixed windows separate, with training text between held-out windows.
     if stop - start < (minimum := 2 * config.windows * (context + 1)):
@@ -232,68 +230,13 @@ def _read_file(path: str) -> tuple[str, str]:
     return text, str(file.resolve())
 
 
-def _tokens(text: str, digest: str, tokenizer: str) -> NDArray[np.uint16]:
-    """Return the tokens of a text, memory-mapped from the cache; tokenise it if need be.
-
-    A file of the cache that is damaged is made anew.
-    """
-    # The tokens of GPT-2 have no suffix, because existing caches have them under this name.
-    file = cache_dir() / (f"{digest}.npy" if tokenizer == "gpt2" else f"{digest}-{tokenizer}.npy")
-    cached = _read_tokens(file, text, tokenizer)
-    if cached is None:
-        tokens = encode(tokenizer, text)
-        _write_to_cache(file, lambda temporary: np.save(temporary, tokens))
-        cached = np.load(file, mmap_mode="r")
-    return cached
-
-
-BLOCK = 10**6
-"""Tokens that are decoded at a time."""
-
-
-def _read_tokens(file: Path, text: str, tokenizer: str) -> NDArray[np.uint16] | None:
-    """Read a file of the cache. Return None where it does not hold the tokens of this text."""
-    try:
-        tokens: NDArray[np.uint16] = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # it is missing, cut short, or no array
-        return None
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        return None
-    pieces = token_bytes(tokenizer)
-    if tokens.max(initial=0) >= len(pieces):
-        return None
-    whole, start = text.encode(), 0
-    for block in range(0, len(tokens), BLOCK):  # a list of all tokens may be larger than memory
-        decoded = b"".join([pieces[token] for token in tokens[block : block + BLOCK].tolist()])
-        if whole[start : start + len(decoded)] != decoded:
-            return None
-        start += len(decoded)
-    return tokens if start == len(whole) else None
-
-
-def cache_dir() -> Path:
-    """Return the folder that keeps texts and tokens between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPTCORE_CACHE") or Path(base) / "gpt-sweeps").expanduser()
-
-
-def _write_to_cache(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file in the cache. Raises InputError if it cannot be written."""
-    try:
-        write_atomically(file, write)
-    except OSError as error:
-        raise InputError(
-            f"the corpus cache {file.parent} cannot be written ({error}): "
-            "set GPTCORE_CACHE to a folder that can be written"
-        ) from error
-
-
 def _read_gulliver() -> tuple[str, str]:
     """Find or download Swift, *Gulliver's Travels* (1726), Project Gutenberg's text 829.
 
     The licence and other words of Project Gutenberg are removed.
     """
-    folders = [cache_dir()]
+    cache = cache_dir()
+    folders = [cache]
     if folder := os.environ.get("GPTCORE_CORPORA"):
         if not Path(folder).is_dir():
             raise InputError(
@@ -302,7 +245,9 @@ def _read_gulliver() -> tuple[str, str]:
         folders.insert(0, Path(folder))
     for file in (folder / name for folder in folders for name in GULLIVER_FILES):
         if file.is_file():
-            is_cached = file.parent == cache_dir()
+            is_cached = file.parent == cache
+            if is_cached and not is_trusted(file):
+                continue
             try:
                 text, origin = _read_file(str(file))
             except InputError:
@@ -316,8 +261,8 @@ def _read_gulliver() -> tuple[str, str]:
     text = strip_gutenberg(_download(GULLIVER_URL))
     if len(_gulliver_parts(text)) != 4:
         raise CorpusUnavailable(f"{GULLIVER_URL} does not send Gulliver's Travels: {GET_GULLIVER}")
-    _write_to_cache(
-        cache_dir() / GULLIVER_FILES[0],
+    write_to_cache(
+        cache / GULLIVER_FILES[0],
         lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"),
     )
     return text, GULLIVER_URL

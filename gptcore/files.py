@@ -1,7 +1,8 @@
-"""Write files so that each appears complete or not at all, and name what JSON files hold."""
+"""Write files so that each appears complete or not at all, and say which can be trusted."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,12 @@ def remove_leftovers(file: Path) -> None:
     """Remove temporary files of processes that were killed while they wrote the file."""
     for folder in file.parent.glob(f"{_prefix(file)}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_trusted(place: Path) -> bool:
+    """Return whether only this account and root own and can write a file or folder."""
+    found = place.stat()
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
 
 
 def _prefix(file: Path) -> str:

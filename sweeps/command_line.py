@@ -24,6 +24,10 @@ def sweep_parser(doc: str) -> Parser:
         "--wait", action="store_true",
         help="if another driver works on this sweep, wait for it instead of ending",
     )  # fmt: skip
+    parser.add_argument(
+        "--share", action="store_true",
+        help="open the runs folder to its group, for this and all later commands",
+    )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="build no report at the end")
     parser.add_argument(
         "--no-estimate", action="store_true",

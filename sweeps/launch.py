@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -28,6 +27,7 @@ from sweeps.plan import (
     with_overrides,
 )
 from sweeps.presets import Preset, Space
+from tracking.access import private_files, write_for
 from tracking.arguments import check_writable, give_up_output, prepare_output
 from tracking.health import GO_ON
 
@@ -39,17 +39,19 @@ WIDTH_OF_FILES = 160
 """Characters in a line of output that no terminal shows."""
 
 
+@private_files()
 def main(doc: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 1 if a trial failed, else as `exit_code`."""
     console = make_console()
     try:
         args, overrides = command_line(doc, presets, argv)
+        write_for(args.runs_dir)
         plan, first_seeds = planned(args, overrides, presets, console)
         check_together(args.array, plan.trials)
         for note in plan.notes:
             console.print(f"NOTE: {note}", style="bold", soft_wrap=True)
         if args.debug:
-            return debug(plan, args.runs_dir, console)
+            return debug(plan, args, console)
         return run_sweep(plan, args, console, first_seeds)
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
@@ -123,15 +125,15 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, InputError) else 1
 
 
-def debug(plan: Plan, runs_dir: Path, console: Console) -> int:
+def debug(plan: Plan, args: argparse.Namespace, console: Console) -> int:
     """Run the first trial of the plan in this process, without Ray. Return the exit code."""
     from sweeps.debug import debug_trial
 
     key, config = next(iter(plan.trials.items()))
     device_of(config)
-    check_writable(runs_dir)
+    check_writable(args.runs_dir, args.share)
     try:
-        debug_trial(config, key, runs_dir, console)
+        debug_trial(config, key, args.runs_dir, console)
     except Exception as error:
         if not is_out_of_memory(error):
             raise  # a debugger wants the error itself
@@ -207,6 +209,7 @@ def run_sweep(
         check_kind(find_sweep(store, plan.name), is_search=False)
         if args.dry_run:
             return dry_run(plan, args, store, console, first_seeds)
+        check_writable(runs_dir, args.share)
         with Session(
             plan.name,
             runs_dir,

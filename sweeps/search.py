@@ -47,7 +47,9 @@ from sweeps.searching.study import (
     takes,
 )
 from sweeps.session import Session, check_kind, naming_faults
+from tracking.access import private_files, write_for
 from tracking.address import store_address
+from tracking.arguments import check_writable
 from tracking.store import Store
 
 GOALS: dict[str, dict[str, list[str]]] = {
@@ -66,10 +68,13 @@ GOALS: dict[str, dict[str, list[str]]] = {
 METRICS = ("loss/val", "loss/probe", "loss/train")
 
 
+@private_files()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code, as sweeps.launch.exit_code."""
     try:
-        return search(*command_line(argv), make_console())
+        args, given = command_line(argv)
+        write_for(args.runs_dir)
+        return search(args, given, make_console())
     except (InputError, Fault, KeyboardInterrupt) as error:
         return exit_code(error)
 
@@ -175,6 +180,7 @@ def search(args: argparse.Namespace, given: Mapping[str, Sequence[str]], console
         check_kind(sweep_run, is_search=True)
         if sweep_run and read_interim_plan(store, sweep_run):
             raise InputError(f"sweep {name} is run with --until-decided: take another --name")
+        check_writable(runs_dir, args.share)
         with Session(
             name, runs_dir, store, console, measures=not args.no_estimate, waits=args.wait
         ) as session:

@@ -66,7 +66,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
         base = base.parent  # the folder of the session, which its processes share
     for variable, name in (("GPTCORE_CACHE", "cache"), ("GPT_SWEEPS_TEST_SHARED", "shared")):
         folder = base / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         os.environ[variable] = str(folder)
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     os.environ.pop("GPTCORE_CORPORA", None)

@@ -130,7 +130,7 @@ def test_a_cluster_of_another_version_is_told_from_ours(started):
     assert "this command Ray 2.0.0 and Python " in started["other_version"]
 
 
-@pytest.mark.parametrize("address", ["head", "ray://head:10001", "head:port", ":6379/x"])
+@pytest.mark.parametrize("address", ["auto", "head", "ray://head:10001", "head:port", ":6379/x"])
 def test_what_is_no_address_of_a_cluster_is_refused(address):
     with pytest.raises(InputError, match="is not the address of a Ray cluster: RAY_ADDRESS takes"):
         check_cluster(address)

@@ -122,14 +122,21 @@ def cut_short(tokens):
 
 
 def change_a_token(tokens):
-    return tokens[:-2] + bytes([tokens[-2] ^ 1, tokens[-1]])
+    middle = len(tokens) // 2
+    return tokens[:middle] + bytes([tokens[middle] ^ 1]) + tokens[middle + 1 :]
+
+
+def without_a_digest(tokens):
+    return tokens[:-32]
 
 
 def not_an_array(tokens):
     return b"x" * len(tokens)
 
 
-@pytest.mark.parametrize("damage", [emptied, cut_short, change_a_token, not_an_array])
+@pytest.mark.parametrize(
+    "damage", [emptied, cut_short, change_a_token, without_a_digest, not_an_array]
+)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_a_damaged_cache_of_tokens_is_made_anew(empty_cache, damage, tokenizer):
     config = CorpusConfig(name="pydocs", tokenizer=tokenizer)

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ray
@@ -71,11 +72,6 @@ def test_ray_prints_what_a_dead_worker_took_with_it_by_a_function_that_can_be_si
     assert ray._private.worker.print_to_stdstream("anything", key="value") is None, says
 
 
-def test_ray_finds_the_cluster_that_was_started_here(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert private_api.started_cluster() is None, changed("ray", "find_bootstrap_address")
-
-
 def test_ray_says_what_versions_a_cluster_has():
     """What it answers is tried on a real cluster in test_cluster.py."""
     asked = inspect.signature(usage.usage_lib.get_cluster_metadata).parameters
@@ -120,6 +116,15 @@ def test_ray_has_a_provider_for_aws_with_the_hooks_that_ours_overrides():
         assert isinstance(inspect.getattr_static(provider, hook), staticmethod), changed(
             "ray", f"AWSNodeProvider.{hook}"
         )
+
+
+def test_ray_keeps_its_ssh_connections_in_a_folder_of_this_name():
+    command_runner = pytest.importorskip("ray.autoscaler._private.command_runner")
+    runner = command_runner.SSHCommandRunner(
+        "", "node", None, {"ssh_user": "me"}, "cluster", subprocess, False
+    )
+    folder = Path(runner.ssh_control_path).parent
+    assert folder == private_api.ssh_folder(), changed("ray", "ssh_control_path")
 
 
 def test_tune_keeps_the_errors_of_a_trial_in_a_file():

@@ -251,6 +251,7 @@ def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monke
         assert told.read_text() == (
             f"export GPT_SWEEPS_RUNS_DIR={tmp_path}/runs\n"
             f"export MLFLOW_TRACKING_URI={uri}\nexport GPT_SWEEPS_HEAD=127.0.0.1\n"
+            "export RAY_ADDRESS=127.0.0.1:6379\n"
         )
         assert PASSWORD not in (folder / "server.log").read_text()
     finally:

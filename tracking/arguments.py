@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptcore.config import InputError
+from tracking.access import share, write_for
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,10 +87,21 @@ def runs_folder(text: str) -> Path:
     return folder
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder. Raise InputError where nothing can be written into it."""
+def check_writable(folder: Path, shared: bool = False) -> None:
+    """Make the runs folder, for this account alone or shared; one that exists stays as it is.
+
+    Args:
+        folder: the runs folder.
+        shared: whether it is opened to its group, also if it exists.
+
+    Raises:
+        InputError: nothing can be written into it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if shared:
+            share(folder)
+        write_for(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"--runs-dir {folder} cannot be written: {error.strerror}") from error

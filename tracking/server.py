@@ -38,6 +38,7 @@ import yaml
 from pyarrow.fs import FileSystem, FileType
 
 from gptcore.config import InputError
+from tracking.access import ALONE
 from tracking.address import BUCKET
 from tracking.arguments import Parser
 from tracking.health import server_answers
@@ -179,7 +180,7 @@ def serve(
             "--cors-allowed-origins", f"http://{address},http://localhost:*,http://127.0.0.1:*",
         ]  # fmt: skip
         known = {**os.environ, **SETTINGS, PASSWORD_FILE: str(password), "PYTHONPATH": str(ROOT)}
-        server = subprocess.Popen(command, env=known, cwd=ROOT, start_new_session=True)
+        server = subprocess.Popen(command, env=known, cwd=ROOT, start_new_session=True, umask=ALONE)
         try:
             # A cluster starts this server before Ray's head.
             patience, next_save = SECONDS_TO_START, time.monotonic() + SAVE_EVERY
@@ -304,6 +305,7 @@ def serve_cluster(file: Path) -> int:
         known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}
+    known["RAY_ADDRESS"] = f"{host}:{RAY_PORT}"
     FOLDER.mkdir(parents=True, exist_ok=True)
     end_server_of(FOLDER)
     command = [

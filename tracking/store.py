@@ -40,6 +40,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
+from tracking.access import share_database
 from tracking.address import StoreAddress, mask_password, sqlite_address
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
@@ -328,6 +329,7 @@ def _make_database(file: Path) -> None:
             pass  # another process was faster
         except OSError:  # a file system without hard links
             new.replace(file)
+    share_database(file)
 
 
 def _every_page(ask: Callable[[str | None], PagedList[Item]]) -> Iterator[Item]:

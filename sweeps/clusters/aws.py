@@ -23,9 +23,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NODE_KIND
 
 from gptcore.config import InputError
-from gptcore.files import JsonObject
+from gptcore.files import JsonObject, is_trusted
 from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, ClusterFile, workers, wrong_with
-from sweeps.execution.private_api import aws_node_provider
+from sweeps.execution.private_api import aws_node_provider, ssh_folder
+from sweeps.execution.ray_token import close_to_others
 
 AWSNodeProvider: Any = aws_node_provider()
 
@@ -99,6 +100,7 @@ def bootstrap(cluster_config: ClusterFile) -> JsonObject:
     for _, kind in workers(config):
         kind["node_config"]["IamInstanceProfile"] = {"Arn": profile}
     make_token()
+    check_ssh_folder()
     forget_cached(cluster)
     del provider["module"]
     provider["type"] = "aws"
@@ -231,6 +233,18 @@ def make_token() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         file.write_text(secrets.token_hex(32))
+    close_to_others(file)
+
+
+def check_ssh_folder() -> None:
+    """Raise InputError where another account could pose as the cluster to Ray's ssh."""
+    folder = ssh_folder()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or not is_trusted(folder):
+        raise InputError(
+            f"Ray keeps its ssh connections in {folder}, which another account has made or can "
+            "write: remove it, or have it removed"
+        )
 
 
 def forget_cached(cluster: str) -> None:

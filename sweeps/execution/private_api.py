@@ -6,6 +6,8 @@ one of them.
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,6 @@ from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._common.utils import get_system_memory
 from ray._private import ray_constants, services
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
-from ray._private.services import find_bootstrap_address
 from ray._private.utils import check_version_info, get_used_memory
 from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
@@ -73,15 +74,6 @@ def start_apart() -> None:
     services.ConsolePopen = _ApartPopen  # type: ignore[misc]
 
 
-def started_cluster() -> str | None:
-    """Return the address of the cluster that `ray start` made here; None where there is none.
-
-    Reason: ray.init(address="auto") would also join another sweep's own Ray, and end with it.
-    """
-    address: str | None = find_bootstrap_address(None)
-    return address
-
-
 def cluster_metadata(address: str) -> Mapping[str, object]:
     """Ask a cluster for its versions of Ray and Python; empty where it does not say.
 
@@ -107,6 +99,14 @@ def has_token() -> bool:
         return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
     except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names no file, or an empty one
         return False
+
+
+def forget_token() -> None:
+    """Have Ray read the token anew when it needs one.
+
+    Reason: it keeps the first one that this process has used, also for another Ray.
+    """
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def resources_here(object_store: int, cpus: int, memory: int | None) -> dict[str, float]:
@@ -150,6 +150,17 @@ def aws_node_provider() -> type:
 
     provider: type = AWSNodeProvider
     return provider
+
+
+def ssh_folder() -> Path:
+    """Return the folder in which Ray's commands keep their ssh connections to clusters.
+
+    Reason: Ray makes it in /tmp, and takes what is there, also where another account has made it.
+    """
+    from ray.autoscaler._private.command_runner import HASH_MAX_LENGTH
+
+    user = hashlib.sha256(getpass.getuser().encode()).hexdigest()
+    return Path(f"/tmp/ray_ssh_{user[:HASH_MAX_LENGTH]}")
 
 
 def error_text(trial: TuneTrial) -> str:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +33,7 @@ from sweeps.execution.private_api import (
     silence_workers,
     start_apart,
 )
+from sweeps.execution.ray_token import MODE, close_to_others, own_token, token_file
 from sweeps.execution.resources import (
     OBJECT_STORE,
     autoscaler_machines,
@@ -69,7 +70,7 @@ SECONDS_TO_LOCK = 60.0
 
 
 class RayFolder:
-    """The folder of Ray's sockets and logs. No other user can enter it, and it ends with Ray.
+    """The folder of Ray's sockets, logs and token. No other user can enter it; it ends with Ray.
 
     A driver that is killed leaves its folder behind. The next one removes it.
     """
@@ -127,6 +128,8 @@ def _remove_abandoned(base: Path) -> None:
 
 
 _ray_folder = RayFolder()
+_at_stop = ExitStack()
+"""What ends with the Ray that this process has started."""
 
 for chatty in CHATTY_LOGGERS:
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
@@ -134,7 +137,7 @@ silence_workers()
 
 
 def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
-    """Join the cluster that RAY_ADDRESS names or `ray start` made here, else start Ray here.
+    """Join the cluster that RAY_ADDRESS names, else start Ray here.
 
     Args:
         trials: how the trials that are to run train.
@@ -165,13 +168,17 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
         )
         listen_on_loopback()
         start_apart()
+        with contextlib.suppress(InputError):  # this Ray does not use it
+            close_to_others(token_file())
+        folder = _ray_folder.make()
+        _at_stop.enter_context(own_token(folder.parent))
         ray.init(
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE,
             num_cpus=usable_cpus(),
             _memory=memory_for_trials(),
-            _temp_dir=str(_ray_folder.make()),
+            _temp_dir=str(folder),
             **quiet,
         )
     check_devices(trials)
@@ -219,6 +226,7 @@ def await_machines(address: str, console: Console) -> None:
 def stop_ray() -> None:
     """Leave the cluster, or stop the Ray of this machine."""
     ray.shutdown()
+    _at_stop.close()
     _ray_folder.remove()
 
 
@@ -238,7 +246,9 @@ def check_cluster(address: str) -> None:
         raise InputError(
             f"the Ray cluster at {address} does not answer ({error}): {takes}"
         ) from error
-    wants_token = os.environ.get("RAY_AUTH_MODE") == "token"
+    wants_token = os.environ.get(MODE) == "token"
+    if wants_token:
+        close_to_others(token_file())
     if wants_token and not has_token():
         raise InputError(
             "RAY_AUTH_MODE is token, but this account has no token: copy the cluster's token to "

@@ -14,7 +14,7 @@ import yaml
 
 from gptcore.config import TrialConfig
 from sweeps.execution.limits import memory_limit, usable_cpus
-from sweeps.execution.private_api import memory_seen, resources_here, started_cluster
+from sweeps.execution.private_api import memory_seen, resources_here
 
 Resources = Mapping[str, float]
 """By Ray's name of a resource (CPU, GPU, memory in bytes) how much of it there is or is needed."""
@@ -33,12 +33,13 @@ HEADROOM = 1.1
 
 
 def cluster_address() -> str | None:
-    """Return HOST:PORT of the cluster to join, as ray.init() finds it; None where there is none."""
+    """Return what RAY_ADDRESS names, the cluster to join; None for a Ray of our own.
+
+    Ray itself would also join what a file in /tmp/ray names. Every account can write that file, and
+    what a cluster answers is unpickled here.
+    """
     named = os.environ.get("RAY_ADDRESS")
-    if named == "auto":
-        named = None
-    address = named or started_cluster()
-    return None if address == "local" else address
+    return None if named in (None, "", "local") else named
 
 
 def live_machines() -> list[dict[str, float]]:

@@ -27,6 +27,7 @@ from sweeps.execution.checkpoints import (
     save_checkpoint,
 )
 from sweeps.execution.faults import fault_of_sweep, fault_of_trial, has_lost_device
+from tracking.access import write_for
 from tracking.address import StoreAddress
 from tracking.charts import chart_points
 from tracking.health import wait_for_server
@@ -90,6 +91,7 @@ def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
     """
     recording: Recording = config["recording"]
     address, runs_dir = recording.address, recording.runs_dir
+    write_for(runs_dir)
     batch, metric = config["batch"], config.get("metric")
     batches = [[job] for job in batch] if config.get("isolate") else [batch]
     try:

@@ -33,6 +33,7 @@ from gptcore.config import (
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from sweeps.execution.trainable import Recording
+from tracking.access import share_database
 from tracking.address import sqlite_address
 from tracking.job import Job
 
@@ -178,6 +179,7 @@ def open_study(
                 reduction_factor=REDUCTION,
             ),
         )
+        share_database(file)
         # With the same seed, a study that continues would draw what it drew before.
         study.sampler = optuna.samplers.TPESampler(
             seed=len(study.get_trials(deepcopy=False)), multivariate=True, group=True
