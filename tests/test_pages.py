@@ -61,7 +61,7 @@ def make_runs(runs_dir):
     return run_id
 
 
-class Browser(requests.Session):
+class Visitor(requests.Session):
     """Somebody who asks one server. What it says is a status and a text."""
 
     def __init__(self, base):
@@ -75,20 +75,20 @@ class Browser(requests.Session):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A server; -> its links, a browser that has opened one, and the id of the run."""
+    """A server; -> its links, a visitor that has opened one, and the id of the run."""
     runs_dir = tmp_path_factory.mktemp("pages") / "runs"
     run_id = make_runs(runs_dir)
     with serving(runs_dir) as (server, links):
         link = links()[0]
-        browser = Browser(link.partition("open?")[0])
-        assert browser.get(link, timeout=30).status_code == 200
-        yield {"server": server, "links": links, "browser": browser, "run": run_id,
+        visitor = Visitor(link.partition("open?")[0])
+        assert visitor.get(link, timeout=30).status_code == 200
+        yield {"server": server, "links": links, "visitor": visitor, "run": run_id,
                "runs_dir": runs_dir}  # fmt: skip
 
 
 @pytest.fixture
-def browser(served):
-    return served["browser"]
+def visitor(served):
+    return served["visitor"]
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def another(tmp_path_factory):
     port, begun = free_port(), time.monotonic()
     with serving(runs_dir, "--port", str(port), "--name", "small") as (server, links):
         print(f"the link was there after {time.monotonic() - begun:.1f} s")
-        browser = Browser(links()[0].partition("open?")[0])
-        yield {"server": server, "links": links, "browser": browser, "run": run_id, "port": port}
+        visitor = Visitor(links()[0].partition("open?")[0])
+        yield {"server": server, "links": links, "visitor": visitor, "run": run_id, "port": port}
 
 
 def test_a_link_opens_once_and_the_next_one_is_printed(served):
@@ -124,9 +124,9 @@ def test_a_link_opens_once_and_the_next_one_is_printed(served):
     assert requests.get(links()[-1], timeout=30).status_code == 200
 
 
-def test_who_has_opened_one_may_open_it_again_and_spends_none(served, browser):
+def test_who_has_opened_one_may_open_it_again_and_spends_none(served, visitor):
     count = len(served["links"]())
-    assert browser.ask(f"open?token={'x' * 43}")[0] == 200
+    assert visitor.ask(f"open?token={'x' * 43}")[0] == 200
     assert len(served["links"]()) == count
 
 
@@ -137,23 +137,23 @@ def test_who_has_opened_one_may_open_it_again_and_spends_none(served, browser):
      "open?token=x", "open?token=%C3%A4", "../", "../health", "../version", "../open"],
 )  # fmt: skip
 @pytest.mark.parametrize("cookie", ["", "gpt-sweeps=", "gpt-sweeps=x", "gpt-sweeps=ä".encode()])
-def test_who_has_opened_none_sees_nothing(browser, path, cookie):
-    answer = requests.get(browser.base + path, headers={"Cookie": cookie}, timeout=30)
+def test_who_has_opened_none_sees_nothing(visitor, path, cookie):
+    answer = requests.get(visitor.base + path, headers={"Cookie": cookie}, timeout=30)
     assert answer.status_code == 401
     assert "ask for the link" in answer.text
 
 
-def test_a_link_of_another_start_opens_nothing(browser, another):
+def test_a_link_of_another_start_opens_nothing(visitor, another):
     theirs = urllib.parse.urlsplit(another["links"]()[0])
     for place in (f"open?{theirs.query}", f"{theirs.path}?{theirs.query}"):
-        answer = requests.get(urllib.parse.urljoin(browser.base, place), timeout=30)
+        answer = requests.get(urllib.parse.urljoin(visitor.base, place), timeout=30)
         assert answer.status_code == 401
 
 
 def test_a_folder_that_was_moved_shows_its_files(another):
-    browser = another["browser"]
-    browser.get(another["links"]()[-1], timeout=30)
-    assert browser.ask(f"get-artifact?run_id={another['run']}&path=note.txt") == (200, "a note")
+    visitor = another["visitor"]
+    visitor.get(another["links"]()[-1], timeout=30)
+    assert visitor.ask(f"get-artifact?run_id={another['run']}&path=note.txt") == (200, "a note")
 
 
 def test_it_is_at_the_port_that_was_asked_for_which_is_then_taken(another):
@@ -179,11 +179,11 @@ def test_it_listens_on_loopback_alone_and_its_secrets_are_not_among_the_processe
     [("elsewhere.example:5000", 403), ("127.0.0.1.elsewhere.example", 403), ("10.0.0.1:5000", 403),
      ("127.0.0.1:5000", 200), ("localhost:80", 200), ("localhost", 200)],
 )  # fmt: skip
-def test_a_name_that_was_made_to_point_here_is_refused(browser, host, status):
+def test_a_name_that_was_made_to_point_here_is_refused(visitor, host, status):
     """Own names are right with every port: a tunnel may have another one at its other end."""
-    cookie = "; ".join(f"{one.name}={one.value}" for one in browser.cookies)
+    cookie = "; ".join(f"{one.name}={one.value}" for one in visitor.cookies)
     answer = requests.get(
-        f"{browser.base}version", headers={"Host": host, "Cookie": cookie}, timeout=30
+        f"{visitor.base}version", headers={"Host": host, "Cookie": cookie}, timeout=30
     )
     assert answer.status_code == status
     assert status == 200 or answer.text == "these pages are at 127.0.0.1 alone\n"
@@ -191,22 +191,22 @@ def test_a_name_that_was_made_to_point_here_is_refused(browser, host, status):
 
 @pytest.mark.parametrize("origin", ["http://127.0.0.1:1", "http://elsewhere.example", "null"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_pages_of_others_cannot_use_a_browser_that_has_opened_one(browser, origin, method):
+def test_pages_of_others_cannot_use_a_browser_that_has_opened_one(visitor, origin, method):
     """MLflow itself trusts every page of this machine, whoever serves it."""
-    status, said = browser.ask(f"{API}/experiments/search", method, headers={"Origin": origin})
+    status, said = visitor.ask(f"{API}/experiments/search", method, headers={"Origin": origin})
     assert (status, said) == (403, "a page of another site asked for this\n")
 
 
-def test_its_own_pages_look_and_tidy_up(served, browser):
-    origin = {"Origin": browser.base[: browser.base.index("/", 7)]}
-    answer = browser.ask("")
+def test_its_own_pages_look_and_tidy_up(served, visitor):
+    origin = {"Origin": visitor.base[: visitor.base.index("/", 7)]}
+    answer = visitor.ask("")
     assert answer[0] == 200
     assert "static-files/" in answer[1]
     run = {"run_id": served["run"], "key": "note", "value": "looked at"}
-    assert browser.ask(f"{API}/runs/set-tag", "POST", json=run, headers=origin)[0] == 200
-    assert "looked at" in browser.ask(f"{API}/runs/get?run_id={served['run']}")[1]
-    assert browser.ask(f"get-artifact?run_id={served['run']}&path=note.txt") == (200, "a note")
-    assert "note.txt" in browser.ask(f"{API}/artifacts/list?run_id={served['run']}")[1]
+    assert visitor.ask(f"{API}/runs/set-tag", "POST", json=run, headers=origin)[0] == 200
+    assert "looked at" in visitor.ask(f"{API}/runs/get?run_id={served['run']}")[1]
+    assert visitor.ask(f"get-artifact?run_id={served['run']}&path=note.txt") == (200, "a note")
+    assert "note.txt" in visitor.ask(f"{API}/artifacts/list?run_id={served['run']}")[1]
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_its_own_pages_look_and_tidy_up(served, browser):
         (f"static-files/%2e%2e/{API}/experiments/create", "POST", {"name": "x"}),
     ],
 )
-def test_what_could_reach_other_files_and_machines_is_refused(browser, path, method, asked):
-    status, said = browser.ask(path, method, json=asked)
+def test_what_could_reach_other_files_and_machines_is_refused(visitor, path, method, asked):
+    status, said = visitor.ask(path, method, json=asked)
     assert status == 403
     assert "these pages rename, tag, delete and restore runs and experiments" in said
 
 
-def test_only_files_of_runs_are_shown(served, browser, tmp_path):
+def test_only_files_of_runs_are_shown(served, visitor, tmp_path):
     """A database and a folder made by somebody else, who wants the pages to show other files."""
     (tmp_path / "secret").write_text("a secret")
     run, artifacts = served["run"], served["runs_dir"] / "artifacts"
@@ -262,12 +262,12 @@ def test_only_files_of_runs_are_shown(served, browser, tmp_path):
         for path in ("secret", "link", "linked/secret", "passwd", "../mlflow.db", "/etc/passwd",
                      "..%2F..%2F..%2Fmlflow.db", "%252e%252e/mlflow.db",
                      "file:///etc/passwd"):  # fmt: skip
-            status, said = browser.ask(f"get-artifact?run_id={name}&path={path}")
+            status, said = visitor.ask(f"get-artifact?run_id={name}&path={path}")
             assert status >= 400, (name, path, said)
         for path in ("", "..", "linked"):
-            status, said = browser.ask(f"{API}/artifacts/list?run_id={name}&path={path}")
+            status, said = visitor.ask(f"{API}/artifacts/list?run_id={name}&path={path}")
             assert not re.search(r"passwd|secret|mlflow\.db", said), (name, path, said)
-    assert browser.ask(f"get-artifact?run_id={run}&path=note.txt") == (200, "a note")
+    assert visitor.ask(f"get-artifact?run_id={run}&path=note.txt") == (200, "a note")
 
 
 def test_a_sweep_that_was_renamed_in_mlflow_is_found(tmp_path):
