@@ -107,7 +107,7 @@ def build_report(
         for claim, found in findings.specifications.items()
     }
     frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
-    page = render(sweep, frames, findings, shown)
+    page = render(sweep, frames, findings, shown, runs_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -162,6 +162,7 @@ def render(
     frames: Mapping[str, pl.DataFrame],
     findings: Findings,
     shown: Sequence[str],
+    runs_dir: Path,
 ) -> str:
     """Return the page: one HTML file that needs no other file."""
     charts = drawn(frames)
@@ -193,7 +194,9 @@ def render(
         claims={name: CLAIMS[name] for name in shown},
         say_outcome=say_outcome,
         say_interim=say_interim,
-        mlflow_command=sweep.store.address.mlflow_command(),
+        mlflow_command=sweep.store.address.mlflow_command(
+            runs_dir, sweep.sweep_runs[0].data.tags["sweep"]
+        ),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

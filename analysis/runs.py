@@ -42,7 +42,7 @@ class RunTables:
     name: str  # the names of several sweeps are joined by " + "
     notes: tuple[str, ...]
     commands: tuple[str, ...]  # that made the sweeps
-    pages: tuple[str, ...]  # addresses of MLflow's charts of the sweeps
+    pages: tuple[str, ...]  # addresses of a tracking server's charts of the sweeps
     claims_digest: str | None
     """Digest of the claims before the first trial. None where sweeps differ in it, and for trials
     that were chosen, joined or changed in view of results."""
@@ -157,7 +157,9 @@ def read_sweeps(
             ),
         ),
         commands=tuple(plan.command for plan in plans),
-        pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps),
+        pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps)
+        if store.address.is_server
+        else (),
         claims_digest=digests.pop() if len(digests) == 1 and not chosen else None,
         trials=trials.with_columns(
             status=pl.when(pl.col("trial_key").is_in(list(unreadable)))

@@ -9,37 +9,25 @@ into docs/pictures. The report's list of contents is left out, so that the verdi
 picture.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# The checkout's root, not its docs/, is where imports start.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import requests
 from playwright.sync_api import sync_playwright
-
-from tracking.address import StoreAddress
-from tracking.store import Store
 
 PICTURES = Path(__file__).parent / "pictures"
 WIDTH = 980
 """Pixels of a picture of the report."""
 MOST_BYTES = 300_000
 """Of one picture: everybody who clones the repository has to fetch it."""
-SECONDS_TO_START = 120.0
 
 
 def main() -> int:
@@ -59,8 +47,8 @@ def main() -> int:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         picture_report(browser, report)
-        with mlflow_server(args.runs_dir.resolve()) as address:
-            picture_mlflow(browser, address, args.name)
+        with served_pages(args.runs_dir.resolve(), args.name) as link:
+            picture_mlflow(browser, link)
     too_large = [file for file in PICTURES.glob("*.png") if file.stat().st_size > MOST_BYTES]
     for file in sorted(PICTURES.glob("*.png")):
         print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
@@ -85,13 +73,10 @@ def picture_report(browser: Any, report: Path) -> None:
     page.close()
 
 
-def picture_mlflow(browser: Any, address: str, name: str) -> None:
+def picture_mlflow(browser: Any, link: str) -> None:
     """Picture the page that MLflow shows of a sweep."""
-    store = Store(StoreAddress(address))
-    experiment = store.client.get_experiment_by_name(name)
-    assert experiment, f"there is no sweep {name}"
     page = browser.new_page(viewport={"width": 1280, "height": 960})
-    page.goto(store.address.chart_page(experiment.experiment_id))
+    page.goto(link)
     page.get_by_text("What the claims are about").wait_for(timeout=60_000)
     for label in ("Hide banner", "Close", "Toggle sidebar"):  # what MLflow has around the page
         button = page.locator(f"button[aria-label='{label}']").first
@@ -105,35 +90,19 @@ def picture_mlflow(browser: Any, address: str, name: str) -> None:
 
 
 @contextmanager
-def mlflow_server(runs_dir: Path) -> Iterator[str]:
-    """Serve the MLflow database of a runs folder. Yield the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    database = f"sqlite:///{runs_dir / 'mlflow.db'}"
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", database,
-    ]  # fmt: skip
-    quiet = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(
-        command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+def served_pages(runs_dir: Path, name: str) -> Iterator[str]:
+    """Serve MLflow's pages of a sweep. Yield the link that opens them."""
+    command = [sys.executable, "-m", "tracking.pages", "--runs-dir", str(runs_dir), "--name", name]
+    checkout = Path(__file__).resolve().parents[1]
+    server = subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while True:
-            try:
-                requests.get(f"{address}/health", timeout=5).raise_for_status()
-                break
-            except requests.RequestException:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-        yield address
+        assert server.stdout
+        links = (line.strip() for line in server.stdout if line.startswith("  http"))
+        link = next(links, "")
+        assert link, f"there are no pages of sweep {name}"
+        yield link
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        server.send_signal(signal.SIGINT)
         server.wait()
 
 

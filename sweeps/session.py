@@ -302,9 +302,17 @@ class Session:
         if report:
             self.report()
         address = self.store.address
-        self.console.print(f"MLflow: {address.mlflow_command()}", soft_wrap=True)
-        page = address.chart_page(self.sweep_run.experiment_id)
-        self.console.print(f"  then open {page}", soft_wrap=True)
+        command = address.mlflow_command(self.runs_dir, self.name)
+        self.console.print(f"MLflow: {command}", soft_wrap=True)
+        if address.is_server:
+            page = address.chart_page(self.sweep_run.experiment_id)
+            then = f"then open {page}"
+        else:
+            then = (
+                "prints a link that opens this sweep once: a plain `mlflow ui` would be open to "
+                "every account of this machine"
+            )
+        self.console.print(f"  {then}", soft_wrap=True)
         return self.end(failed)
 
     def stop(self, left: int | None = None) -> int:

@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 from sweeps import search
 from sweeps.launch import main
 from sweeps.presets import PRESETS
+from tracking import pages
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.png"))
@@ -24,6 +25,7 @@ MOST_LINES, MOST_WORDS, MOST_BYTES = 130, 60, 300_000
 NOT_RUN = {
     "README.md": ["needs an AWS account"],
     "CONTRIBUTING.md": ["needs a browser and a finished sweep"],
+    "docs/sweeps.md": ["needs another machine"],
     "docs/cluster.md": [
         "needs an AWS account", "needs a cluster", "needs several machines", "needs a cluster",
     ],
@@ -102,6 +104,14 @@ def reports(arguments: list[str]) -> None:
     assert "there is no sweep yet" in said.getvalue()
 
 
+def opens_pages(arguments: list[str]) -> None:
+    """Run the command in a folder without runs: every argument is right, and no sweep is there."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert pages.main(arguments) == 2
+    assert "there is no sweep yet" in said.getvalue()
+
+
 def click_parses(group, arguments: list[str]) -> None:
     """Check a command of a click program without running it."""
     name, *rest = arguments
@@ -148,6 +158,7 @@ CHECKS = {
     "python ~/gpt-sweeps/sweeps/init_sweep.py": sweep,
     "python sweeps/search.py": search.command_line,
     "python analysis/report.py": reports,
+    "python -m tracking.pages": opens_pages,
     "python docs/make_pictures.py": nothing,
     "python -m venv .venv": nothing,
     ". .venv/bin/activate": nothing,

@@ -317,10 +317,13 @@ def test_help_names_every_knob_and_preset(capsys):
 
 
 def test_mlflow_is_opened_by_what_is_printed():
+    folder, command = Path("/a b"), "python -m tracking.pages --runs-dir '/a b' --name 'c d'"
     file = StoreAddress("sqlite:////a b/mlflow.db")
-    assert file.mlflow_command() == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    assert file.mlflow_command(folder, "c d") == command
+    other = StoreAddress("sqlite:////e.db")
+    assert other.mlflow_command(folder, "c d") == f"MLFLOW_TRACKING_URI=sqlite:////e.db {command}"
     server = StoreAddress("http://server:5000/")
-    assert server.mlflow_command() == "http://server:5000/"
+    assert server.mlflow_command(folder, "c d") == "http://server:5000/"
     assert server.chart_page("7").startswith("http://server:5000/#/experiments/7/")
 
 

@@ -288,6 +288,12 @@ def on_laptop(lab, script, *arguments, **environment):
     )  # fmt: skip
 
 
+def password_of(lab):
+    """The password of the cluster's MLflow, as a shell of its head prints it."""
+    _, said = lab.ssh("h1", "echo PASSWORD $MLFLOW_TRACKING_PASSWORD")
+    return next(line.split()[1] for line in said.splitlines() if line.startswith("PASSWORD"))
+
+
 SWEEP = "python ~/gpt-sweeps/sweeps/init_sweep.py"
 LONG = {**WORDS, "train.steps": 600, "train.checkpoint_seconds": 1.0}
 SEEDS = range(5)
@@ -314,24 +320,27 @@ def test_what_listens_on_the_head_and_who_is_let_in(lab, cluster):
     assert at[":5000"] == [lab.address("h1")]
     assert not re.search(r":5432\s", listening)
     head = lab.address("h1")
-    asked = json.loads(on_laptop(lab, ASKS, head))
+    token = (lab.folder / "laptop" / ".ray" / "auth_token").read_text()
+    asked = json.loads(on_laptop(lab, ASKS, head, token, password_of(lab)))
     print(asked)
     assert asked == {
         "tracking": 401,
         "tracking, wrong password": 401,
+        "tracking, Ray's token": 401,
+        "tracking, its password": 200,
         "tracking, health": 200,
         "dashboard": "ConnectionError",
         "agent": 401,
         "ray": "AuthenticationError",
+        "ray, MLflow's password": "AuthenticationError",
+        "ray, its token": "joins",
     }
 
 
 ASKS = """
-import json, os, sys
+import json, os, subprocess, sys
 import requests
-head = sys.argv[1]
-os.environ["RAY_AUTH_MODE"] = "disabled"
-from ray._raylet import GcsClient
+head, token, password = sys.argv[1:]
 def ask(path, **more):
     try:
         return requests.get(f"http://{head}{path}", timeout=10, **more).status_code
@@ -340,14 +349,23 @@ def ask(path, **more):
 said = {
     "tracking": ask(":5000/"),
     "tracking, wrong password": ask(":5000/api/3.0/mlflow/server-info", auth=("gpt-sweeps", "no")),
+    "tracking, Ray's token": ask(":5000/version", auth=("gpt-sweeps", token)),
+    "tracking, its password": ask(":5000/version", auth=("gpt-sweeps", password)),
     "tracking, health": ask(":5000/health"),
     "dashboard": ask(":8265/"),
     "agent": ask(":52365/api/healthz_"),
 }
-try:
-    GcsClient(address=f"{head}:6379")
-except Exception as error:
-    said["ray"] = type(error).__name__
+joins = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+def join(**known):
+    done = subprocess.run(
+        [sys.executable, "-c", joins, f"{head}:6379"],
+        env={**os.environ, **known}, capture_output=True, text=True,
+    )
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    return "joins" if done.returncode == 0 else last.partition(":")[0].rpartition(".")[2]
+said["ray"] = join(RAY_AUTH_MODE="disabled")
+said["ray, MLflow's password"] = join(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=password)
+said["ray, its token"] = join(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
 print(json.dumps(said))
 """
 
@@ -438,7 +456,7 @@ def test_a_sweep_outlives_a_cut_cable_and_a_machine_that_is_switched_off(lab, cl
         on_laptop(
             lab, RUNS, f"http://{lab.address('h1')}:5000",
             MLFLOW_TRACKING_USERNAME="gpt-sweeps",
-            MLFLOW_TRACKING_PASSWORD=(lab.folder / "laptop" / ".ray" / "auth_token").read_text(),
+            MLFLOW_TRACKING_PASSWORD=password_of(lab),
         )
     )  # fmt: skip
     for run in runs:

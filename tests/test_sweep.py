@@ -64,7 +64,7 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
     assert findings["trials"]["finished"] == 2
     assert (runs_dir / "reports" / "e2e" / "report.html").stat().st_size > 100_000
     assert "2 of 2 finished, 0 running, 0 failed\n" in output
-    assert f"mlflow ui --backend-store-uri sqlite:///{runs_dir}/mlflow.db" in output
+    assert f"MLflow: python -m tracking.pages --runs-dir {runs_dir} --name e2e\n" in output
 
 
 @pytest.mark.browser

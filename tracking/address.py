@@ -64,22 +64,34 @@ class StoreAddress:
         place = urllib.parse.urlsplit(self.uri).netloc.rpartition("@")[2]
         return f"the tracking server at {place}"
 
-    def mlflow_command(self) -> str:
-        """Return what to type to see the store's pages, or the address of a server's pages."""
+    def mlflow_command(self, runs_dir: Path, sweep: str) -> str:
+        """Return what to type to see a sweep's pages, or the address of a server's pages."""
         if self.is_server:
             return self.masked
-        return shlex.join(["mlflow", "ui", "--backend-store-uri", self.uri])
+        folder = str(runs_dir.resolve())
+        command = ["python", "-m", "tracking.pages", "--runs-dir", folder, "--name", sweep]
+        if self.uri == default_address(runs_dir).uri:
+            return shlex.join(command)
+        return f"MLFLOW_TRACKING_URI={shlex.quote(self.masked)} {shlex.join(command)}"
 
     def chart_page(self, experiment_id: str) -> str:
-        """Return the address of MLflow's chart page, in the view of tracking.view."""
-        server = self.uri.rstrip("/") if self.is_server else "http://127.0.0.1:5000"
-        query = f"compareRunsMode=CHART&viewStateShareKey={VIEW}"
-        return f"{server}/#/experiments/{experiment_id}/runs?{query}"
+        """Return the address of a tracking server's page of charts."""
+        return f"{self.uri.rstrip('/')}/{chart_path(experiment_id)}"
+
+
+def chart_path(experiment_id: str) -> str:
+    """Return the path of an experiment's page of charts, in the view of tracking.view."""
+    return f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"
 
 
 def sqlite_address(file: Path) -> str:
     """Return the address of an SQLite file, as SQLAlchemy reads it."""
     return SQLITE + str(file.resolve()).replace("%", "%25").replace("?", "%3F")
+
+
+def default_address(runs_dir: Path) -> StoreAddress:
+    """Return the address of the SQLite file in a runs folder."""
+    return StoreAddress(sqlite_address(runs_dir.resolve() / "mlflow.db"))
 
 
 def store_address(runs_dir: Path) -> StoreAddress:
@@ -90,7 +102,7 @@ def store_address(runs_dir: Path) -> StoreAddress:
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
-        return StoreAddress(sqlite_address(runs_dir.resolve() / "mlflow.db"))
+        return default_address(runs_dir)
     if not given.startswith("sqlite"):
         return StoreAddress(given)
     path, _, options = given.removeprefix(SQLITE).partition("?")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +41,38 @@ def server_app() -> ASGIApp:
 
     Reason: a tracking server that asks for a password puts its check in front of this application.
     """
-    from mlflow.server.fastapi_app import app
+    with warnings.catch_warnings(action="ignore"):  # it uses a part of Starlette that will go
+        from mlflow.server.fastapi_app import app
 
     application: ASGIApp = app
     return application
+
+
+def pages_app(uri: str, files: Path) -> ASGIApp:
+    """Return MLflow's own ASGI application over a database. It is the only one of this process.
+
+    Reason: MLflow takes the files of a run from wherever the database says, and that can be any
+    file of the user. Here they are those of the run's folder, also where the runs were moved.
+
+    Args:
+        uri: of the database.
+        files: the folder of the runs' files, a folder for each run.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.server import handlers
+    from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def files_of(run: Run) -> LocalArtifactRepository:
+        # It lets nobody out of its folder, neither by a path nor by a link.
+        folder = files / run.info.run_id / "artifacts"
+        if not folder.resolve().is_relative_to(files.resolve()):
+            raise MlflowException(f"the files of run {run.info.run_id} are not in {files}")
+        return LocalArtifactRepository(folder.as_uri())
+
+    os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: files.as_uri()}
+    handlers._get_artifact_repo = files_of
+    return server_app()
 
 
 RUNS_WITH_TAGS = (

