@@ -11,11 +11,12 @@ Writes report.html (opens without a network), findings.json, summary.md and the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +40,9 @@ from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
+from tracking.health import store_fault
 from tracking.store import Store
+from tracking.untrusted import check_no_link, in_markdown, printable
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -99,6 +102,8 @@ def build_report(
         "-selected" * bool(where) + "-claims" * bool(claims) + "-shuffled" * (shuffle is not None)
     )
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
+    if out is None:
+        check_no_link(folder, runs_dir)
     by_run = frames_of_runs(sweep)
     findings = find(sweep, by_run)
     specified = {
@@ -141,7 +146,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
         + f" trials; {claims.standing} (claims {claims.digest}).",
         *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
-        *(f"\nNote: {note}" for note in findings.notes),
+        *(f"\nNote: {in_markdown(note)}" for note in findings.notes),
         "",
         "| claim | verdict | in general |",
         "|---|---|---|",
@@ -210,6 +215,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+@contextlib.contextmanager
+def refusing_faults(store: Store) -> Iterator[None]:
+    """Inside, raise InputError where the store fails, with a sentence that says how."""
+    try:
+        yield
+    except Exception as error:
+        if why := store_fault(error, store.address):
+            raise InputError(why) from error
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     prepare_output()
@@ -241,18 +257,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
-        folder = build_report(
-            Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
-            where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
-        )  # fmt: skip
+        store = Store(store_address(args.runs_dir))
+        with refusing_faults(store):
+            folder = build_report(
+                store, args.name, args.out, args.runs_dir,
+                where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+            )  # fmt: skip
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     try:
-        print(f"report: {folder / 'report.html'}", flush=True)
+        print(f"report: {printable(str(folder / 'report.html'))}", flush=True)
     except OSError as error:
         give_up_output()
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

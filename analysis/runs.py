@@ -19,20 +19,25 @@ from analysis.depth_gradient import STEPS
 from gptcore.config import (
     COMPARED_KNOBS,
     KNOBS,
+    LARGEST_INTEGER,
     InputError,
     Scalar,
     TrialConfig,
     did_you_mean,
 )
-from gptcore.records import PRIMARY, SCHEMA_VERSION
+from gptcore.records import PRIMARY, SCHEMA_VERSION, TABLES
 from tracking.store import Store, named_runs, say_incomplete, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
+from tracking.tables import may_be_null, schema_of
+from tracking.untrusted import PLAIN, check_no_link, one_line
 
 DOWNLOADS = 16
 """How many tables are fetched from a server at the same time."""
 
-UNREADABLE = (OSError, pl.exceptions.PolarsError)
-"""Errors of reading a table that is damaged or missing."""
+UNREADABLE = (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""Errors of reading a table that is damaged or missing, or not one of ours."""
+LARGEST = 1e100
+"""No number of a trial is larger, unless it is infinite: larger ones have no squares."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +136,9 @@ def read_sweeps(
         condition = f" for which {where}" if where else ""
         raise InputError(f"sweep {name} has no finished trials yet{condition}")
     folders = {key: store.folder_of(runs[key]) or cache / runs[key].info.run_id for key in finished}
+    for folder in folders.values():
+        if folder.parent == cache:
+            check_no_link(folder, cache)
     _fetch_all(store, cache, READ, folders)
     tables, unreadable = read_tables(READ, folders)
     if not tables:
@@ -248,7 +256,7 @@ def _fetch(store: Store, folder: Path, table: str) -> None:
             return
         try:
             pl.read_parquet_metadata(Path(scratch, name))
-        except pl.exceptions.PolarsError:
+        except UNREADABLE:
             return
         Path(scratch, name).replace(folder / name)
 
@@ -307,13 +315,17 @@ def read_tables(
     unreadable: dict[str, str] = {}
     try:
         return {table: read_table(table, rows, folders) for table, rows in what.items()}, {}
+    except InputError:
+        raise
     except UNREADABLE:
         for key, folder in folders.items():
             try:
                 for table, rows in what.items():
                     read_table(table, rows, {key: folder})
             except UNREADABLE as error:
-                why = str(error).splitlines()[0]
+                if isinstance(error, InputError):
+                    raise
+                why = one_line((str(error) or type(error).__name__).splitlines()[0])
                 if isinstance(error, FileNotFoundError):
                     why += " (a run older than this table: --redo runs the trial again)"
                 unreadable[key] = f"{table} cannot be read: {why}"
@@ -334,12 +346,36 @@ def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFr
                 f"{SCHEMA_VERSION}"
             )
     # One scan over all files: reading them one by one would take most of the time of a report.
-    read = rows(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
+    read = rows(
+        pl.scan_parquet(list(keys), schema=schema_of(TABLES[table]), include_file_paths="file")
+    ).collect()
+    _check_values(table, read)
     # Rows of one file follow one another, so each path is translated to its trial key only once.
     files = read["file"]
     firsts = files.filter(files.ne_missing(files.shift()))
     trial_key = pl.Series("trial_key", [keys[file] for file in firsts], pl.String)
     return read.drop("file").insert_column(0, trial_key.gather(files.rle_id()))
+
+
+def _check_values(table: str, read: pl.DataFrame) -> None:
+    """Check what a table holds, which may be shown. Its columns have the right types.
+
+    Raises:
+        ValueError: a text is none of ours, a number cannot be one, or a number is missing.
+    """
+    needed = [name for name in read.columns if not may_be_null(TABLES[table], name)]
+    for column in read.drop("file").iter_columns():
+        name, kind = column.name, column.dtype
+        if column.has_nulls() and name in needed:
+            raise ValueError(f"the column {name} lacks values")
+        if kind == pl.String and not column.unique().str.contains(f"^{PLAIN}$").all():
+            raise ValueError(f"the column {name} has a text that is none of ours")
+        largest = LARGEST_INTEGER if kind.is_integer() else LARGEST
+        if (
+            kind.is_numeric()
+            and not (column.is_between(-largest, largest) | ~column.is_finite()).all()
+        ):
+            raise ValueError(f"the column {name} has a number that none can be")
 
 
 def read_some(

@@ -24,6 +24,7 @@ from mlflow.entities import Run
 from gptcore.config import InputError
 from sweeps.execution.checkpoints import with_checkpoint
 from tracking.store import DONE, Store, TrialStatus, trial_status
+from tracking.untrusted import check_no_link
 
 EntryStatus = TrialStatus | Literal["cut off"]
 """Also `cut off`: the trial's run is RUNNING, and no driver works on it."""
@@ -109,6 +110,7 @@ def sweep_lock(runs_dir: Path, sweep: str) -> Iterator[None]:
     """
     file = _lock_file(runs_dir, sweep)
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_no_link(file, runs_dir)
     with file.open("a+", encoding="utf-8") as lock:
         while True:
             try:

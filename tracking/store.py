@@ -17,8 +17,8 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
@@ -39,9 +39,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
-from tracking.address import StoreAddress, mask_password, sqlite_address
+from tracking.address import DATABASES, StoreAddress, mask_password, sqlite_address
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
+from tracking.places import Client, check_place, folder_of
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
+from tracking.untrusted import NAME_TAKES, is_run_id, is_sweep_name, one_line
 
 Item = TypeVar("Item")
 
@@ -51,8 +53,12 @@ DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
+LARGEST_JSON = 2**28
+"""Bytes of a plan; one of 10,000 trials has 20 million."""
 PAGE = 1000
 """Runs or experiments that one request asks for."""
+MOST_PAGES = 10_000
+"""Pages of one answer: a server that names a next page for ever is not followed."""
 EXPERIMENTS_A_REQUEST = 500
 """Experiments that one request looks into."""
 MADE_BY = {"made_by": "gpt-sweeps"}
@@ -80,7 +86,7 @@ class Store:
     @functools.cached_property
     def client(self) -> MlflowClient:
         """MLflow's client, which waits for a server that does not answer."""
-        return MlflowClient(self.address.uri)
+        return Client(self.address.connection, self._place_of)
 
     def open(self) -> None:
         """Check once that the store answers; make the SQLite file where there is none.
@@ -99,8 +105,8 @@ class Store:
             # MLflow's client would go on trying for minutes.
             if address.is_server:
                 check_server(address.uri)
-            elif address.uri.startswith(("postgresql", "mysql", "mssql")):
-                engine = create_engine(address.uri)
+            elif address.uri.startswith(DATABASES):
+                engine = create_engine(address.connection)
                 engine.connect().close()
                 engine.dispose()
             self.client.search_experiments(max_results=1)
@@ -124,6 +130,7 @@ class Store:
                     ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=page
                 )
             )
+            if experiment.experiment_id.isdecimal()
         ]
 
     def open_experiment(
@@ -133,14 +140,14 @@ class Store:
 
         Args:
             name: of the sweep. Its experiment may have been renamed in MLflow.
-            runs_dir: a new experiment of an SQLite store keeps its files in there; a server keeps
-                them in its own folder.
+            runs_dir: a new experiment of a database keeps its files in there; a server keeps them
+                in its own folder.
             tags: set on the experiment; its other tags stay.
 
         Raises:
             InputError: the experiment was deleted, or its files cannot be reached from here.
         """
-        own = runs_dir.resolve() / "artifacts" if self.address.database else None
+        own = None if self.address.is_remote else runs_dir.resolve() / "artifacts"
         if own and self.address.database == own.parent / "mlflow.db":
             move_artifacts(self.address.uri, own)
         sweep_run = self.sweep_runs().get(name)
@@ -158,8 +165,8 @@ class Store:
                 f"sweep {name} was deleted in MLflow: restore it there or take another --name"
             )
         else:
-            _check_location(name, experiment, own)
             experiment_id = experiment.experiment_id
+        self._check_location(name, experiment or self.client.get_experiment(experiment_id), own)
         for tag, value in (tags or {}).items():
             self.client.set_experiment_tag(experiment_id, tag, value)
         return experiment_id
@@ -170,7 +177,7 @@ class Store:
         Params and metrics are left out where the store is an SQLite file.
         """
         if self.address.database:
-            return runs_in_database(self.address.uri, self.experiment_ids(), kind)
+            return _known(runs_in_database(self.address.uri, self.experiment_ids(), kind))
         return self.search(f"tags.kind = '{kind}'")
 
     def search(self, condition: str, experiment_id: str | None = None) -> list[Run]:
@@ -194,14 +201,17 @@ class Store:
                     page_token=page,
                 )
             )
-        return sorted(found, key=lambda run: -run.info.start_time)
+        return sorted(_known(found), key=lambda run: -run.info.start_time)
 
     def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
         """Return the run that counts of a kind (trial, sweep) with the given tags.
 
         It has its params and metrics too.
         """
-        clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
+        wanted = {"kind": kind, **tags}
+        if not all(re.fullmatch(r"[\w. -]+", value) for value in wanted.values()):
+            raise InputError(f"no {kind} has the tags {tags}")  # they would be read as a condition
+        clauses = [f"tags.{name} = '{value}'" for name, value in wanted.items()]
         found = self._complete(kind, self.search(" and ".join(clauses), experiment_id))
         return next(iter(_what_counts_first(found)), None)
 
@@ -238,17 +248,49 @@ class Store:
         return complete
 
     def folder_of(self, run: Run) -> Path | None:
-        """Return the folder of a run's files where this machine has it; None for one on a server.
+        """Return the folder of a run's files on this machine; None for files on a server.
 
-        The files lie below the folder of an SQLite store, even where the store says otherwise,
-        because the folder was moved.
+        Raises:
+            InputError: the store has them where nothing is read or written.
         """
-        if database := self.address.database:
-            own: Path = database.parent / "artifacts" / run.info.run_id / "artifacts"
-            if own.is_dir():
-                return own
-        place = urllib.parse.urlsplit(run.info.artifact_uri)
-        return Path(urllib.parse.unquote(place.path)) if place.scheme == "file" else None
+        return None if self.address.is_remote else folder_of(run, self.address)
+
+    def _place_of(self, run_id: str) -> str:
+        """Return the address of a run's files. Raises InputError where it is not to be used."""
+        run = self.client.get_run(run_id)
+        if folder := self.folder_of(run):
+            return folder.as_uri()
+        location: str = run.info.artifact_uri
+        check_place(location, self.address, self._default_location)
+        return location
+
+    def _default_location(self) -> str | None:
+        """Return where a server keeps files unless an experiment says otherwise."""
+        try:
+            location: str = self.client.get_experiment("0").artifact_location
+        except MlflowException:
+            return None
+        return location
+
+    def _check_location(self, name: str, experiment: Experiment, own: Path | None) -> None:
+        """Check that an experiment keeps its files where they will be looked for.
+
+        Args:
+            name: of the sweep.
+            experiment: that has this name.
+            own: where a database keeps them; None for a server.
+
+        Raises:
+            InputError: they are kept elsewhere.
+        """
+        location = experiment.artifact_location
+        if own is None:
+            check_place(location, self.address, self._default_location)
+        elif location != own.as_uri():
+            raise InputError(
+                f"the experiment {name} of the tracking store keeps its files at {location}, not "
+                f"at {own}: take another --name"
+            )
 
     def read_json(self, run: Run, name: str) -> JsonObject:
         """Read the object of a JSON file that a sweep's own run holds.
@@ -260,15 +302,20 @@ class Store:
             folder = self.folder_of(run)
             if folder is None and self.fetch(run.info.run_id, name, Path(scratch)):
                 folder = Path(scratch)
-            if folder is None or not (folder / name).exists():
+            if folder is None or not (folder / name).is_file():
                 raise InputError(
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{folder or run.info.artifact_uri}: put it there, or take another --name"
                 )
+            file = folder / name
             try:
-                contents: JsonObject = json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise damaged_file(folder / name, error) from error
+                if file.stat().st_size > LARGEST_JSON:
+                    raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+                contents: JsonObject = json.loads(file.read_text())
+                if not isinstance(contents, dict):
+                    raise TypeError("it holds no object")
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise damaged_file(file, error) from error
             return contents
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
@@ -323,11 +370,23 @@ def _make_database(file: Path) -> None:
 def _every_page(ask: Callable[[str | None], PagedList[Item]]) -> Iterator[Item]:
     """Yield what all pages of an answer hold. `ask` takes the token that the page before gave."""
     page = None
-    while True:
+    for _ in range(MOST_PAGES):
         found = ask(page)
         yield from found
         if not (page := found.token):
             return
+    raise InputError(f"the tracking store has more than {MOST_PAGES:,} pages of runs")
+
+
+def _known(runs: Iterable[Run]) -> list[Run]:
+    """Leave out runs whose id is none of MLflow's. Make the tags fit to be shown that are."""
+    known = [run for run in runs if is_run_id(run.info.run_id)]
+    for tags in (run.data.tags for run in known):
+        if "reason" in tags:
+            tags["reason"] = one_line(tags["reason"])
+        if not is_sweep_name(tags.get("sweep", "x")):
+            tags["sweep"] = tags["sweep"].encode("unicode_escape").decode()  # no name either
+    return known
 
 
 def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
@@ -352,6 +411,8 @@ def _is_readable(tag: str, value: str | None) -> bool:
     """Return whether a tag is there, and a number if it has to be one."""
     if tag == "trial_status":
         return value in STATUSES
+    if tag == "sweep":
+        return value is not None and is_sweep_name(value)
     if value is None or tag != "launched":
         return value is not None
     try:
@@ -363,37 +424,14 @@ def _is_readable(tag: str, value: str | None) -> bool:
 def say_incomplete(run: Run) -> str:
     """Say which tags a run lacks, and what to do."""
     lacking = _lacking(run, run.data.tags["kind"])
-    return (
-        f"run {run.info.run_id} ({run.info.run_name or run.data.tags['kind']}) has no usable tag "
-        f"{' and '.join(lacking)}, so it is left out: set the tag in MLflow, or run the sweep "
-        "again, which makes a new run"
+    name = one_line(run.info.run_name or run.data.tags["kind"])
+    said = (
+        f"run {run.info.run_id} ({name}) has no usable tag {' and '.join(lacking)}, so it is left "
+        "out: set the tag in MLflow, or run the sweep again, which makes a new run"
     )
-
-
-def _check_location(name: str, experiment: Experiment, own: Path | None) -> None:
-    """Check that the files of an experiment that exists are kept where they will be looked for.
-
-    Args:
-        name: of the sweep.
-        experiment: that has this name.
-        own: where an SQLite store keeps them; None for another store.
-
-    Raises:
-        InputError: they are kept elsewhere.
-    """
-    location = experiment.artifact_location
-    place = urllib.parse.urlsplit(location)
-    if own:
-        is_usable = location == own.as_uri()
-    else:  # a folder may be one that this machine shares with the server
-        folder = Path(urllib.parse.unquote(place.path))
-        is_usable = place.scheme not in ("", "file") or os.access(folder, os.W_OK)
-    if not is_usable:
-        raise InputError(
-            f"the experiment {name} of the tracking store keeps its files at {location}"
-            + (f", not at {own}" if own else ", which this machine cannot write to")
-            + ": take another --name"
-        )
+    if "sweep" in lacking and (given := run.data.tags.get("sweep")) is not None:
+        said += f" (sweep is {given[:100]}: it takes {NAME_TAKES})"
+    return said
 
 
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""Where the files of runs may lie, whatever a store says of them.
+
+A store names a place for the files of each run. It may have been copied from somebody else, or many
+people may write to it, so that word is not taken for everything: otherwise it would choose where
+this machine writes, and which of its files are read.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from gptcore.config import InputError
+from tracking.address import StoreAddress, bucket
+from tracking.untrusted import check_no_link, is_run_id
+
+BUCKETS = ("s3", "gs", "abfss", "wasbs")
+"""The schemes of addresses of buckets."""
+
+
+class Client(MlflowClient):
+    """MLflow's client, whose files go where `place_of` says and not where the store says."""
+
+    def __init__(self, uri: str, place_of: Callable[[str], str]) -> None:
+        """Connect to a store.
+
+        Args:
+            uri: its address.
+            place_of: returns the address of the files of a run, by its id.
+        """
+        super().__init__(uri)
+        self._place_of = place_of
+        self._repositories: dict[str, ArtifactRepository] = {}
+
+    def _files(self, run_id: str) -> ArtifactRepository:
+        # It is asked for once: a server might give another answer the next time.
+        if run_id not in self._repositories:
+            self._repositories[run_id] = get_artifact_repository(
+                self._place_of(run_id), tracking_uri=self.tracking_uri
+            )
+        return self._repositories[run_id]
+
+    def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        """Copy a file to the files of a run."""
+        self._files(run_id).log_artifact(local_path, artifact_path)
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        """Copy the files of a folder to those of a run."""
+        self._files(run_id).log_artifacts(local_dir, artifact_path)
+
+    def list_artifacts(self, run_id: str, path: str | None = None) -> list[Any]:
+        """List the files of a run."""
+        return list(self._files(run_id).list_artifacts(path))
+
+    def download_artifacts(self, run_id: str, path: str, dst_path: str | None = None) -> str:
+        """Copy a file of a run into a folder of this machine."""
+        return str(self._files(run_id).download_artifacts(path, dst_path))
+
+
+def folder_of(run: Run, address: StoreAddress) -> Path:
+    """Return the folder of a run's files, which is on this machine.
+
+    Where the files are, they are found, even if the store says otherwise, because the folder was
+    moved or copied.
+
+    Raises:
+        InputError: the store has them anywhere else, or by way of a link.
+    """
+    if not is_run_id(run.info.run_id):
+        raise InputError(f"{run.info.run_id} is not the id of a run of MLflow")
+    run_id: str = run.info.run_id
+    places = {one / run_id / "artifacts": one for one in address.folders}
+    found = [place for place in places if place.is_dir()] or [
+        place for place in places if place.as_uri() == run.info.artifact_uri
+    ]
+    if not found:
+        raise InputError(
+            f"run {run.info.run_id} keeps its files at {run.info.artifact_uri}, and those of this "
+            f"store are read and written below {' and '.join(map(str, address.folders))} alone: "
+            "move them there, or name their folder by --runs-dir"
+        )
+    check_no_link(found[0], places[found[0]].parent)
+    return found[0]
+
+
+def check_place(location: str, address: StoreAddress, default: Callable[[], str | None]) -> None:
+    """Check that files may go to where a server says.
+
+    That is through the server itself, or into its bucket. Anywhere else the server, and everyone
+    who can make an experiment there, would choose a file of this machine, or who is sent the
+    password.
+
+    Args:
+        location: of an experiment or of a run.
+        address: of the server.
+        default: returns where the server keeps the files of an experiment that names no place.
+
+    Raises:
+        InputError: the place is neither.
+    """
+    place, server = _split(location), _split(address.uri)
+    if place.scheme == "mlflow-artifacts":
+        is_own = place.netloc in ("", server.netloc)
+    elif place.scheme in BUCKETS:
+        ours = [_split(one) for one in (bucket(), default()) if one]
+        is_own = place[:2] in [one[:2] for one in ours]
+    else:
+        is_own = place[:2] == server[:2] and address.is_server
+    if not is_own:
+        raise InputError(
+            f"{address.server} keeps files at {location}, where this machine writes and reads "
+            "nothing: they have to go through the server (`mlflow server --artifacts-destination`) "
+            "or into its bucket"
+        )
+
+
+def _split(location: str) -> urllib.parse.SplitResult:
+    """Split an address; one that is none has no scheme."""
+    try:
+        return urllib.parse.urlsplit(location)
+    except ValueError:
+        return urllib.parse.SplitResult("", "", location, "", "")
