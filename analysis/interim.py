@@ -29,7 +29,8 @@ from analysis.power import least_seeds
 from analysis.runs import RunTables
 from analysis.verdicts import Finding
 from gptcore.files import JsonObject
-from tracking.store import Store, damaged_file
+from tracking.places import damaged_file
+from tracking.store import Store
 from tracking.untrusted import is_plain, one_line
 
 INTERIM_FILE = "looks.json"

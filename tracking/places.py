@@ -1,4 +1,4 @@
-"""Where the files of runs may lie, whatever a store says of them.
+"""Where the files of runs may lie, whatever a store says of them, and the objects in them.
 
 A store names a place for the files of each run. It may have been copied from somebody else, or many
 people may write to it, so that word is not taken for everything: otherwise it would choose where
@@ -7,6 +7,7 @@ this machine writes, and which of its files are read.
 
 from __future__ import annotations
 
+import json
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,14 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from gptcore.config import InputError
+from gptcore.files import JsonObject
 from tracking.address import StoreAddress, bucket
 from tracking.untrusted import check_no_link, is_run_id
 
 BUCKETS = ("s3", "gs", "abfss", "wasbs")
 """The schemes of addresses of buckets."""
+LARGEST_JSON = 2**28
+"""Bytes of a plan; one of 10,000 trials has 20 million."""
 
 
 class Client(MlflowClient):
@@ -127,3 +131,24 @@ def _split(location: str) -> urllib.parse.SplitResult:
         return urllib.parse.urlsplit(location)
     except ValueError:
         return urllib.parse.SplitResult("", "", location, "", "")
+
+
+def read_object(file: Path) -> JsonObject:
+    """Read the object of a JSON file. Raises InputError where it holds something else."""
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        contents = json.loads(file.read_text())
+        if not isinstance(contents, dict):
+            raise TypeError("it holds no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged_file(file, error) from error
+    return contents
+
+
+def damaged_file(file: Path, why: Exception) -> InputError:
+    """Return the error for a file of a sweep's own run that cannot be understood."""
+    return InputError(
+        f"{file} is damaged ({type(why).__name__}: {why}): run the sweep's command again with all "
+        "its knobs, which writes the file anew"
+    )

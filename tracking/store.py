@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -32,7 +31,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Run, RunTag, ViewType
+from mlflow.entities import Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,7 +40,7 @@ from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
 from tracking.address import DATABASES, StoreAddress, mask_password, sqlite_address
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
-from tracking.places import Client, check_place, folder_of
+from tracking.places import Client, check_place, folder_of, read_object
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
 from tracking.untrusted import NAME_TAKES, is_run_id, is_sweep_name, one_line
 
@@ -53,8 +52,6 @@ DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
-LARGEST_JSON = 2**28
-"""Bytes of a plan; one of 10,000 trials has 20 million."""
 PAGE = 1000
 """Runs or experiments that one request asks for."""
 MOST_PAGES = 10_000
@@ -72,6 +69,25 @@ NEEDED: Mapping[str, Sequence[str]] = {
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow also raises what it logs here.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def understood(ask: Callable[..., Item]) -> Callable[..., Item]:
+    """Wrap a method of a store: raise InputError where the store's answer is none of MLflow's."""
+
+    @functools.wraps(ask)
+    def asking(store: Store, *arguments: Any, **named: Any) -> Item:
+        try:
+            return ask(store, *arguments, **named)
+        except (InputError, MlflowException, OSError, SQLAlchemyError):
+            raise
+        except Exception as error:  # MLflow makes objects of whatever it is sent
+            why = one_line(str(error))[:200]
+            raise InputError(
+                f"{store.address.masked} gives an answer that is none of MLflow's "
+                f"({type(error).__name__}: {why})"
+            ) from error
+
+    return asking
 
 
 class Store:
@@ -112,15 +128,16 @@ class Store:
             self.client.search_experiments(max_results=1)
         except InputError:
             raise
-        except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:
+        except Exception as error:  # what answers may be anything
             if file and any(sqlite_code(cause) in DAMAGE for cause in causes(error)):
                 raise InputError(damaged(file, str(list(causes(error))[-1]))) from error
-            why = mask_password(str(error).strip().splitlines()[0])
+            why = mask_password(one_line(str(error).strip().partition("\n")[0]))
             raise InputError(
                 f"the tracking store {address.masked} does not answer: {why}"
             ) from error
         self._is_checked = True
 
+    @understood
     def experiment_ids(self) -> list[str]:
         """List every experiment that is not deleted."""
         return [
@@ -166,11 +183,19 @@ class Store:
             )
         else:
             experiment_id = experiment.experiment_id
-        self._check_location(name, experiment or self.client.get_experiment(experiment_id), own)
+        location = (experiment or self.client.get_experiment(experiment_id)).artifact_location
+        if own is None:
+            check_place(location, self.address, self._default_location)
+        elif location != own.as_uri():
+            raise InputError(
+                f"the experiment {name} of the tracking store keeps its files at {location}, not "
+                f"at {own}: take another --name"
+            )
         for tag, value in (tags or {}).items():
             self.client.set_experiment_tag(experiment_id, tag, value)
         return experiment_id
 
+    @understood
     def runs(self, kind: str) -> list[Run]:
         """List all runs of a kind (trial, sweep) with their tags, newest first.
 
@@ -180,6 +205,7 @@ class Store:
             return _known(runs_in_database(self.address.uri, self.experiment_ids(), kind))
         return self.search(f"tags.kind = '{kind}'")
 
+    @understood
     def search(self, condition: str, experiment_id: str | None = None) -> list[Run]:
         """List all runs that are not deleted and for which a condition holds, newest first.
 
@@ -255,6 +281,7 @@ class Store:
         """
         return None if self.address.is_remote else folder_of(run, self.address)
 
+    @understood
     def _place_of(self, run_id: str) -> str:
         """Return the address of a run's files. Raises InputError where it is not to be used."""
         run = self.client.get_run(run_id)
@@ -272,26 +299,6 @@ class Store:
             return None
         return location
 
-    def _check_location(self, name: str, experiment: Experiment, own: Path | None) -> None:
-        """Check that an experiment keeps its files where they will be looked for.
-
-        Args:
-            name: of the sweep.
-            experiment: that has this name.
-            own: where a database keeps them; None for a server.
-
-        Raises:
-            InputError: they are kept elsewhere.
-        """
-        location = experiment.artifact_location
-        if own is None:
-            check_place(location, self.address, self._default_location)
-        elif location != own.as_uri():
-            raise InputError(
-                f"the experiment {name} of the tracking store keeps its files at {location}, not "
-                f"at {own}: take another --name"
-            )
-
     def read_json(self, run: Run, name: str) -> JsonObject:
         """Read the object of a JSON file that a sweep's own run holds.
 
@@ -307,16 +314,7 @@ class Store:
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{folder or run.info.artifact_uri}: put it there, or take another --name"
                 )
-            file = folder / name
-            try:
-                if file.stat().st_size > LARGEST_JSON:
-                    raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
-                contents: JsonObject = json.loads(file.read_text())
-                if not isinstance(contents, dict):
-                    raise TypeError("it holds no object")
-            except (OSError, ValueError, TypeError, RecursionError) as error:
-                raise damaged_file(file, error) from error
-            return contents
+            return read_object(folder / name)
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
@@ -392,14 +390,6 @@ def _known(runs: Iterable[Run]) -> list[Run]:
 def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
     """Put finished runs before others, and keep the order of each."""
     return sorted(runs, key=lambda run: run.info.status != "FINISHED")
-
-
-def damaged_file(file: Path, why: Exception) -> InputError:
-    """Return the error for a file of a sweep's own run that cannot be understood."""
-    return InputError(
-        f"{file} is damaged ({type(why).__name__}: {why}): run the sweep's command again with all "
-        "its knobs, which writes the file anew"
-    )
 
 
 def _lacking(run: Run, kind: str) -> list[str]:

@@ -12,7 +12,8 @@ from mlflow.entities import Run
 
 from gptcore.config import KEY_LENGTH, Scalar, check_value
 from gptcore.files import Json, JsonObject
-from tracking.store import MADE_BY, Store, damaged_file
+from tracking.places import damaged_file
+from tracking.store import MADE_BY, Store
 from tracking.untrusted import one_line
 
 PLAN_FILE = "plan.json"
