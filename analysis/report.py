@@ -35,14 +35,14 @@ from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
-from analysis.runs import RunTables, read_sweeps
+from analysis.runs import UNREADABLE, RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
 from tracking.health import store_fault
 from tracking.store import Store
-from tracking.untrusted import check_no_link, in_markdown, printable
+from tracking.untrusted import check_no_link, in_markdown, one_line, printable
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -104,20 +104,21 @@ def build_report(
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
     if out is None:
         check_no_link(folder, runs_dir)
-    by_run = frames_of_runs(sweep)
-    findings = find(sweep, by_run)
-    specified = {
-        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
-        for claim, found in findings.specifications.items()
-    }
-    frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
-    page = render(sweep, frames, findings, shown)
+    with naming_contradictions(sweep.name):
+        by_run = frames_of_runs(sweep)
+        findings = find(sweep, by_run)
+        specified = {
+            f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+            for claim, found in findings.specifications.items()
+        }
+        frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
+        page = render(sweep, frames, findings, shown)
+        contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
             (new / "report.html").write_text(page, encoding="utf-8")
-            contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
             (new / "findings.json").write_text(contents)
             (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
             for table, frame in frames.items():
@@ -135,6 +136,27 @@ def build_report(
             f"the report folder {folder} cannot be written: {error.strerror}"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def naming_contradictions(sweep: str) -> Iterator[None]:
+    """Inside, raise InputError where numbers cannot be computed from tables that can be read.
+
+    Anybody may have made the tables. Python's option `-X dev` shows where it fails.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, *UNREADABLE) as error:
+        if sys.flags.dev_mode:
+            raise
+        why = one_line(str(error).partition("\n")[0])
+        raise InputError(
+            f"the tables of sweep {sweep} contradict one another, or the report has a fault "
+            f"({type(error).__name__}: {why}): --redo all runs its trials again, and `python -X "
+            "dev` shows where the report fails"
+        ) from error
 
 
 def summary(findings: Findings, shown: Sequence[str]) -> str:

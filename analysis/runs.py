@@ -26,9 +26,10 @@ from gptcore.config import (
     did_you_mean,
 )
 from gptcore.records import PRIMARY, SCHEMA_VERSION, TABLES
-from tracking.store import Store, named_runs, say_incomplete, trial_status
+from tracking.store import Store, named_runs, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
 from tracking.tables import may_be_null, schema_of
+from tracking.tags import say_incomplete
 from tracking.untrusted import PLAIN, check_no_link, one_line
 
 DOWNLOADS = 16

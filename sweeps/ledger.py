@@ -23,7 +23,8 @@ from mlflow.entities import Run
 
 from gptcore.config import InputError
 from sweeps.execution.checkpoints import with_checkpoint
-from tracking.store import DONE, Store, TrialStatus, trial_status
+from tracking.store import DONE, Store, trial_status
+from tracking.tags import TrialStatus
 from tracking.untrusted import check_no_link
 
 EntryStatus = TrialStatus | Literal["cut off"]

@@ -34,8 +34,9 @@ from sweeps.plan import Plan, jobs_of
 from tracking.arguments import check_writable
 from tracking.health import GO_ON, check_database
 from tracking.recorder import close_cut_off, set_aside
-from tracking.store import Store, say_incomplete
+from tracking.store import Store
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, RecordedTrial, SweepEnd, SweepRun
+from tracking.tags import say_incomplete
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:

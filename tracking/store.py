@@ -14,13 +14,12 @@ import contextlib
 import errno
 import functools
 import logging
-import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -42,12 +41,11 @@ from tracking.address import DATABASES, StoreAddress, mask_password, sqlite_addr
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
 from tracking.places import Client, check_place, folder_of, read_object
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
-from tracking.untrusted import NAME_TAKES, is_run_id, is_sweep_name, one_line
+from tracking.tags import NEEDED, TrialStatus, known_runs, lacking_tags, say_incomplete
+from tracking.untrusted import one_line
 
 Item = TypeVar("Item")
 
-TrialStatus = Literal["finished", "diverged", "failed", "pruned", "stopped", "running", "missing"]
-"""What became of a trial: the tag of its run, or `missing` where there is no run."""
 DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
@@ -60,12 +58,6 @@ EXPERIMENTS_A_REQUEST = 500
 """Experiments that one request looks into."""
 MADE_BY = {"made_by": "gpt-sweeps"}
 """The tag by which runs of this project are known among those of other people."""
-NEEDED: Mapping[str, Sequence[str]] = {
-    "trial": ("trial_key", "trial_status"),
-    "sweep": ("sweep", "launched"),
-}
-"""By the kind of a run, the tags without which it cannot be read."""
-
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow also raises what it logs here.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -202,7 +194,7 @@ class Store:
         Params and metrics are left out where the store is an SQLite file.
         """
         if self.address.database:
-            return _known(runs_in_database(self.address.uri, self.experiment_ids(), kind))
+            return known_runs(runs_in_database(self.address.uri, self.experiment_ids(), kind))
         return self.search(f"tags.kind = '{kind}'")
 
     @understood
@@ -227,7 +219,7 @@ class Store:
                     page_token=page,
                 )
             )
-        return sorted(_known(found), key=lambda run: -run.info.start_time)
+        return sorted(known_runs(found), key=lambda run: -run.info.start_time)
 
     def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
         """Return the run that counts of a kind (trial, sweep) with the given tags.
@@ -266,7 +258,7 @@ class Store:
         complete = []
         for run in runs:
             self.incomplete.pop(run.info.run_id, None)  # its tag may be back
-            lacking = _lacking(run, kind)
+            lacking = lacking_tags(run, kind)
             if not lacking:
                 complete.append(run)
             elif MADE_BY.items() <= run.data.tags.items() or len(lacking) < len(NEEDED[kind]):
@@ -376,60 +368,14 @@ def _every_page(ask: Callable[[str | None], PagedList[Item]]) -> Iterator[Item]:
     raise InputError(f"the tracking store has more than {MOST_PAGES:,} pages of runs")
 
 
-def _known(runs: Iterable[Run]) -> list[Run]:
-    """Leave out runs whose id is none of MLflow's. Make the tags fit to be shown that are."""
-    known = [run for run in runs if is_run_id(run.info.run_id)]
-    for tags in (run.data.tags for run in known):
-        if "reason" in tags:
-            tags["reason"] = one_line(tags["reason"])
-        if not is_sweep_name(tags.get("sweep", "x")):
-            tags["sweep"] = tags["sweep"].encode("unicode_escape").decode()  # no name either
-    return known
-
-
 def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
     """Put finished runs before others, and keep the order of each."""
     return sorted(runs, key=lambda run: run.info.status != "FINISHED")
 
 
-def _lacking(run: Run, kind: str) -> list[str]:
-    """List the tags of NEEDED that a run does not have, or that cannot be read."""
-    return [tag for tag in NEEDED[kind] if not _is_readable(tag, run.data.tags.get(tag))]
-
-
-def _is_readable(tag: str, value: str | None) -> bool:
-    """Return whether a tag is there, and a number if it has to be one."""
-    if tag == "trial_status":
-        return value in STATUSES
-    if tag == "sweep":
-        return value is not None and is_sweep_name(value)
-    if value is None or tag != "launched":
-        return value is not None
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def say_incomplete(run: Run) -> str:
-    """Say which tags a run lacks, and what to do."""
-    lacking = _lacking(run, run.data.tags["kind"])
-    name = one_line(run.info.run_name or run.data.tags["kind"])
-    said = (
-        f"run {run.info.run_id} ({name}) has no usable tag {' and '.join(lacking)}, so it is left "
-        "out: set the tag in MLflow, or run the sweep again, which makes a new run"
-    )
-    if "sweep" in lacking and (given := run.data.tags.get("sweep")) is not None:
-        said += f" (sweep is {given[:100]}: it takes {NAME_TAKES})"
-    return said
-
-
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Cut the values of tags to the length that MLflow takes."""
     return {name: value[:MAX_TAG_LENGTH] for name, value in tags.items()}
-
-
-STATUSES: tuple[str, ...] = get_args(TrialStatus)
 
 
 def trial_status(run: Run | None) -> TrialStatus:
