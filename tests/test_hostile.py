@@ -190,6 +190,21 @@ def test_files_of_a_run_are_not_written_through_a_link(world, report, tiny):
     assert report()[0] == 2
 
 
+def test_a_plan_or_a_report_is_not_kept_through_a_link(world):
+    """MLflow writes into the file that a link points to."""
+    store = store_in(world.runs_dir)
+    plan = read_plan(store, store.sweep_runs()["small"])
+    experiment = store.sweep_runs()["small"].info.experiment_id
+    world.plan.unlink()
+    world.plan.symlink_to(world.home / ".bashrc")
+    (world.plan.parent / "report").symlink_to(world.home / ".ssh")
+    with world.untouched(world.plan):
+        sweep_run = SweepRun(store, experiment, plan, launched=1)
+        with pytest.raises(InputError, match="report is a link"):
+            sweep_run.keep([world.root / "home" / ".bashrc"])
+    assert not world.plan.is_symlink()
+
+
 def test_a_lock_is_not_taken_through_a_link(world):
     """It was emptied, and got the command line as its contents."""
     (world.runs_dir / "locks").mkdir()
@@ -216,6 +231,10 @@ PLANS = {
     "no number": lambda plan: first_trial(plan)["params"].update({"optim.lr": float("nan")}),
     "a list for a knob": lambda plan: first_trial(plan)["params"].update({"init.seed": [1]}),
     "a column of ours": lambda plan: first_trial(plan)["params"].update({"status": "finished"}),
+    "commands for a knob": lambda plan: first_trial(plan)["params"].update(
+        {"init.scheme": ESCAPES}
+    ),
+    "a knob of commands": lambda plan: first_trial(plan)["params"].update({ESCAPES: 1}),
     "a command that is a number": lambda plan: plan.update(command=1),
     "notes that are a text": lambda plan: plan.update(notes="ab"),
     "notes of objects": lambda plan: plan.update(notes=[{"a": 1}]),
@@ -384,8 +403,8 @@ def made_evil(world):
         plan.update(command=EVIL, notes=[EVIL, "[x](javascript:alert(1))"], preset=EVIL)
         plan.update(claims_digest=EVIL, tags={"notes": EVIL})
         for trial in plan["trials"].values():
-            trial["params"]["init.scheme"] += EVIL
-            trial["params"]["corpus.name"] = EVIL
+            trial["params"]["init.scheme"] += MARKUP
+            trial["params"]["corpus.name"] = MARKUP
             trial["corpus_digest"] = EVIL
 
     world.edit_plan(change)

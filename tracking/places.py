@@ -7,7 +7,9 @@ this machine writes, and which of its files are read.
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from gptcore.config import InputError
-from gptcore.files import JsonObject
+from gptcore.files import JsonObject, write_atomically
 from tracking.address import StoreAddress, bucket
 from tracking.untrusted import check_no_link, is_run_id
 
@@ -32,40 +34,49 @@ LARGEST_JSON = 2**28
 class Client(MlflowClient):
     """MLflow's client, whose files go where `place_of` says and not where the store says."""
 
-    def __init__(self, uri: str, place_of: Callable[[str], str]) -> None:
+    def __init__(self, uri: str, place_of: Callable[[str], Path | str]) -> None:
         """Connect to a store.
 
         Args:
             uri: its address.
-            place_of: returns the address of the files of a run, by its id.
+            place_of: returns the place of a run's files, by its id: a folder of this machine, or an
+                address.
         """
         super().__init__(uri)
-        self._place_of = place_of
-        self._repositories: dict[str, ArtifactRepository] = {}
+        # A place is asked for once: a server might give another answer the next time.
+        self._place_of = functools.cache(place_of)
 
-    def _files(self, run_id: str) -> ArtifactRepository:
-        # It is asked for once: a server might give another answer the next time.
-        if run_id not in self._repositories:
-            self._repositories[run_id] = get_artifact_repository(
-                self._place_of(run_id), tracking_uri=self.tracking_uri
-            )
-        return self._repositories[run_id]
+    def _repository(self, run_id: str) -> ArtifactRepository:
+        place = self._place_of(run_id)
+        uri = place.as_uri() if isinstance(place, Path) else place
+        return get_artifact_repository(uri, tracking_uri=self.tracking_uri)
 
     def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
         """Copy a file to the files of a run."""
-        self._files(run_id).log_artifact(local_path, artifact_path)
+        place = self._place_of(run_id)
+        if isinstance(place, Path):
+            # Not as MLflow does, which writes into the file that a link points to.
+            file = place / (artifact_path or "") / Path(local_path).name
+            check_no_link(file.parent, place)
+            write_atomically(file, lambda new: shutil.copyfile(local_path, new))
+        else:
+            self._repository(run_id).log_artifact(local_path, artifact_path)
 
     def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        """Copy the files of a folder to those of a run."""
-        self._files(run_id).log_artifacts(local_dir, artifact_path)
+        """Copy the files in a folder to those of a run."""
+        if isinstance(self._place_of(run_id), Path):
+            for file in Path(local_dir).iterdir():
+                self.log_artifact(run_id, str(file), artifact_path)
+        else:
+            self._repository(run_id).log_artifacts(local_dir, artifact_path)
 
     def list_artifacts(self, run_id: str, path: str | None = None) -> list[Any]:
         """List the files of a run."""
-        return list(self._files(run_id).list_artifacts(path))
+        return list(self._repository(run_id).list_artifacts(path))
 
     def download_artifacts(self, run_id: str, path: str, dst_path: str | None = None) -> str:
         """Copy a file of a run into a folder of this machine."""
-        return str(self._files(run_id).download_artifacts(path, dst_path))
+        return str(self._repository(run_id).download_artifacts(path, dst_path))
 
 
 def folder_of(run: Run, address: StoreAddress) -> Path:

@@ -274,11 +274,11 @@ class Store:
         return None if self.address.is_remote else folder_of(run, self.address)
 
     @understood
-    def _place_of(self, run_id: str) -> str:
-        """Return the address of a run's files. Raises InputError where it is not to be used."""
+    def _place_of(self, run_id: str) -> Path | str:
+        """Return the place of a run's files. Raises InputError where it is not to be used."""
         run = self.client.get_run(run_id)
         if folder := self.folder_of(run):
-            return folder.as_uri()
+            return folder
         location: str = run.info.artifact_uri
         check_place(location, self.address, self._default_location)
         return location

@@ -10,11 +10,11 @@ from typing import Literal
 
 from mlflow.entities import Run
 
-from gptcore.config import KEY_LENGTH, Scalar, check_value
+from gptcore.config import KEY_LENGTH, KNOBS, Scalar, check_value
 from gptcore.files import Json, JsonObject
 from tracking.places import damaged_file
 from tracking.store import MADE_BY, Store
-from tracking.untrusted import one_line
+from tracking.untrusted import one_line, printable
 
 PLAN_FILE = "plan.json"
 
@@ -59,7 +59,7 @@ class RecordedPlan:
         trials = {
             key: RecordedTrial(
                 params={
-                    _text(knob): check_value(knob, value)
+                    knob: _value(knob, value)
                     for knob, value in _object(_object(trial)["params"]).items()
                 },
                 corpus_digest=_text(_object(trial).get("corpus_digest", "")),
@@ -106,6 +106,14 @@ def _list(value: Json) -> list[Json]:
     if not isinstance(value, list):
         raise TypeError(f"{one_line(str(value)[:100])} is no list")
     return value
+
+
+def _value(knob: str, value: Json) -> Scalar:
+    if knob not in KNOBS:
+        raise ValueError(f"there is no knob {one_line(knob[:100])}")
+    if isinstance(value, str) and printable(value).splitlines() != [value]:
+        raise ValueError(f"{knob} has a text that is not one line to be shown")
+    return check_value(knob, value)
 
 
 def _text(value: Json) -> str:
