@@ -35,7 +35,8 @@ from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
-from analysis.runs import UNREADABLE, RunTables, read_sweeps
+from analysis.reading import UNREADABLE
+from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.address import store_address

@@ -177,7 +177,7 @@ class Store:
             experiment_id = experiment.experiment_id
         location = (experiment or self.client.get_experiment(experiment_id)).artifact_location
         if own is None:
-            check_place(location, self.address, self._default_location)
+            check_place(location, self.address, lambda: self._default_location)
         elif location != own.as_uri():
             raise InputError(
                 f"the experiment {name} of the tracking store keeps its files at {location}, not "
@@ -266,25 +266,25 @@ class Store:
         return complete
 
     def folder_of(self, run: Run) -> Path | None:
-        """Return the folder of a run's files on this machine; None for files on a server.
+        """Return the folder of a run's files on this machine; None for those of a server.
 
         Raises:
             InputError: the store has them where nothing is read or written.
         """
-        return None if self.address.is_remote else folder_of(run, self.address)
+        if not self.address.is_remote:
+            return folder_of(run, self.address)
+        check_place(run.info.artifact_uri, self.address, lambda: self._default_location)
+        return None
 
     @understood
     def _place_of(self, run_id: str) -> Path | str:
         """Return the place of a run's files. Raises InputError where it is not to be used."""
         run = self.client.get_run(run_id)
-        if folder := self.folder_of(run):
-            return folder
-        location: str = run.info.artifact_uri
-        check_place(location, self.address, self._default_location)
-        return location
+        return self.folder_of(run) or str(run.info.artifact_uri)
 
+    @functools.cached_property
     def _default_location(self) -> str | None:
-        """Return where a server keeps files unless an experiment says otherwise."""
+        """Where a server keeps files unless an experiment says otherwise."""
         try:
             location: str = self.client.get_experiment("0").artifact_location
         except MlflowException:
