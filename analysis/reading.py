@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import polars as pl
 
@@ -94,9 +95,9 @@ def _check_values(table: str, read: pl.DataFrame) -> None:
             raise ValueError(f"the column {name} lacks values")
         if kind == pl.String and not column.unique().str.contains(f"^{PLAIN}$").all():
             raise ValueError(f"the column {name} has a text that is none of ours")
-        largest = LARGEST_INTEGER if kind.is_integer() else LARGEST
-        if (
-            kind.is_numeric()
-            and not (column.is_between(-largest, largest) | ~column.is_finite()).all()
-        ):
-            raise ValueError(f"the column {name} has a number that none can be")
+        if kind.is_numeric():
+            numbers = column.filter(column.is_finite()) if kind.is_float() else column
+            largest = LARGEST_INTEGER if kind.is_integer() else LARGEST
+            ends = (numbers.min(), numbers.max())
+            if any(abs(cast(float, end)) > largest for end in ends if end is not None):
+                raise ValueError(f"the column {name} has a number that none can be")

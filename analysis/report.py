@@ -149,7 +149,7 @@ def naming_contradictions(sweep: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ArithmeticError, LookupError, TypeError, ValueError, *UNREADABLE) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, *UNREADABLE) as error:
         if sys.flags.dev_mode:
             raise
         why = one_line(str(error).partition("\n")[0])

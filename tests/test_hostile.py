@@ -137,7 +137,7 @@ def test_files_of_runs_are_not_where_a_copied_database_says(world, report, tiny,
             MlflowRecorder(store, experiment, job_of(tiny, key))
 
 
-@pytest.mark.parametrize("location", ["{home}/.ssh", "{home}/.ssh/artifacts", "ftp://evil/x"])
+@pytest.mark.parametrize("location", ["{home}/.ssh", "ftp://evil/x"])
 def test_a_new_run_does_not_write_where_its_experiment_says(world, tiny, location):
     location = f"file://{location.format(home=world.home)}"
     world.sql("update experiments set artifact_location = ?", location)
@@ -187,7 +187,8 @@ def test_files_of_a_run_are_not_written_through_a_link(world, report, tiny):
     files.symlink_to(world.outside / "x")
     with world.untouched(), pytest.raises(InputError, match="is a link"):
         MlflowRecorder(store, run.info.experiment_id, job_of(tiny, key))
-    assert report()[0] == 2
+    assert report()[0] == 0  # without this trial
+    assert "is a link" in (world.runs_dir / "reports" / "small" / "summary.md").read_text()
 
 
 def test_a_plan_or_a_report_is_not_kept_through_a_link(world):
@@ -335,7 +336,7 @@ def test_interim_analyses_that_are_none_are_named(world, report, change):
 
 def listed(*numbers):
     """A column that has the same list in every row."""
-    return pl.lit(pl.Series([list(numbers)], dtype=pl.List(pl.Int64)))
+    return pl.lit(pl.Series([list(numbers)], dtype=pl.List(pl.Int64))).first()
 
 
 def changed(name, make):
