@@ -143,6 +143,7 @@ def found_in(folder):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spelled", ["raw", "encoded"])
 def test_a_guarded_server_is_opened_with_a_password_in_the_address(
     guarded, tmp_path, monkeypatch, spelled

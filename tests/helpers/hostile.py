@@ -6,14 +6,25 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 from gptcore.files import JsonObject
+
+
+def some(values: Iterable[str], *fast: str) -> list[Any]:
+    """Values of a parameter, of which the fast tier takes a few."""
+    return [
+        pytest.param(value, id=ascii(value), marks=() if value in fast else pytest.mark.full)
+        for value in values
+    ]
+
 
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys, or that turn a text around."""
@@ -157,10 +168,15 @@ class Answers:
         ]
         for run in self.runs:
             run["info"]["artifact_uri"] = f"mlflow-artifacts:/{run['info']['run_id']}/artifacts"
+        self._kinds = {
+            kind: [run for run in self.runs if tag in run["data"]["tags"]]
+            for kind in ("trial", "sweep")
+            for tag in [{"key": "kind", "value": kind}]
+        }
 
     def of_kind(self, kind: str) -> list[JsonObject]:
         """The runs with a tag `kind`."""
-        return [run for run in self.runs if {"key": "kind", "value": kind} in run["data"]["tags"]]
+        return self._kinds[kind]
 
     def __call__(self, method: str, path: str, question: Mapping[str, Any]) -> Any:
         if path == "/health":
@@ -177,6 +193,8 @@ class Answers:
             folder = self.world.runs_dir / "artifacts" / question.get("path", "")
             files = folder.iterdir() if folder.is_dir() else []
             return {"files": [{"path": file.name, "is_dir": file.is_dir()} for file in files]}
+        if "/mlflow-artifacts/artifacts/" in path and method == "PUT":
+            return {}
         if "/mlflow-artifacts/artifacts/" in path:
             file = self.world.runs_dir / "artifacts" / path.partition("/artifacts/")[2]
             return file.read_bytes() if file.is_file() else 404
