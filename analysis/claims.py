@@ -53,6 +53,10 @@ class Claim:
         """Return the rule of a part by the name of the part."""
         return self.parts.get(part) or self.parts["*"]
 
+    def has_part(self, part: str) -> bool:
+        """Return whether the measure may give a number of this name."""
+        return part in self.parts or "*" in self.parts
+
 
 ATTENTION, TOKENS = "weight initialisation and the spread of attention weights", "unused tokens"
 """The experiments that the claims come from."""

@@ -23,6 +23,7 @@ ALPHA = round(1 - LEVEL, 12)
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED = "not supported", "underpowered", "not measured"
+VERDICTS = (SUPPORTED, CONTRADICTED, NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED)
 
 
 def decide(rule: Part, estimate: Estimate) -> str:

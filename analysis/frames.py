@@ -10,7 +10,7 @@ from analysis.depth_gradient import depth_gradient, gradient_tau, last_steps
 from analysis.measures import changes_of, closed_form, growth_of, init_errors, rare_by_size
 from analysis.rare_tokens import orders_hold, primary
 from analysis.runs import RunTables, read_some
-from gptcore.config import compared_knobs, spelling, varying_knobs
+from gptcore.config import VOCAB_SIZES, compared_knobs, spelling, varying_knobs
 from gptcore.tokenizer import spell
 
 SEEDS_OF_LARGE_TABLES = 4
@@ -114,7 +114,8 @@ def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
     rows, unreadable = read_some("histograms", sweep, one["trial_key"].to_list(), *columns)
     if rows.is_empty():
         return rows, unreadable
-    inner = rows.select(
+    n_edges, n_counts = pl.col("edges").list.len(), pl.col("counts").list.len()
+    inner = rows.filter(n_edges > 0, n_counts == n_edges + 1).select(
         "trial_key", "layer", "step",
         low=pl.col("edges").list.head(pl.col("edges").list.len() - 1),
         high=pl.col("edges").list.tail(pl.col("edges").list.len() - 1),
@@ -161,6 +162,7 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
         .head(TOKENS_FOLLOWED)
     )
     tokenizer = str(some["corpus.tokenizer"].first())  # all runs of one scheme have the same
+    followed = followed.filter(pl.col("token") < VOCAB_SIZES[tokenizer])
     text = pl.col("token").map_elements(lambda token: spell(tokenizer, token), pl.String)
     followed_tokens = tokens.join(followed.select("token"), on="token").with_columns(text=text)
     return followed_tokens, unreadable

@@ -18,19 +18,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mlflow.entities import Run
 
 from analysis.claims import CLAIMS, digest
-from analysis.decisions import ALPHA, NOT_MEASURED, UNDERPOWERED
-from analysis.jsonable import KEY, to_json
+from analysis.decisions import ALPHA, NOT_MEASURED, SUPPORTED, UNDERPOWERED, VERDICTS
+from analysis.jsonable import KEY, from_json, to_json
 from analysis.power import least_seeds
 from analysis.runs import RunTables
-from analysis.stats import Estimate, SpreadEstimate
-from analysis.verdicts import Finding, PartFinding
+from analysis.verdicts import Finding
 from gptcore.files import JsonObject
+from tracking.places import damaged_file
 from tracking.store import Store
+from tracking.untrusted import is_plain, one_line
 
+INTERIM_FILE = "looks.json"
 MAX_ANALYSES = 5
 
 
@@ -71,25 +74,34 @@ class InterimPlan:
 
     @classmethod
     def from_json(cls, stored: JsonObject) -> InterimPlan:
-        """Read what to_json gave."""
-        return cls(
-            seeds=tuple(stored["seeds"]),
-            trials=tuple(stored["trials"]),
-            claims_digest=stored["claims_digest"],
-            waits_for=tuple(stored["waits_for"]),
-            schedule=tuple(PlannedAnalysis(**planned) for planned in stored["schedule"]),
-            made=tuple(
-                InterimAnalysis(
-                    seeds=one["seeds"],
-                    alpha=one["alpha"],
-                    decided=tuple(one["decided"]),
-                    findings={
-                        name: _finding_from_json(found) for name, found in one["findings"].items()
-                    },
-                )
-                for one in stored["looks"]
-            ),
-        )
+        """Read what to_json gave.
+
+        Raises:
+            ValueError: it is something else, or contradicts itself.
+        """
+        plan = from_json(cls, stored)
+        is_ours, before = plan.claims_digest == digest(), set[str]()
+        if not plan.schedule or len(plan.made) > len(plan.schedule):
+            raise ValueError("it has more analyses than it plans, or plans none")
+        for planned in (*plan.schedule, *plan.made):
+            if not (0 < planned.alpha <= ALPHA and 0 < planned.seeds <= len(plan.seeds)):
+                raise ValueError("an analysis has an alpha or a number of seeds that none can have")
+        for one in plan.made:
+            # Claims of another version are not looked up.
+            is_whole = not is_ours or one.findings.keys() == CLAIMS.keys() - before
+            if not is_whole or not set(one.decided) <= one.findings.keys():
+                raise ValueError("an analysis has no finding on a claim that was undecided")
+            before |= set(one.decided)
+            for name, found in one.findings.items():
+                said = {found.verdict, found.verdict_with_diverged, found.would_be or SUPPORTED}
+                said |= {part.verdict for part in found.parts.values()}
+                has_rules = not is_ours or all(map(CLAIMS[name].has_part, found.parts))
+                is_shown = all(map(is_plain, [name, found.course or "", *found.parts]))
+                if not (said <= set(VERDICTS) and has_rules and is_shown):
+                    raise ValueError(f"the finding on {one_line(name)} is none that can be made")
+        if is_ours and not set(plan.waits_for) <= CLAIMS.keys():
+            raise ValueError("it waits for claims that there are not")
+        return plan
 
     def to_json(self) -> JsonObject:
         """Return the contents of looks.json."""
@@ -231,7 +243,11 @@ def read_interim_plan(store: Store, sweep_run: Run) -> InterimPlan | None:
     """Read the interim analyses of a sweep, None where it was run without."""
     if "until_decided" not in sweep_run.data.tags:
         return None
-    return InterimPlan.from_json(store.read_json(sweep_run, "looks.json"))
+    stored = store.read_json(sweep_run, INTERIM_FILE)
+    try:
+        return InterimPlan.from_json(stored)
+    except ValueError as error:
+        raise damaged_file(Path(INTERIM_FILE), error) from error
 
 
 def interim_plans(sweep: RunTables) -> list[InterimPlan]:
@@ -248,18 +264,3 @@ def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | No
     """
     is_one = len(sweep.sweep_runs) == len(plans) == 1
     return plans[0] if is_one and sweep.claims_digest == digest() else None
-
-
-def _finding_from_json(stored: JsonObject) -> Finding:
-    parts = {name: _part_from_json(part) for name, part in stored["parts"].items()}
-    return Finding(**{**stored, "parts": parts})
-
-
-def _part_from_json(stored: JsonObject) -> PartFinding:
-    over_configs = stored["over_configs"]
-    estimates = {
-        "over_seeds": SpreadEstimate(**stored["over_seeds"]),
-        "over_configs": over_configs and SpreadEstimate(**over_configs),
-        "estimate": Estimate(**stored["estimate"]),
-    }
-    return PartFinding(**{**stored, **estimates})

@@ -52,7 +52,7 @@ def init_table(sweep: RunTables) -> Values:
         .agg(largest=pl.col("max_abs").max())
     )
     worst = init_errors(sweep).group_by("trial_key").agg(value=pl.col("error").abs().max())
-    return (
+    return _known(
         worst.join(zeros, on="trial_key", how="left")
         .with_columns(
             value=pl.when(pl.col("largest").fill_null(0.0) > 0).then(1.0).otherwise("value")

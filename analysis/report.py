@@ -11,11 +11,12 @@ Writes report.html (opens without a network), findings.json, summary.md and the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,13 +35,16 @@ from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
+from analysis.reading import UNREADABLE
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.access import private_files, write_for
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output
+from tracking.health import store_fault
 from tracking.store import Store
+from tracking.untrusted import check_no_link, in_markdown, one_line, printable
 
 SECTIONS = {
     "start": "Do weights and probabilities start as they should?",
@@ -100,20 +104,23 @@ def build_report(
         "-selected" * bool(where) + "-claims" * bool(claims) + "-shuffled" * (shuffle is not None)
     )
     folder = out or runs_dir / "reports" / (sweep.name.replace(" ", "") + kind)
-    by_run = frames_of_runs(sweep)
-    findings = find(sweep, by_run)
-    specified = {
-        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
-        for claim, found in findings.specifications.items()
-    }
-    frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
-    page = render(sweep, frames, findings, shown, runs_dir)
+    if out is None:
+        check_no_link(folder, runs_dir)
+    with naming_contradictions(sweep.name):
+        by_run = frames_of_runs(sweep)
+        findings = find(sweep, by_run)
+        specified = {
+            f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+            for claim, found in findings.specifications.items()
+        }
+        frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
+        page = render(sweep, frames, findings, shown, runs_dir)
+        contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
             (new / "report.html").write_text(page, encoding="utf-8")
-            contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
             (new / "findings.json").write_text(contents)
             (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
             for table, frame in frames.items():
@@ -133,6 +140,27 @@ def build_report(
     return folder
 
 
+@contextlib.contextmanager
+def naming_contradictions(sweep: str) -> Iterator[None]:
+    """Inside, raise InputError where numbers cannot be computed from tables that can be read.
+
+    Anybody may have made the tables. Python's option `-X dev` shows where it fails.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, *UNREADABLE) as error:
+        if sys.flags.dev_mode:
+            raise
+        why = one_line(str(error).partition("\n")[0])
+        raise InputError(
+            f"the tables of sweep {sweep} contradict one another, or the report has a fault "
+            f"({type(error).__name__}: {why}): --redo all runs its trials again, and `python -X "
+            "dev` shows where the report fails"
+        ) from error
+
+
 def summary(findings: Findings, shown: Sequence[str]) -> str:
     """Return the summary of a report in Markdown, to paste elsewhere."""
     claims, general = findings.claims, findings.claims.in_general
@@ -142,7 +170,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
         + f" trials; {claims.standing} (claims {claims.digest}).",
         *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
-        *(f"\nNote: {note}" for note in findings.notes),
+        *(f"\nNote: {in_markdown(note)}" for note in findings.notes),
         "",
         "| claim | verdict | in general |",
         "|---|---|---|",
@@ -214,6 +242,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+@contextlib.contextmanager
+def refusing_faults(store: Store) -> Iterator[None]:
+    """Inside, raise InputError where the store fails, with a sentence that says how."""
+    try:
+        yield
+    except Exception as error:
+        if why := store_fault(error, store.address):
+            raise InputError(why) from error
+        raise
+
+
 @private_files()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
@@ -247,18 +286,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--out takes a folder for the files of the report, not the current folder"
             )
         write_for(args.runs_dir)
-        folder = build_report(
-            Store(store_address(args.runs_dir)), args.name, args.out, args.runs_dir,
-            where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
-        )  # fmt: skip
+        store = Store(store_address(args.runs_dir))
+        with refusing_faults(store):
+            folder = build_report(
+                store, args.name, args.out, args.runs_dir,
+                where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+            )  # fmt: skip
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     try:
-        print(f"report: {folder / 'report.html'}", flush=True)
+        print(f"report: {printable(str(folder / 'report.html'))}", flush=True)
     except OSError as error:
         give_up_output()
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

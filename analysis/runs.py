@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
+from analysis.reading import UNREADABLE, Rows, read_tables
 from gptcore.config import (
     COMPARED_KNOBS,
     KNOBS,
@@ -24,15 +25,14 @@ from gptcore.config import (
     TrialConfig,
     did_you_mean,
 )
-from gptcore.records import PRIMARY, SCHEMA_VERSION
-from tracking.store import Store, named_runs, say_incomplete, trial_status
+from gptcore.records import PRIMARY
+from tracking.store import Store, named_runs, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
+from tracking.tags import say_incomplete
+from tracking.untrusted import check_no_link
 
 DOWNLOADS = 16
 """How many tables are fetched from a server at the same time."""
-
-UNREADABLE = (OSError, pl.exceptions.PolarsError)
-"""Errors of reading a table that is damaged or missing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,9 +68,6 @@ class ReadTables(dict[str, pl.DataFrame]):
 def _all(rows: pl.LazyFrame) -> pl.LazyFrame:
     return rows
 
-
-Rows = Callable[[pl.LazyFrame], pl.LazyFrame]
-"""Selects rows and columns of a table, before they are read. The column `file` has to stay."""
 
 READ: dict[str, Rows] = {
     "init": _all,
@@ -130,9 +127,16 @@ def read_sweeps(
     if not finished:
         condition = f" for which {where}" if where else ""
         raise InputError(f"sweep {name} has no finished trials yet{condition}")
-    folders = {key: store.folder_of(runs[key]) or cache / runs[key].info.run_id for key in finished}
+    folders: dict[str, Path] = {}
+    unreadable: dict[str, str] = {}
+    for key in finished:
+        try:
+            folders[key] = _folder(store, runs[key], cache)
+        except InputError as error:
+            unreadable[key] = str(error)
     _fetch_all(store, cache, READ, folders)
-    tables, unreadable = read_tables(READ, folders)
+    tables, damaged = read_tables(READ, folders)
+    unreadable |= damaged
     if not tables:
         key, why = next(iter(unreadable.items()))
         raise InputError(f"no trial can be read; trial {key}: {why}")
@@ -214,6 +218,19 @@ def _trials(plans: Sequence[RecordedPlan], runs: Mapping[str, Run]) -> pl.DataFr
     )
 
 
+def _folder(store: Store, run: Run, cache: Path) -> Path:
+    """Return the folder of a run's tables, which for a server is in the cache.
+
+    Raises:
+        InputError: they are where nothing is read.
+    """
+    if here := store.folder_of(run):
+        return here
+    folder: Path = cache / run.info.run_id
+    check_no_link(folder, cache.parent)
+    return folder
+
+
 def _fetch_all(
     store: Store, cache: Path, tables: Iterable[str], folders: Mapping[str, Path]
 ) -> None:
@@ -250,7 +267,7 @@ def _fetch(store: Store, folder: Path, table: str) -> None:
             return
         try:
             pl.read_parquet_metadata(Path(scratch, name))
-        except pl.exceptions.PolarsError:
+        except UNREADABLE:
             return
         Path(scratch, name).replace(folder / name)
 
@@ -288,60 +305,6 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
     if chosen.is_empty():
         raise InputError(f"--where {where!r} is true of none of the {trials.height} trials")
     return chosen
-
-
-def read_tables(
-    what: Mapping[str, Rows], folders: Mapping[str, Path]
-) -> tuple[dict[str, pl.DataFrame], dict[str, str]]:
-    """Read tables of many trials. A trial with a table that cannot be read is left out of all.
-
-    Args:
-        what: the tables, and which of their rows and columns are read.
-        folders: by trial key the folder of its tables.
-
-    Returns:
-        The frames by table, empty where no trial can be read; and by trial key, why it cannot be
-        read.
-
-    Raises:
-        InputError: a table has another schema version.
-    """
-    unreadable: dict[str, str] = {}
-    try:
-        return {table: read_table(table, rows, folders) for table, rows in what.items()}, {}
-    except UNREADABLE:
-        for key, folder in folders.items():
-            try:
-                for table, rows in what.items():
-                    read_table(table, rows, {key: folder})
-            except UNREADABLE as error:
-                why = str(error).splitlines()[0]
-                if isinstance(error, FileNotFoundError):
-                    why += " (a run older than this table: --redo runs the trial again)"
-                unreadable[key] = f"{table} cannot be read: {why}"
-    readable = {key: folder for key, folder in folders.items() if key not in unreadable}
-    if not readable:
-        return {}, unreadable
-    return {table: read_table(table, rows, readable) for table, rows in what.items()}, unreadable
-
-
-def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFrame:
-    """Read one table of many trials, as read_tables does."""
-    keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}
-    for file, key in keys.items():
-        found = pl.read_parquet_metadata(file).get("schema_version")
-        if found != str(SCHEMA_VERSION):
-            raise InputError(
-                f"{file} of trial {key} has schema version {found}: this report reads version "
-                f"{SCHEMA_VERSION}"
-            )
-    # One scan over all files: reading them one by one would take most of the time of a report.
-    read = rows(pl.scan_parquet(list(keys), include_file_paths="file")).collect()
-    # Rows of one file follow one another, so each path is translated to its trial key only once.
-    files = read["file"]
-    firsts = files.filter(files.ne_missing(files.shift()))
-    trial_key = pl.Series("trial_key", [keys[file] for file in firsts], pl.String)
-    return read.drop("file").insert_column(0, trial_key.gather(files.rle_id()))
 
 
 def read_some(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 
 from gptcore.config import KNOBS, InputError, TrialConfig, did_you_mean, plain, spelling
@@ -11,6 +10,7 @@ from gptcore.corpus import CORPORA
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS, SCHEDULES
 from tracking.arguments import Parser
+from tracking.untrusted import NAME_TAKES, is_sweep_name
 
 
 def sweep_parser(doc: str) -> Parser:
@@ -74,9 +74,6 @@ def parse(
     if unknown:
         hint = did_you_mean(unknown[0], [f"--{key}" for key in KNOBS])
         raise InputError(f"unknown argument {unknown[0]}: {hint}--help names them all")
-    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", args.name):
-        raise InputError(
-            "--name takes up to 100 letters, digits, dots, dashes and underscores, "
-            f"the first a letter or digit, not {args.name!r}"
-        )
+    if args.name is not None and not is_sweep_name(args.name):
+        raise InputError(f"--name takes {NAME_TAKES}, not {args.name!r}")
     return args, {key: vars(args)[key] for key in KNOBS if key in args}

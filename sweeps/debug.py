@@ -30,11 +30,13 @@ from gptcore.records import (
     is_primary,
 )
 from tracking.tables import write_tables
+from tracking.untrusted import check_no_link
 
 
 def debug_trial(config: TrialConfig, key: str, runs_dir: Path, console: Console) -> TrialResult:
     """Run one trial, and write its tables, config and result to RUNS_DIR/debug/KEY."""
     folder = runs_dir / "debug" / key
+    check_no_link(folder, runs_dir)
     console.print(f"trial {key} in this process, rows to {folder}")
     recorder = ConsoleRecorder(config, console)
     file = checkpoint_file(runs_dir, key)

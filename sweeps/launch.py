@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from gptcore.config import InputError, TrialConfig, parse_value
 from gptcore.experiment import device_of
@@ -30,6 +31,7 @@ from sweeps.presets import Preset, Space
 from tracking.access import private_files, write_for
 from tracking.arguments import check_writable, give_up_output, prepare_output
 from tracking.health import GO_ON
+from tracking.untrusted import printable
 
 if TYPE_CHECKING:
     from tracking.store import Store
@@ -104,6 +106,14 @@ def planned(
     return make_plan(args.name or name, name, spaces), first_seeds
 
 
+class PlainConsole(Console):
+    """A console on which no text is a command of the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text as it is: all that is printed comes through here."""
+        return super().render_str(printable(text), **options)
+
+
 def make_console() -> Console:
     """Return a console that prints text as it is.
 
@@ -111,7 +121,7 @@ def make_console() -> Console:
     """
     prepare_output()
     width = None if sys.stdout.isatty() else WIDTH_OF_FILES
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return PlainConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 def exit_code(error: BaseException) -> int:
@@ -120,7 +130,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     give_up_output()
     return 2 if isinstance(error, InputError) else 1
 

@@ -25,7 +25,9 @@ from sweeps.execution.checkpoints import with_checkpoint
 from sweeps.plan import Plan
 from tracking.holder import Holder
 from tracking.lease import SECONDS_BETWEEN_LOOKS, holder_of
-from tracking.store import DONE, Store, TrialStatus, say_incomplete, trial_status
+from tracking.store import DONE, Store, trial_status
+from tracking.tags import TrialStatus, say_incomplete
+from tracking.untrusted import check_no_link
 
 EntryStatus = TrialStatus | Literal["cut off"]
 """Also `cut off`: the trial's run is RUNNING, and no driver works on it."""
@@ -120,6 +122,7 @@ def sweep_lock(
     """
     file = _lock_file(runs_dir, sweep)
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_no_link(file, runs_dir)
     has_said = False
     with file.open("a+", encoding="utf-8") as lock:
         while True:

@@ -343,12 +343,14 @@ class Session:
             self.console.print("no trial finished, so there is nothing to report")
             return
         made_of = self._report_digest(self.plan, ledger)
-        if file.exists() and self.sweep_run.report_of() == made_of:
+        if file.is_file() and self.sweep_run.report_of() == f"{made_of} {_written(file)}":
             self.console.print(f"report: {file}, up to date", soft_wrap=True)
             return
         folder = build_report(self.store, [self.name], None, self.runs_dir)
         names = ("report.html", "findings.json", "summary.md")
-        self.sweep_run.keep([folder / name for name in names], report_of=made_of)
+        self.sweep_run.keep(
+            [folder / name for name in names], report_of=f"{made_of} {_written(file)}"
+        )
         self.console.print(f"report: {file}", soft_wrap=True)
 
     def _report_digest(self, plan: Plan, ledger: Mapping[str, Entry]) -> str:
@@ -361,6 +363,11 @@ class Session:
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             depends_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _written(file: Path) -> int:
+    """Return when a file came to be here, which nobody can choose who made a copy of it."""
+    return file.lstat().st_ctime_ns
 
 
 def recorded(plan: Plan) -> RecordedPlan:

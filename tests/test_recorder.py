@@ -182,7 +182,7 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(
 ):
     run_trial(tiny, recorder(key))
     trial = RecordedTrial(params=tiny.to_flat(), corpus_digest="d")
-    trials = {key: trial, "other": trial}
+    trials = {key: trial, "0" * 12: trial}
     first, second = (
         SweepRun(store, experiment_id, plan_of(wanted), launched=1) for wanted in ({}, trials)
     )
@@ -191,7 +191,7 @@ def test_a_sweep_has_one_run_and_its_latest_plan_counts(
     tables = read_sweeps(store, ["sweep"], None, tmp_path / "cache")
     assert dict(tables.trials.select("trial_key", "status").iter_rows()) == {
         key: "finished",
-        "other": "missing",
+        "0" * 12: "missing",
     }
     assert set(tables.tables["weights"]["trial_key"]) == {key}
 

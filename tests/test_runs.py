@@ -11,7 +11,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from analysis.report import main
@@ -19,6 +18,7 @@ from analysis.runs import READ, read_sweeps
 from gptcore.config import InputError
 from helpers.paths import ROOT
 from helpers.store import moved, open_store, store_in
+from tracking.places import Client
 from tracking.sweep_run import RecordedPlan, SweepRun
 
 
@@ -200,7 +200,7 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
 
 
 def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path, monkeypatch):
-    fetch = MlflowClient.download_artifacts
+    fetch = Client.download_artifacts
     # Other tests may have put trials of their own onto the same server.
     runs = open_store(server_sweep).trial_runs().values()
     lacks, cut = [run.info.run_id for run in runs if run.data.tags["sweep"] == "served"][:2]
@@ -213,11 +213,11 @@ def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path
             Path(file).write_bytes(Path(file).read_bytes()[:50])
         return file
 
-    listed = MlflowClient.list_artifacts
+    listed = Client.list_artifacts
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server_sweep)
-    monkeypatch.setattr(MlflowClient, "download_artifacts", worse)
+    monkeypatch.setattr(Client, "download_artifacts", worse)
     monkeypatch.setattr(
-        MlflowClient,
+        Client,
         "list_artifacts",
         lambda client, run_id: [f for f in listed(client, run_id) if f.path != "init.parquet"],
     )
@@ -228,7 +228,7 @@ def test_a_table_that_a_server_lacks_leaves_its_trial_out(server_sweep, tmp_path
 
 
 def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_path, monkeypatch):
-    fetch = MlflowClient.download_artifacts
+    fetch = Client.download_artifacts
 
     def dies(*_):
         raise MlflowException("the server has gone away")
@@ -236,8 +236,8 @@ def test_a_server_that_dies_while_tables_are_fetched_is_named(server_sweep, tmp_
     def dies_of_tables(client, run_id, path, folder):
         return dies() if path.endswith(".parquet") else fetch(client, run_id, path, folder)
 
-    monkeypatch.setattr(MlflowClient, "download_artifacts", dies_of_tables)
-    monkeypatch.setattr(MlflowClient, "list_artifacts", dies)
+    monkeypatch.setattr(Client, "download_artifacts", dies_of_tables)
+    monkeypatch.setattr(Client, "list_artifacts", dies)
     with pytest.raises(
         InputError, match=f"cannot be read from {server_sweep}: the server has gone"
     ):
@@ -253,8 +253,8 @@ def test_a_plan_that_is_missing_is_told_from_a_server_that_is_away(server_sweep,
     def dies(*_):
         raise MlflowException("the server has gone away")
 
-    monkeypatch.setattr(MlflowClient, "download_artifacts", dies)
-    monkeypatch.setattr(MlflowClient, "list_artifacts", dies)
+    monkeypatch.setattr(Client, "download_artifacts", dies)
+    monkeypatch.setattr(Client, "list_artifacts", dies)
     with pytest.raises(InputError, match=f"cannot be read from {server_sweep}: the server has"):
         store.read_json(run, "plan.json")
 

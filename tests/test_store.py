@@ -16,7 +16,8 @@ from sweeps import launch
 from sweeps.presets import PRESETS
 from tracking.address import StoreAddress, sqlite_address, store_address
 from tracking.recorder import MlflowRecorder, close_cut_off, close_runs
-from tracking.store import Store, say_incomplete
+from tracking.store import Store
+from tracking.tags import say_incomplete
 
 
 @pytest.fixture

@@ -15,20 +15,68 @@ BUCKET = "GPT_SWEEPS_BUCKET"
 """The environment variable that names a folder in a bucket, for machines that share no folder."""
 SQLITE = "sqlite:///"
 """How the address of an SQLite store begins."""
+DATABASES = ("postgresql", "mysql", "mssql")
+"""How the addresses of other databases begin."""
 VIEW = "sweep"
 """Name of the view that a sweep's experiment opens with, in the address of its page."""
 
 
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+"""MLflow's own environment variables for what a server asks for. No address holds either."""
+
+
+ENCODED = r"([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*"
+"""A user or a password as an address spells it (RFC 3986)."""
+
+
+def credentials() -> dict[str, str]:
+    """Return the variables of this process that hold what the store asks for."""
+    return {name: os.environ[name] for name in (USER, PASSWORD) if os.environ.get(name)}
+
+
 def mask_password(text: str) -> str:
-    """Replace the password of every address in a text by ***."""
+    """Replace the password of this process, and that of every address in a text, by ***."""
+    if len(password := os.environ.get(PASSWORD, "")) > 3:  # a shorter one is in many a word
+        for spelled in (password, urllib.parse.quote(password, safe="")):
+            text = text.replace(spelled, "***")
     return re.sub(r"(//[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """The address of a tracking store, as MLflow spells it."""
+    """The address of a tracking store, as MLflow spells it, without user and password.
+
+    These are in the environment (`credentials`), because an address is printed, pickled and kept.
+    """
 
     uri: str
+    runs_dir: Path | None = None  # whose folder `artifacts` holds the files of new runs
+
+    def __repr__(self) -> str:
+        return f"StoreAddress({self.masked!r})"
+
+    @property
+    def connection(self) -> str:
+        """The address to connect with: that of a database has its user and password again."""
+        known = credentials()
+        if not known or not self.uri.startswith(DATABASES):
+            return self.uri
+        scheme, _, rest = self.uri.partition("://")
+        words = [urllib.parse.quote(known.get(name, ""), safe="") for name in (USER, PASSWORD)]
+        return f"{scheme}://{words[0]}{':' * bool(words[1])}{words[1]}@{rest}"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders below which the files of runs may lie; none for a server."""
+        if self.is_remote:
+            return ()
+        folders = [self.database.parent if self.database else None, self.runs_dir]
+        return tuple(dict.fromkeys(folder / "artifacts" for folder in folders if folder))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether files go to where the store says; else they lie in folders of ours."""
+        return "://" in self.uri and not self.uri.startswith((SQLITE, "file:", *DATABASES))
 
     @property
     def database(self) -> Path | None:
@@ -91,20 +139,30 @@ def sqlite_address(file: Path) -> str:
 
 def default_address(runs_dir: Path) -> StoreAddress:
     """Return the address of the SQLite file in a runs folder."""
-    return StoreAddress(sqlite_address(runs_dir.resolve() / "mlflow.db"))
+    runs_dir = runs_dir.resolve()
+    return StoreAddress(sqlite_address(runs_dir / "mlflow.db"), runs_dir)
 
 
 def store_address(runs_dir: Path) -> StoreAddress:
     """Return MLFLOW_TRACKING_URI where it is set, else the SQLite file in the runs folder.
 
+    A user and a password in the variable go to variables of their own, for this process and all
+    that it starts.
+
     Raises:
         InputError: the variable names no file where SQLite can keep anything.
     """
+    runs_dir = runs_dir.resolve()
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
         return default_address(runs_dir)
     if not given.startswith("sqlite"):
-        return StoreAddress(given)
+        address, found = without_credentials(given)
+        if found:
+            for name in (USER, PASSWORD):
+                os.environ.pop(name, None)
+            os.environ.update(found, MLFLOW_TRACKING_URI=address)
+        return StoreAddress(address, runs_dir)
     path, _, options = given.removeprefix(SQLITE).partition("?")
     if not given.startswith(SQLITE) or not path or path.startswith((":memory:", "file:")):
         raise InputError(
@@ -113,7 +171,29 @@ def store_address(runs_dir: Path) -> StoreAddress:
         )
     # Workers run in another folder than the user's.
     whole = sqlite_address(Path(urllib.parse.unquote(path)))
-    return StoreAddress(f"{whole}?{options}" if options else whole)
+    return StoreAddress(f"{whole}?{options}" if options else whole, runs_dir)
+
+
+def without_credentials(uri: str) -> tuple[str, dict[str, str]]:
+    """Split user and password off an address.
+
+    A password may be percent-encoded or not: one with a character that has to be encoded is taken
+    as it is. It may so contain any character, also @, / and #.
+
+    Returns:
+        The address without them, and MLflow's variables for them; none where it has none.
+    """
+    scheme, separator, rest = uri.partition("://")
+    given, at, place = rest.rpartition("@")
+    if not separator or not at:
+        return uri, {}
+    user, _, password = given.partition(":")
+    words = {
+        name: urllib.parse.unquote(word) if re.fullmatch(ENCODED, word) else word
+        for name, word in ((USER, user), (PASSWORD, password))
+        if word
+    }
+    return f"{scheme}://{place}", words
 
 
 def bucket() -> str | None:

@@ -82,9 +82,23 @@ def runs_folder(text: str) -> Path:
         why = f"its path has {bytes_of_path} bytes, of at most {LONGEST_FOLDER}"
     elif not above.is_dir():
         why = f"{above} is a file, not a folder"
+    elif links := _links_in(folder):
+        why = (
+            f"{links[0]} is a link, by which a copied runs folder could have files written "
+            "elsewhere: put what it points to in its place"
+        )
     if why:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {why}")
     return folder
+
+
+def _links_in(folder: Path) -> list[str]:
+    """List what a runs folder has in place of its files and folders: links to elsewhere."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.path for entry in entries if entry.is_symlink())
+    except OSError:  # it is yet to be made, or cannot be read, which is found out later
+        return []
 
 
 def check_writable(folder: Path, shared: bool = False) -> None:

@@ -96,14 +96,14 @@ def runs_in_database(uri: str, experiments: Sequence[str], kind: str) -> list[Ru
         for run_id, experiment_id, user, status, start, end, artifacts, key, value in store.execute(
             sqlalchemy.text(RUNS_WITH_TAGS), {"kind": kind}
         ):
-            if experiment_id not in wanted:
-                continue
+            if experiment_id not in wanted or not isinstance(start, int):
+                continue  # SQLite keeps a text in a column of numbers too
             if run_id not in found:
                 info = RunInfo(
-                    run_id, str(experiment_id), user, status, start, end, "active", artifacts
+                    str(run_id), str(experiment_id), user, status, start, end, "active", artifacts
                 )
                 found[run_id] = Run(info, RunData())
-            found[run_id].data.tags[key] = value
+            found[run_id].data.tags[str(key)] = str(value)
     engine.dispose()
     return list(found.values())
 

@@ -13,16 +13,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
-import math
 import os
+import re
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -33,7 +31,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "10")
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Run, RunTag, ViewType
+from mlflow.entities import Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,33 +39,49 @@ from sqlalchemy.exc import SQLAlchemyError
 from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
 from tracking.access import share_database
-from tracking.address import StoreAddress, mask_password, sqlite_address
+from tracking.address import DATABASES, StoreAddress, mask_password, sqlite_address
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
+from tracking.places import Client, check_place, folder_of, read_object
 from tracking.private_api import create_engine, move_artifacts, runs_in_database
+from tracking.tags import NEEDED, TrialStatus, known_runs, lacking_tags, say_incomplete
+from tracking.untrusted import one_line
 
 Item = TypeVar("Item")
 
-TrialStatus = Literal["finished", "diverged", "failed", "pruned", "stopped", "running", "missing"]
-"""What became of a trial: the tag of its run, or `missing` where there is no run."""
 DONE: tuple[TrialStatus, ...] = ("finished", "diverged")
 """The values of a trial's status that are results: a diverged trial has one too."""
 MAX_TAG_LENGTH = 5000
 """Characters of a tag's value that MLflow takes."""
 PAGE = 1000
 """Runs or experiments that one request asks for."""
+MOST_PAGES = 10_000
+"""Pages of one answer: a server that names a next page for ever is not followed."""
 EXPERIMENTS_A_REQUEST = 500
 """Experiments that one request looks into."""
 MADE_BY = {"made_by": "gpt-sweeps"}
 """The tag by which runs of this project are known among those of other people."""
-NEEDED: Mapping[str, Sequence[str]] = {
-    "trial": ("trial_key", "trial_status"),
-    "sweep": ("sweep", "launched"),
-}
-"""By the kind of a run, the tags without which it cannot be read."""
-
 logging.getLogger("alembic").setLevel(logging.WARNING)
 # MLflow also raises what it logs here.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def understood(ask: Callable[..., Item]) -> Callable[..., Item]:
+    """Wrap a method of a store: raise InputError where the store's answer is none of MLflow's."""
+
+    @functools.wraps(ask)
+    def asking(store: Store, *arguments: Any, **named: Any) -> Item:
+        try:
+            return ask(store, *arguments, **named)
+        except (InputError, MlflowException, OSError, SQLAlchemyError):
+            raise
+        except Exception as error:  # MLflow makes objects of whatever it is sent
+            why = one_line(str(error))[:200]
+            raise InputError(
+                f"{store.address.masked} gives an answer that is none of MLflow's "
+                f"({type(error).__name__}: {why})"
+            ) from error
+
+    return asking
 
 
 class Store:
@@ -82,7 +96,7 @@ class Store:
     @functools.cached_property
     def client(self) -> MlflowClient:
         """MLflow's client, which waits for a server that does not answer."""
-        return MlflowClient(self.address.uri)
+        return Client(self.address.connection, self._place_of)
 
     def open(self) -> None:
         """Check once that the store answers; make the SQLite file where there is none.
@@ -101,22 +115,23 @@ class Store:
             # MLflow's client would go on trying for minutes.
             if address.is_server:
                 check_server(address.uri)
-            elif address.uri.startswith(("postgresql", "mysql", "mssql")):
-                engine = create_engine(address.uri)
+            elif address.uri.startswith(DATABASES):
+                engine = create_engine(address.connection)
                 engine.connect().close()
                 engine.dispose()
             self.client.search_experiments(max_results=1)
         except InputError:
             raise
-        except (OSError, ValueError, ImportError, MlflowException, SQLAlchemyError) as error:
+        except Exception as error:  # what answers may be anything
             if file and any(sqlite_code(cause) in DAMAGE for cause in causes(error)):
                 raise InputError(damaged(file, str(list(causes(error))[-1]))) from error
-            why = mask_password(str(error).strip().splitlines()[0])
+            why = mask_password(one_line(str(error).strip().partition("\n")[0]))
             raise InputError(
                 f"the tracking store {address.masked} does not answer: {why}"
             ) from error
         self._is_checked = True
 
+    @understood
     def experiment_ids(self) -> list[str]:
         """List every experiment that is not deleted."""
         return [
@@ -126,6 +141,7 @@ class Store:
                     ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=page
                 )
             )
+            if experiment.experiment_id.isdecimal()
         ]
 
     def open_experiment(
@@ -135,14 +151,14 @@ class Store:
 
         Args:
             name: of the sweep. Its experiment may have been renamed in MLflow.
-            runs_dir: a new experiment of an SQLite store keeps its files in there; a server keeps
-                them in its own folder.
+            runs_dir: a new experiment of a database keeps its files in there; a server keeps them
+                in its own folder.
             tags: set on the experiment; its other tags stay.
 
         Raises:
             InputError: the experiment was deleted, or its files cannot be reached from here.
         """
-        own = runs_dir.resolve() / "artifacts" if self.address.database else None
+        own = None if self.address.is_remote else runs_dir.resolve() / "artifacts"
         if own and self.address.database == own.parent / "mlflow.db":
             move_artifacts(self.address.uri, own)
         sweep_run = self.sweep_runs().get(name)
@@ -165,21 +181,30 @@ class Store:
                 f"sweep {name} was deleted in MLflow: restore it there or take another --name"
             )
         else:
-            _check_location(name, experiment, own)
             experiment_id = experiment.experiment_id
+        location = (experiment or self.client.get_experiment(experiment_id)).artifact_location
+        if own is None:
+            check_place(location, self.address, lambda: self._default_location)
+        elif location != own.as_uri():
+            raise InputError(
+                f"the experiment {name} of the tracking store keeps its files at {location}, not "
+                f"at {own}: take another --name"
+            )
         for tag, value in (tags or {}).items():
             self.client.set_experiment_tag(experiment_id, tag, value)
         return experiment_id
 
+    @understood
     def runs(self, kind: str) -> list[Run]:
         """List all runs of a kind (trial, sweep) with their tags, newest first.
 
         Params and metrics are left out where the store is an SQLite file.
         """
         if self.address.database:
-            return runs_in_database(self.address.uri, self.experiment_ids(), kind)
+            return known_runs(runs_in_database(self.address.uri, self.experiment_ids(), kind))
         return self.search(f"tags.kind = '{kind}'")
 
+    @understood
     def search(self, condition: str, experiment_id: str | None = None) -> list[Run]:
         """List all runs that are not deleted and for which a condition holds, newest first.
 
@@ -201,7 +226,7 @@ class Store:
                     page_token=page,
                 )
             )
-        return sorted(found, key=lambda run: -run.info.start_time)
+        return sorted(known_runs(found), key=lambda run: -run.info.start_time)
 
     def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
         """Return the run that counts of a kind (trial, sweep) with the given tags.
@@ -212,7 +237,10 @@ class Store:
 
     def find_runs(self, kind: str, experiment_id: str | None = None, **tags: str) -> list[Run]:
         """Return all runs of a kind with the given tags, with params, the one that counts first."""
-        clauses = [f"tags.{name} = '{value}'" for name, value in {"kind": kind, **tags}.items()]
+        wanted = {"kind": kind, **tags}
+        if not all(re.fullmatch(r"[\w. -]+", value) for value in wanted.values()):
+            raise InputError(f"no {kind} has the tags {tags}")  # they would be read as a condition
+        clauses = [f"tags.{name} = '{value}'" for name, value in wanted.items()]
         found = self._complete(kind, self.search(" and ".join(clauses), experiment_id))
         return _what_counts_first(found)
 
@@ -241,7 +269,7 @@ class Store:
         complete = []
         for run in runs:
             self.incomplete.pop(run.info.run_id, None)  # its tag may be back
-            lacking = _lacking(run, kind)
+            lacking = lacking_tags(run, kind)
             if not lacking:
                 complete.append(run)
             elif MADE_BY.items() <= run.data.tags.items() or len(lacking) < len(NEEDED[kind]):
@@ -249,17 +277,30 @@ class Store:
         return complete
 
     def folder_of(self, run: Run) -> Path | None:
-        """Return the folder of a run's files where this machine has it; None for one on a server.
+        """Return the folder of a run's files on this machine; None for those of a server.
 
-        The files lie below the folder of an SQLite store, even where the store says otherwise,
-        because the folder was moved.
+        Raises:
+            InputError: the store has them where nothing is read or written.
         """
-        if database := self.address.database:
-            own: Path = database.parent / "artifacts" / run.info.run_id / "artifacts"
-            if own.is_dir():
-                return own
-        place = urllib.parse.urlsplit(run.info.artifact_uri)
-        return Path(urllib.parse.unquote(place.path)) if place.scheme == "file" else None
+        if not self.address.is_remote:
+            return folder_of(run, self.address)
+        check_place(run.info.artifact_uri, self.address, lambda: self._default_location)
+        return None
+
+    @understood
+    def _place_of(self, run_id: str) -> Path | str:
+        """Return the place of a run's files. Raises InputError where it is not to be used."""
+        run = self.client.get_run(run_id)
+        return self.folder_of(run) or str(run.info.artifact_uri)
+
+    @functools.cached_property
+    def _default_location(self) -> str | None:
+        """Where a server keeps files unless an experiment says otherwise."""
+        try:
+            location: str = self.client.get_experiment("0").artifact_location
+        except MlflowException:
+            return None
+        return location
 
     def read_json(self, run: Run, name: str) -> JsonObject:
         """Read the object of a JSON file that a sweep's own run holds.
@@ -271,16 +312,12 @@ class Store:
             folder = self.folder_of(run)
             if folder is None and self.fetch(run.info.run_id, name, Path(scratch)):
                 folder = Path(scratch)
-            if folder is None or not (folder / name).exists():
+            if folder is None or not (folder / name).is_file():
                 raise InputError(
                     f"{name} of sweep {run.data.tags['sweep']} is not at "
                     f"{folder or run.info.artifact_uri}: put it there, or take another --name"
                 )
-            try:
-                contents: JsonObject = json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise damaged_file(folder / name, error) from error
-            return contents
+            return read_object(folder / name)
 
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
@@ -335,77 +372,17 @@ def _make_database(file: Path) -> None:
 def _every_page(ask: Callable[[str | None], PagedList[Item]]) -> Iterator[Item]:
     """Yield what all pages of an answer hold. `ask` takes the token that the page before gave."""
     page = None
-    while True:
+    for _ in range(MOST_PAGES):
         found = ask(page)
         yield from found
         if not (page := found.token):
             return
+    raise InputError(f"the tracking store has more than {MOST_PAGES:,} pages of runs")
 
 
 def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
     """Put finished runs before others, and keep the order of each."""
     return sorted(runs, key=lambda run: run.info.status != "FINISHED")
-
-
-def damaged_file(file: Path, why: Exception) -> InputError:
-    """Return the error for a file of a sweep's own run that cannot be understood."""
-    return InputError(
-        f"{file} is damaged ({type(why).__name__}: {why}): run the sweep's command again with all "
-        "its knobs, which writes the file anew"
-    )
-
-
-def _lacking(run: Run, kind: str) -> list[str]:
-    """List the tags of NEEDED that a run does not have, or that cannot be read."""
-    return [tag for tag in NEEDED[kind] if not _is_readable(tag, run.data.tags.get(tag))]
-
-
-def _is_readable(tag: str, value: str | None) -> bool:
-    """Return whether a tag is there, and a number if it has to be one."""
-    if tag == "trial_status":
-        return value in STATUSES
-    if value is None or tag != "launched":
-        return value is not None
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def say_incomplete(run: Run) -> str:
-    """Say which tags a run lacks, and what to do."""
-    lacking = _lacking(run, run.data.tags["kind"])
-    return (
-        f"run {run.info.run_id} ({run.info.run_name or run.data.tags['kind']}) has no usable tag "
-        f"{' and '.join(lacking)}, so it is left out: set the tag in MLflow, or run the sweep "
-        "again, which makes a new run"
-    )
-
-
-def _check_location(name: str, experiment: Experiment, own: Path | None) -> None:
-    """Check that the files of an experiment that exists are kept where they will be looked for.
-
-    Args:
-        name: of the sweep.
-        experiment: that has this name.
-        own: where an SQLite store keeps them; None for another store.
-
-    Raises:
-        InputError: they are kept elsewhere.
-    """
-    location = experiment.artifact_location
-    place = urllib.parse.urlsplit(location)
-    if own:
-        is_usable = location == own.as_uri()
-    else:  # a folder may be one that this machine shares with the server
-        folder = Path(urllib.parse.unquote(place.path))
-        is_usable = place.scheme not in ("", "file") or os.access(folder, os.W_OK)
-    if not is_usable:
-        raise InputError(
-            f"the experiment {name} of the tracking store keeps its files at {location}"
-            + (f", not at {own}" if own else ", which this machine cannot write to")
-            + ": take another --name"
-        )
 
 
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -418,9 +395,6 @@ def set_aside(store: Store, run: Run) -> None:
     store.set_tags(run.info.run_id, kind="replaced", replaced_at=time.strftime("%Y-%m-%d %H:%M:%S"))
     if run.info.status == "RUNNING":
         store.client.set_terminated(run.info.run_id, "KILLED")
-
-
-STATUSES: tuple[str, ...] = get_args(TrialStatus)
 
 
 def trial_status(run: Run | None) -> TrialStatus:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from mlflow.entities import Run
 
-from gptcore.config import Scalar
-from gptcore.files import JsonObject
-from tracking.store import MADE_BY, Store, damaged_file
+from gptcore.config import KEY_LENGTH, KNOBS, Scalar, check_value
+from gptcore.files import Json, JsonObject
+from tracking.places import damaged_file
+from tracking.store import MADE_BY, Store
+from tracking.untrusted import one_line, printable
 
 PLAN_FILE = "plan.json"
 
@@ -44,20 +47,33 @@ class RecordedPlan:
 
     @classmethod
     def from_json(cls, stored: JsonObject) -> RecordedPlan:
-        """Read what to_json gave, perhaps long ago: what readers can do without may be missing."""
+        """Read what to_json gave, perhaps long ago: what readers can do without may be missing.
+
+        Texts are made fit to be shown.
+
+        Raises:
+            KeyError: it lacks what readers need.
+            TypeError: a part of it has another type.
+            ValueError: a trial has a knob or a value that no trial has.
+        """
+        trials = {
+            key: RecordedTrial(
+                params={
+                    knob: _value(knob, value)
+                    for knob, value in _object(_object(trial)["params"]).items()
+                },
+                corpus_digest=_text(_object(trial).get("corpus_digest", "")),
+            )
+            for key, trial in _object(stored["trials"]).items()
+        }
         return cls(
-            sweep=stored.get("sweep", ""),
-            preset=stored.get("preset", ""),
-            command=stored["command"],
-            notes=tuple(stored["notes"]),
-            tags=stored.get("tags", {}),
-            trials={
-                key: RecordedTrial(
-                    params=trial["params"], corpus_digest=trial.get("corpus_digest", "")
-                )
-                for key, trial in stored["trials"].items()
-            },
-            claims_digest=stored.get("claims_digest", ""),
+            sweep=_text(stored.get("sweep", "")),
+            preset=_text(stored.get("preset", "")),
+            command=_text(stored["command"]),
+            notes=tuple(map(_text, _list(stored["notes"]))),
+            tags={name: _text(value) for name, value in _object(stored.get("tags", {})).items()},
+            trials=trials,
+            claims_digest=_text(stored.get("claims_digest", "")),
         )
 
     def to_json(self) -> JsonObject:
@@ -70,9 +86,40 @@ def read_plan(store: Store, sweep_run: Run) -> RecordedPlan:
     """Read the latest plan of a sweep from its own run. Raises what Store.read_json raises."""
     stored = store.read_json(sweep_run, PLAN_FILE)
     try:
-        return RecordedPlan.from_json(stored)
-    except (AttributeError, KeyError, TypeError) as error:
+        plan = RecordedPlan.from_json(stored)
+        for key in plan.trials:
+            if not re.fullmatch(f"[0-9a-f]{{{KEY_LENGTH}}}", key):
+                raise ValueError(f"{one_line(key[:100])} is no trial key")
+    except (KeyError, TypeError, ValueError) as error:
         raise damaged_file(Path(PLAN_FILE), error) from error
+    # The name was checked on the run. Files are named after it, and the plan may say another one.
+    return replace(plan, sweep=sweep_run.data.tags["sweep"])
+
+
+def _object(value: Json) -> JsonObject:
+    if not isinstance(value, dict):
+        raise TypeError(f"{one_line(str(value)[:100])} is no object")
+    return value
+
+
+def _list(value: Json) -> list[Json]:
+    if not isinstance(value, list):
+        raise TypeError(f"{one_line(str(value)[:100])} is no list")
+    return value
+
+
+def _value(knob: str, value: Json) -> Scalar:
+    if knob not in KNOBS:
+        raise ValueError(f"there is no knob {one_line(knob[:100])}")
+    if isinstance(value, str) and printable(value).splitlines() != [value]:
+        raise ValueError(f"{knob} has a text that is not one line to be shown")
+    return check_value(knob, value)
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{one_line(str(value)[:100])} is no text")
+    return one_line(value)
 
 
 class SweepRun:

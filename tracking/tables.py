@@ -32,6 +32,12 @@ def schema_of(row_type: type[Row]) -> dict[str, pl.DataType]:
     }
 
 
+def may_be_null(row_type: type[Row], column: str) -> bool:
+    """Return whether a column of a table may lack values; also one that a reader has made."""
+    hint = get_type_hints(row_type).get(column, type(None) | int)
+    return types.NoneType in get_args(hint)
+
+
 def _without_none(hint: type) -> type:
     if get_origin(hint) is types.UnionType:
         (hint,) = (arg for arg in get_args(hint) if arg is not types.NoneType)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.jsonable import from_json
 from gptcore.config import TrialConfig
 from gptcore.files import write_atomically
 from sweeps.estimate.cost import Cost
@@ -50,13 +51,19 @@ def write_measurement(found: Measurement, of: Measurable, runs_dir: Path) -> Non
 
 
 def read_measurement(of: Measurable, runs_dir: Path) -> Measurement | None:
-    """Read the last measurement; None where there is none, or where its file was changed."""
+    """Read the last measurement; None where there is none, or where its file was changed.
+
+    The file may have come with a copied runs folder, and hold anything.
+    """
     try:
         whole = json.loads(file_of(of, runs_dir).read_text())
         found = whole["measurement"]
         if whole["digest"] != _digest(found):
             return None
-        return Measurement(**{**found, "cost": Cost(**found["cost"])})
+        measurement = from_json(Measurement, found)
+        numbers = [measurement.begins, measurement.took, *vars(measurement.cost).values()]
+        is_possible = min(measurement.array, measurement.per_gpu) >= 1 and min(numbers) >= 0
+        return measurement if is_possible else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -18,9 +18,14 @@ from sweeps.execution.faults import Fault
 from sweeps.execution.interrupts import Interrupts
 from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, key_of
 from sweeps.execution.ray_cluster import stop_ray
-from sweeps.execution.resources import Resources, autoscaler_machines, slots
+from sweeps.execution.resources import (
+    Resources,
+    autoscaler_machines,
+    cluster_address,
+    slots,
+)
 from sweeps.execution.trainable import Recording, run_batch
-from tracking.address import bucket
+from tracking.address import bucket, credentials
 from tracking.health import reporting_absence
 from tracking.job import Job
 from tracking.recorder import close_runs
@@ -120,7 +125,13 @@ def make_tuner(
     """
     return tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(run_batch, texts=dict(context.texts)),
+            tune.with_parameters(
+                run_batch,
+                texts=dict(context.texts),
+                # Not by Ray's environment of workers, which is in its logs and among the arguments
+                # of its processes. Workers on this machine have inherited it.
+                secrets=credentials() if cluster_address() else {},
+            ),
             lambda config: tune.PlacementGroupFactory([dict(needs_of_key(key_of(config)))]),
         ),
         param_space=param_space,

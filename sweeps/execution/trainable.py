@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from tracking.job import Job
 from tracking.lease import own_trial
 from tracking.recorder import MlflowRecorder, make_run, run_of
 from tracking.store import DONE, Store, trial_status
+from tracking.untrusted import check_no_link
 
 REPORT_SECONDS = 1.0
 """Seconds between two reports of how far a trial is."""
@@ -75,7 +78,11 @@ class Recording:
     """The name by which the driver owns trials; None in the runs folder's own store."""
 
 
-def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
+def run_batch(
+    config: dict[str, Any],
+    texts: Texts = NO_TEXTS,
+    secrets: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run a batch of trials, and tell Tune how far each is.
 
     A trial with an error of its own leaves its MLflow run FAILED with the reason, and the worker
@@ -88,7 +95,9 @@ def run_batch(config: dict[str, Any], texts: Texts = NO_TEXTS) -> None:
             the trials of the batch run one after the other instead of together; `metric`, of which
             a search has every value reported.
         texts: corpora that need not be on this machine.
+        secrets: environment variables with what the store asks for.
     """
+    os.environ.update(secrets)
     recording: Recording = config["recording"]
     address, runs_dir = recording.address, recording.runs_dir
     write_for(runs_dir)
@@ -188,6 +197,7 @@ def trial_locks(keys: Iterable[str], runs_dir: Path) -> Iterator[Callable[[str],
     """
     file = runs_dir / "locks" / "trials"
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_no_link(file, runs_dir)
     # A byte of the file for each trial, at a place that its key gives; the file stays empty.
     byte_of = {key: seed_of("lock", key) >> 2 for key in sorted(keys)}  # as _in_order
     # It is opened once: closing any handle would release every lock of this process on the file.

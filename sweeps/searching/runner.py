@@ -36,6 +36,7 @@ from sweeps.session import Session
 from tracking.job import Job
 from tracking.recorder import close_run
 from tracking.store import DONE, trial_status
+from tracking.untrusted import check_no_link
 
 matplotlib.use("Agg")  # no screen is needed to write a file
 
@@ -251,6 +252,7 @@ class SearchRunner:
             finds: the configurations that were tested on fresh seeds, None for `best`.
         """
         folder = self.session.runs_dir / "reports" / self.session.name
+        check_no_link(folder, self.session.runs_dir)
         complete = self.complete()
         importances: dict[str, float] = {}
         files = []

@@ -36,6 +36,7 @@ from sweeps.execution.trainable import Recording
 from tracking.access import share_database
 from tracking.address import sqlite_address
 from tracking.job import Job
+from tracking.untrusted import is_plain
 
 REDUCTION = 3
 """The reduction factor of ASHA: one in so many trials continues to the next rung, which is at so
@@ -187,8 +188,9 @@ def open_study(
         asked = study.user_attrs.get("question")
         if asked is None:
             study.set_user_attr("question", wanted)
-    except SQLAlchemyError as error:
-        why = str(error.__cause__ or error).strip().splitlines()[0]
+        _check_attributes(study, asked)
+    except (SQLAlchemyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        why = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{file} cannot be read as an Optuna study: {why}") from error
     if asked is not None and asked != wanted:
         knobs, others = wanted["knobs"], asked.get("knobs", {})
@@ -200,6 +202,21 @@ def open_study(
             "ones to continue it, or take another --name"
         )
     return study
+
+
+def _check_attributes(study: optuna.Study, asked: Any) -> None:
+    """Raise TypeError where a study holds something else than this project keeps in it."""
+    again = study.user_attrs.get("tried_again", [])
+    if not (asked is None or (isinstance(asked, dict) and isinstance(asked.get("knobs"), dict))):
+        raise TypeError("its question is none of a search")
+    trials = study.get_trials(deepcopy=False)
+    known = [one.user_attrs.get("trial_key") for one in trials]
+    if not (isinstance(again, list) and all(key in known for key in again)):
+        raise TypeError("it tried trials again that it does not have")
+    for one in trials:
+        key, params = one.user_attrs.get("trial_key", ""), one.user_attrs.get("params", {})
+        if not (isinstance(key, str) and is_plain(key) and isinstance(params, dict)):
+            raise TypeError(f"its trial {one.number} is none of a search")
 
 
 class Suggestions(Searcher):
