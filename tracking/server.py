@@ -40,6 +40,8 @@ from pyarrow.fs import FileSystem, FileType
 from gptcore.config import InputError
 from tracking.address import BUCKET
 from tracking.arguments import Parser
+from tracking.bucket import FOLDER as BUCKET_FOLDER
+from tracking.bucket import HEADS
 from tracking.health import server_answers
 from tracking.private_api import server_app
 
@@ -230,7 +232,10 @@ def save(database: PostgresServer, backup: str) -> None:
 
 
 def restore(database: PostgresServer, backup: str) -> None:
-    """Fill a new database from the backup in a bucket, if there is one."""
+    """Fill a new database from the backup in a bucket, if there is one.
+
+    This runs what is in the backup, so nobody but this server may write there.
+    """
     files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
     if files.get_file_info(name).type == FileType.NotFound:
         return
@@ -240,6 +245,26 @@ def restore(database: PostgresServer, backup: str) -> None:
             shutil.copyfileobj(source, copy)
         command = [str(database.bin_path / "pg_restore"), "--dbname", database.get_uri()]
         subprocess.run([*command, str(file)], check=True)
+
+
+def check_no_older_backup(shared: str, backup: str) -> None:
+    """Refuse a backup where earlier versions of this program kept it, and workers could write.
+
+    Raises:
+        InputError: it is there, and none is where the head alone writes.
+    """
+    for folder in (backup, shared):
+        files, name = FileSystem.from_uri(f"{folder}/{DUMP}")
+        if files.get_file_info(name).type == FileType.NotFound:
+            continue
+        if folder == backup:
+            return
+        raise InputError(
+            f"{shared}/{DUMP} is a database that an earlier version kept where workers could "
+            "change it, and to restore it runs what is in it: if you trust all that ran there, "
+            f"`aws s3 mv {shared}/{DUMP} {backup}/{DUMP}`, or else delete it; then call `ray up` "
+            "again"
+        )
 
 
 @contextlib.contextmanager
@@ -291,8 +316,11 @@ def serve_cluster(file: Path) -> int:
     provider = yaml.safe_load(file.read_text())["provider"]
     host = provider.get("head_ip") or own_address()
     if "bucket" in provider:
-        shared = f"s3://{provider['bucket']}/gpt-sweeps"
-        more = ["--backup", shared]
+        shared = f"s3://{provider['bucket']}/{BUCKET_FOLDER}"
+        backup = f"{shared}/{HEADS}"
+        if not (FOLDER / "database").exists():
+            check_no_older_backup(shared, backup)
+        more = ["--backup", backup]
         known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), BUCKET: shared}
     else:
         shared, more = provider.get("shared"), []
