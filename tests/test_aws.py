@@ -182,15 +182,6 @@ def test_the_first_ray_up_of_an_account_makes_what_the_file_says(amazon, at_home
     assert len(token.read_text()) == 64
 
 
-def test_a_token_that_others_can_read_is_closed(amazon, at_home):
-    token = at_home / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("a" * 64)
-    token.chmod(0o644)
-    up(edited())
-    assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, "a" * 64)
-
-
 def test_an_edit_replaces_what_was_before_and_so_does_taking_it_back(amazon):
     office, other = "198.51.100.0/24", "another-bucket"
     amazon.client("s3").create_bucket(

@@ -25,7 +25,8 @@ NOT_RUN = {
     "README.md": ["needs an AWS account"],
     "CONTRIBUTING.md": ["needs a browser and a finished sweep"],
     "docs/cluster.md": [
-        "needs an AWS account", "needs a cluster", "needs several machines", "needs a cluster",
+        "needs an AWS account", "needs a cluster", "needs an AWS account", "needs several machines",
+        "needs a cluster",
     ],
 }  # fmt: skip
 """Why a block of commands is only parsed and not run, for each page in order."""
@@ -126,6 +127,13 @@ def mlflow_parses(arguments: list[str]) -> None:
     click_parses(cli, arguments)
 
 
+def removal_parses(arguments: list[str]) -> None:
+    # Not at the top: it brings Ray and boto3.
+    from sweeps.clusters import aws_remove
+
+    assert aws_remove.arguments(arguments).file.exists()
+
+
 def installs(arguments: list[str]) -> None:
     """Check that pip is asked for extras that the project has."""
     assert arguments[:2] == ["install", "-e"]
@@ -149,6 +157,7 @@ CHECKS = {
     "python sweeps/search.py": search.command_line,
     "python analysis/report.py": reports,
     "python docs/make_pictures.py": nothing,
+    "python -m sweeps.clusters.aws_remove": removal_parses,
     "python -m venv .venv": nothing,
     ". .venv/bin/activate": nothing,
     "pip": installs,

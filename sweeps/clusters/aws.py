@@ -219,10 +219,9 @@ def make_token() -> None:
     """Make the token that Ray's processes show each other, unless this machine has one."""
     file = Path(TOKEN).expanduser()
     if not file.exists():
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         file.write_text(secrets.token_hex(32))
-    file.chmod(0o600)
 
 
 def forget_cached(cluster: str) -> None:

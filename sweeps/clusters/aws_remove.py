@@ -125,8 +125,8 @@ def remove_results(bucket: Any) -> None:
         upload.abort()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return its exit code: 2 where something cannot be removed."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line. Raises InputError for a bad one."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -135,8 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="the cluster's file, such as cluster.yaml")
     parser.add_argument("--yes", action="store_true", help="remove what is listed")
     parser.add_argument("--results", action="store_true", help="results in the bucket too")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return its exit code: 2 where something cannot be removed."""
     try:
-        args = parser.parse_args(argv)
+        args = arguments(argv)
         region, cluster, bucket = named_in(args.file)
         check_no_machine(region, cluster)
         found = list(leftovers(region, cluster, bucket))
