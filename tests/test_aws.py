@@ -171,7 +171,7 @@ def test_the_first_ray_up_of_an_account_makes_what_the_file_says(amazon, at_home
     print("let in:", opened(amazon, config))
     assert opened(amazon, config) == LET_IN
     assert buckets(amazon) == {BUCKET}
-    names = [role["RoleName"] for role in amazon.client("iam").list_roles()["Roles"]]
+    names = sorted(role["RoleName"] for role in amazon.client("iam").list_roles()["Roles"])
     assert names == [f"gpt-sweeps-{REGION}-head", f"gpt-sweeps-{REGION}-workers"]
     assert config["provider"]["type"] == "aws"
     head, worker = (config["available_node_types"][name] for name in ("head", "worker"))
@@ -356,6 +356,7 @@ def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
             assert ended.returncode == 0, ended.stdout + ended.stderr
             (head,) = session.resource("ec2").instances.all()
             assert [group["GroupName"] for group in head.security_groups] == ["gpt-sweeps-nodes"]
+            assert head.iam_instance_profile["Arn"].endswith(f"gpt-sweeps-{REGION}-head")
             # Whatever is wrong with the file by then.
             spoilt = edited("provider", "bucket", value="<your-bucket>")
             (at_home / "cluster.yaml").write_text(yaml.safe_dump(spoilt))

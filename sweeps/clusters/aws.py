@@ -16,7 +16,7 @@ import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,17 @@ def bootstrap(cluster_config: ClusterFile) -> JsonObject:
     of_head = kinds[config["head_node_type"]]["node_config"]
     of_head.setdefault("IamInstanceProfile", {"Arn": head})
     make_token()
+    # Ray's own key would be for all clusters of the region.
     own_key = "ssh_private_key" not in config["auth"] and "key_pair" not in provider
     if own_key:
         provider["key_pair"] = {"key_name": f"{cluster}-{region}"}
+    known = keys(region)
     resolved = dict(AWSNodeProvider.bootstrap_config(config))
     kind = resolved["available_node_types"][resolved["head_node_type"]]["node_config"]
     # For the head alone: another machine of the same kind would have its rights too.
     resolved["head_node"]["IamInstanceProfile"] = kind.pop("IamInstanceProfile")
     if own_key:
-        mark_key(region, cluster, kind["KeyName"])
+        mark_key(region, cluster, kind["KeyName"], known)
     return resolved
 
 
@@ -208,11 +210,23 @@ def security_group(region: str, cluster: str, ssh_from: str) -> str:
     return str(group.id)
 
 
-def mark_key(region: str, cluster: str, name: str) -> None:
-    """Tag a key that Ray has made, so that it can be told from others."""
-    ec2 = boto3.client("ec2", region)
-    (key,) = ec2.describe_key_pairs(KeyNames=[name])["KeyPairs"]
-    ec2.create_tags(Resources=[key["KeyPairId"]], Tags=tags_of(cluster))
+def keys(region: str) -> dict[str, JsonObject]:
+    """Return the ssh keys that AWS knows, by name."""
+    known = boto3.client("ec2", region).describe_key_pairs()["KeyPairs"]
+    return {key["KeyName"]: dict(key) for key in known}
+
+
+def mark_key(region: str, cluster: str, name: str, known: Mapping[str, JsonObject]) -> None:
+    """Tag the key that Ray has made, so that it can be told from others.
+
+    Raises:
+        InputError: it was there before, and somebody else made it.
+    """
+    if name in known:
+        check_ours("key pair", name, known[name].get("Tags"), cluster)
+        return
+    made = keys(region)[name]
+    boto3.client("ec2", region).create_tags(Resources=[made["KeyPairId"]], Tags=tags_of(cluster))
 
 
 def make_token() -> None:

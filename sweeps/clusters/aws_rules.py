@@ -61,17 +61,17 @@ def wrong_with(cluster: ClusterFile) -> Iterator[str]:
                 f"max_workers of 1 or more, not {least} and {most}"
             )
     for name, kind in cluster["available_node_types"].items():
-        node = kind.get("node_config", {})
-        if not METADATA.items() <= node.get("MetadataOptions", {}).items():
+        node = kind.get("node_config") or {}
+        if not METADATA.items() <= (node.get("MetadataOptions") or {}).items():
             asked = ", ".join(f"{key}: {value}" for key, value in METADATA.items())
             yield (
                 f"{name} takes MetadataOptions: {{{asked}}}, so that no web request that a "
                 "program is tricked into gets the machine's rights"
             )
-        disks = [disk["Ebs"] for disk in node.get("BlockDeviceMappings", ()) if "Ebs" in disk]
+        disks = [disk["Ebs"] for disk in node.get("BlockDeviceMappings") or () if "Ebs" in disk]
         if not disks or any(disk.get("Encrypted") is not True for disk in disks):
             yield f"{name} takes BlockDeviceMappings, with Encrypted: true for each disk"
-    if missing := [one for one in KEPT_HOME if one not in cluster.get("rsync_exclude", ())]:
+    if missing := [one for one in KEPT_HOME if one not in (cluster.get("rsync_exclude") or ())]:
         yield (
             f"rsync_exclude takes {', '.join(missing)}: such files hold secrets, and stay on this "
             "machine"

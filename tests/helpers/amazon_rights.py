@@ -126,8 +126,8 @@ class GuardedAmazon:
         a role may do everything."""
         self.refused: list[str] = []
         """What was refused."""
-        self.seen: set[str] = set()
-        """The access keys that requests were signed with."""
+        self.allowed: set[tuple[str, str]] = set()
+        """The access key and the right of each request to S3 that was allowed."""
         self.behind = DomainDispatcherApplication(create_backend_app)
         self.server = make_server(
             "127.0.0.1", 0, self.answer, threaded=True, request_handler=MotoRequestHandler
@@ -139,8 +139,7 @@ class GuardedAmazon:
             r"Credential=([^/]+)/\d+/[^/]+/s3/", environ.get("HTTP_AUTHORIZATION", "")
         )
         statements = self.roles.get(signed[1]) if signed else None
-        self.seen |= {signed[1]} if signed else set()
-        if statements is None:
+        if not signed or statements is None:
             return self.behind(environ, respond)
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
@@ -149,7 +148,9 @@ class GuardedAmazon:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
             environ["wsgi.input"] = io.BytesIO(body)
         for action, resource, known in asked_of_s3(method, path, query, body):
-            if not allows(statements, action, resource, known):
+            if allows(statements, action, resource, known):
+                self.allowed.add((signed[1], action))
+            else:
                 return self.refuse(f"{action} {resource} {known or ''}".strip(), respond)
         told: list[Any] = []
         answer = list(self.behind(environ, lambda *given: told.append(given)))
@@ -171,7 +172,7 @@ class GuardedAmazon:
         return [what for what in self.refused if bucket in what]
 
     def reset(self) -> None:
-        """Forget what earlier tests of this process have left."""
+        """Forget all: what moto knows belongs to the process, and outlives the server."""
         requests.post(f"{self.address}/moto-api/reset", timeout=30).raise_for_status()
 
     def refuse(self, what: str, respond: Any) -> list[bytes]:
@@ -187,7 +188,9 @@ def guarded_amazon() -> Iterator[GuardedAmazon]:
     thread = threading.Thread(target=amazon.server.serve_forever, daemon=True)
     thread.start()
     try:
+        amazon.reset()
         yield amazon
     finally:
+        amazon.reset()
         amazon.server.shutdown()
         thread.join()
