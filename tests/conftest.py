@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gptcore.config import Scalar, TrialConfig
-from helpers.paths import CHROMIUM, REAL_CORPORA
+from helpers.paths import CHROMIUM, REAL_CORPORA, ROOT
 from helpers.servers import free_port, start_server
 from helpers.store import made_once, make_sweep, store_in
 from helpers.trials import TINY
@@ -170,6 +170,40 @@ def server_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A laptop on which nobody has called Ray, in the checkout."""
+    import boto3
+
+    from helpers.amazon import spare_the_wait
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    spare_the_wait(monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def amazon(at_home: Path) -> Iterator[Any]:
+    """Amazon in this process, with a bucket: a session of boto3."""
+    import boto3
+    from moto import mock_aws
+
+    from helpers.amazon import REGION, fill
+
+    with mock_aws():
+        session = boto3.Session(region_name=REGION)
+        fill(session)
+        yield session
 
 
 @pytest.fixture(scope="session")

@@ -1,52 +1,41 @@
 """The cluster file for AWS: its rules, Ray's own checks, and `ray up` against moto's Amazon."""
 
-import copy
 import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import boto3
 import pytest
 import yaml
-from moto import mock_aws
-from moto.core import DEFAULT_ACCOUNT_ID
 from moto.server import ThreadedMotoServer
-from moto.ssm.models import Parameter, ssm_backends
-from ray.autoscaler._private.aws import config as ray_aws
-from ray.autoscaler._private.aws import node_provider
-from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
+from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
+from helpers.amazon import (
+    BUCKET,
+    FILE,
+    HOME_ADDRESS,
+    REGION,
+    edited,
+    fill,
+    publish,
+    rights_of,
+    start,
+    up,
+)
 from helpers.paths import ROOT
 from sweeps.clusters.aws_rules import wrong_with
 
-REGION, BUCKET, HOME_ADDRESS = "us-west-2", "a-lab-s-bucket", "203.0.113.7/32"
-RAYS = "ray-autoscaler-v1"
-KINDS = ["m7i.xlarge", "m5.large", "g5.xlarge", "g5g.xlarge"]
-FILE = ROOT / "cluster.yaml"
-WORKER = ("available_node_types", "worker")
+HEAD, WORKER = (("available_node_types", name) for name in ("head", "worker"))
+DISKS = [
+    {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 120, "Encrypted": True}},
+    {"DeviceName": "/dev/sdb", "Ebs": {"VolumeSize": 1000}},
+]
 SOURCED = ". ~/gpt-sweeps/sweeps/clusters/environment && "
-
-
-def edited(*place, value=None):
-    """The cluster file as a user leaves it, with another value at one place or, for None, none."""
-    cluster = yaml.safe_load(FILE.read_text())
-    cluster["provider"] |= {"bucket": BUCKET, "ssh_from": HOME_ADDRESS}
-    if place:
-        *way, last = place
-        inner = cluster
-        for step in way:
-            inner = inner[step]
-        if value is None:
-            del inner[last]
-        else:
-            inner[last] = value
-    return cluster
+LOOPBACK = "--dashboard-host=127.0.0.1"
 
 
 def test_the_file_as_it_comes_names_its_placeholders():
@@ -110,7 +99,7 @@ def test_the_edited_file_keeps_the_rules_and_rays_own_schema():
         (
             edited(
                 "head_start_ray_commands",
-                value=[f"{SOURCED}RAY_AUTH_MODE=disabled ray start --head"],
+                value=[f"{SOURCED}RAY_AUTH_MODE=disabled ray start --head {LOOPBACK}"],
             ),
             "head_start_ray_commands takes `ray start` only after",
         ),
@@ -121,75 +110,34 @@ def test_the_edited_file_keeps_the_rules_and_rays_own_schema():
             ),
             "head_start_ray_commands takes --dashboard-host=127.0.0.1",
         ),
+        (
+            edited("head_start_ray_commands", value=[f"{SOURCED}ray start --head"]),
+            "head_start_ray_commands takes --dashboard-host=127.0.0.1",
+        ),
+        (edited(*HEAD, "node_config", "MetadataOptions"), "head takes MetadataOptions: {HttpTok"),
+        (
+            edited(*HEAD, "node_config", "MetadataOptions", value={"HttpTokens": "optional"}),
+            "head takes MetadataOptions: {HttpTokens: required, HttpPutResponseHopLimit: 1}",
+        ),
+        (
+            edited(*WORKER, "node_config", "MetadataOptions", value={"HttpTokens": "required"}),
+            "worker takes MetadataOptions: {HttpTokens: required, HttpPutResponseHopLimit: 1}",
+        ),
+        (edited(*HEAD, "node_config", "BlockDeviceMappings"), "head takes BlockDeviceMappings"),
+        (
+            edited(*WORKER, "node_config", "BlockDeviceMappings", value=DISKS),
+            "worker takes BlockDeviceMappings, with Encrypted: true for each disk",
+        ),
+        (
+            edited("rsync_exclude", value=["*.pem"]),
+            "rsync_exclude takes .env*, .netrc, .aws, .ssh, *.key, id_*, .git/config: such files",
+        ),
+        (edited("rsync_exclude"), "rsync_exclude takes .env*, "),
     ],
 )
 def test_a_broken_file_is_told_what_is_wrong(cluster, sentence):
     (said,) = wrong_with(cluster)
     assert sentence in said
-
-
-@pytest.fixture
-def at_home(monkeypatch, tmp_path):
-    """A laptop on which nobody has called Ray, in the checkout."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.chdir(ROOT)
-    # moto takes seconds to tell all that there are.
-    monkeypatch.setattr(
-        node_provider,
-        "list_ec2_instances",
-        lambda region, _: boto3.client("ec2", region).describe_instance_types(InstanceTypes=KINDS)[
-            "InstanceTypes"
-        ],
-    )
-    return tmp_path
-
-
-def fill(session):
-    """Give an empty account a bucket, and Amazon's image."""
-    session.client("s3").create_bucket(
-        Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
-    )
-    publish("ami-03cf127a")
-
-
-def make_rays_role(session):
-    """Make the role that Ray makes for heads, and waits half a minute for, where there is none."""
-    iam, role, profile = session.client("iam"), {"RoleName": RAYS}, {"InstanceProfileName": RAYS}
-    iam.create_role(**role, AssumeRolePolicyDocument="{}")
-    iam.create_instance_profile(**profile)
-    iam.add_role_to_instance_profile(**role, **profile)
-
-
-def publish(image_id):
-    """What Amazon calls its latest image is not for its users to say: moto takes it from inside."""
-    node = edited()["available_node_types"]["head"]["node_config"]
-    name = node["ImageId"].removeprefix("resolve:ssm:")
-    parameter = Parameter(
-        DEFAULT_ACCOUNT_ID, name, image_id, "String", None, None, None, 0, 1, "text"
-    )
-    ssm_backends[DEFAULT_ACCOUNT_ID][REGION]._parameters[name].append(parameter)
-
-
-@pytest.fixture
-def amazon(at_home):
-    """Amazon in this process."""
-    with mock_aws():
-        session = boto3.Session(region_name=REGION)
-        fill(session)
-        make_rays_role(session)
-        yield session
-
-
-def up(cluster):
-    """What `ray up` makes of a file before it starts a machine, and may keep for the next time."""
-    return _bootstrap_config(copy.deepcopy(cluster))
 
 
 def opened(session, config):
@@ -209,42 +157,22 @@ def opened(session, config):
     )
 
 
-def worker_rights(session):
-    """What the role of the workers may do: (action, resource)."""
-    iam = session.client("iam")
-    name = f"gpt-sweeps-{REGION}-workers"
-    assert not iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"]
-    rights = set()
-    for policy in iam.list_role_policies(RoleName=name)["PolicyNames"]:
-        document = iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
-        for statement in document["Statement"]:
-            actions = statement["Action"]
-            for action in [actions] if isinstance(actions, str) else actions:
-                rights.add((action, statement["Resource"]))
-    return rights
-
-
-def rights(bucket):
-    there = f"arn:aws:s3:::{bucket}"
-    verbs = ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload")
-    return {("s3:ListBucket", there)} | {(f"s3:{verb}", f"{there}/*") for verb in verbs}
+def buckets(session):
+    """The buckets that the workers' role names."""
+    named = [one["Resource"] for one in rights_of(session, "workers")]
+    return {resource.removeprefix("arn:aws:s3:::").partition("/")[0] for resource in named}
 
 
 LET_IN = [("-1", None, "itself"), ("tcp", 22, HOME_ADDRESS)]
 
 
-def test_the_first_ray_up_of_an_account_makes_what_the_file_says(at_home, monkeypatch):
-    monkeypatch.setattr(ray_aws, "time", types.SimpleNamespace(sleep=lambda _: None))
-    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
-        session = boto3.Session(region_name=REGION)
-        fill(session)
-        config = up(edited())
-        print("let in:", opened(session, config))
-        print("workers may:", *sorted(worker_rights(session)), sep="\n  ")
-        profiles = session.client("iam").list_instance_profiles()["InstanceProfiles"]
-        print("profiles:", *(profile["InstanceProfileName"] for profile in profiles))
-        assert opened(session, config) == LET_IN
-        assert worker_rights(session) == rights(BUCKET)
+def test_the_first_ray_up_of_an_account_makes_what_the_file_says(amazon, at_home):
+    config = up(edited())
+    print("let in:", opened(amazon, config))
+    assert opened(amazon, config) == LET_IN
+    assert buckets(amazon) == {BUCKET}
+    names = sorted(role["RoleName"] for role in amazon.client("iam").list_roles()["Roles"])
+    assert names == [f"gpt-sweeps-{REGION}-head", f"gpt-sweeps-{REGION}-workers"]
     assert config["provider"]["type"] == "aws"
     head, worker = (config["available_node_types"][name] for name in ("head", "worker"))
     assert (head["resources"]["CPU"], worker["resources"]["GPU"]) == (0, 1)
@@ -252,27 +180,6 @@ def test_the_first_ray_up_of_an_account_makes_what_the_file_says(at_home, monkey
     token = at_home / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) == 64
-
-
-def test_workers_have_rights_to_the_bucket_alone_and_the_head_may_start_them(amazon):
-    config = up(edited())
-    iam = amazon.client("iam")
-    profile = iam.get_instance_profile(InstanceProfileName=f"gpt-sweeps-{REGION}-workers")[
-        "InstanceProfile"
-    ]
-    worker = config["available_node_types"]["worker"]["node_config"]
-    assert worker["IamInstanceProfile"] == {"Arn": profile["Arn"]}
-    assert "IamInstanceProfile" not in config["available_node_types"]["head"]["node_config"]
-    (role,) = profile["Roles"]
-    assert worker_rights(amazon) == rights(BUCKET)
-    head = iam.get_instance_profile(
-        InstanceProfileName=config["head_node"]["IamInstanceProfile"]["Arn"].rpartition("/")[2]
-    )
-    policy = iam.get_role_policy(
-        RoleName=head["InstanceProfile"]["Roles"][0]["RoleName"], PolicyName=role["RoleName"]
-    )
-    (statement,) = policy["PolicyDocument"]["Statement"]
-    assert (statement["Action"], statement["Resource"]) == ("iam:PassRole", role["Arn"])
 
 
 def test_an_edit_replaces_what_was_before_and_so_does_taking_it_back(amazon):
@@ -284,26 +191,15 @@ def test_an_edit_replaces_what_was_before_and_so_does_taking_it_back(amazon):
     config = up(edited("provider", "ssh_from", value=office))
     assert opened(amazon, config) == [("-1", None, "itself"), ("tcp", 22, office)]
     config = up(edited("provider", "bucket", value=other))
-    assert worker_rights(amazon) == rights(other)
+    assert buckets(amazon) == {other}
     config = up(edited())
     assert opened(amazon, config) == LET_IN
-    assert worker_rights(amazon) == rights(BUCKET)
+    assert buckets(amazon) == {BUCKET}
 
 
 def test_an_address_in_a_network_stands_for_the_network(amazon):
     config = up(edited("provider", "ssh_from", value="203.0.113.7/24"))
     assert opened(amazon, config) == [("-1", None, "itself"), ("tcp", 22, "203.0.113.0/24")]
-
-
-def start(config, kind, name):
-    """A machine, started as Ray starts it."""
-    node = copy.deepcopy(config["available_node_types"][name]["node_config"])
-    if kind == NODE_KIND_HEAD:
-        node |= config["head_node"]
-    provider = node_provider.AWSNodeProvider(config["provider"], config["cluster_name"])
-    (machine,) = provider.create_node(node, {TAG_RAY_NODE_KIND: kind}, 1).values()
-    machine.reload()
-    return machine
 
 
 def test_amazon_starts_the_machines_that_the_file_describes(amazon):
@@ -312,13 +208,14 @@ def test_amazon_starts_the_machines_that_the_file_describes(amazon):
     worker = start(config, NODE_KIND_WORKER, "worker")
     assert (head.instance_type, worker.instance_type) == ("m7i.xlarge", "g5.xlarge")
     assert (head.instance_lifecycle, worker.instance_lifecycle) == (None, "spot")
-    for machine, profile in ((head, "/ray-autoscaler-v1"), (worker, "-workers")):
+    for machine, profile in ((head, "-head"), (worker, "-workers")):
         (group,) = machine.security_groups
         assert group["GroupName"] == "gpt-sweeps-nodes"
         assert machine.iam_instance_profile["Arn"].endswith(profile)
         assert machine.metadata_options["HttpTokens"] == "required"
+        assert machine.metadata_options["HttpPutResponseHopLimit"] == 1
         (disk,) = machine.volumes.all()
-        assert (disk.size, disk.volume_type) == (120, "gp3")
+        assert (disk.size, disk.volume_type, disk.encrypted) == (120, "gp3", True)
 
 
 def test_a_new_image_does_not_end_the_head_that_runs(amazon):
@@ -360,7 +257,7 @@ def test_ray_up_ends_before_anything_is_made(amazon, at_home, cluster, sentence,
     assert sentence in said
     groups = amazon.client("ec2").describe_security_groups()["SecurityGroups"]
     assert [group["GroupName"] for group in groups] == ["default"]
-    assert [role["RoleName"] for role in amazon.client("iam").list_roles()["Roles"]] == [RAYS]
+    assert amazon.client("iam").list_roles()["Roles"] == []
     assert not (at_home / ".ray").exists()
 
 
@@ -455,11 +352,11 @@ def test_the_command_ray_up_carries_the_file_to_a_head(at_home):
             patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
             session = boto3.Session(region_name=REGION)
             fill(session)
-            make_rays_role(session)
             ended = ray("up", "-y", str(at_home / "cluster.yaml"), PATH=f"{at_home}/bin:/usr/bin")
             assert ended.returncode == 0, ended.stdout + ended.stderr
             (head,) = session.resource("ec2").instances.all()
             assert [group["GroupName"] for group in head.security_groups] == ["gpt-sweeps-nodes"]
+            assert head.iam_instance_profile["Arn"].endswith(f"gpt-sweeps-{REGION}-head")
             # Whatever is wrong with the file by then.
             spoilt = edited("provider", "bucket", value="<your-bucket>")
             (at_home / "cluster.yaml").write_text(yaml.safe_dump(spoilt))

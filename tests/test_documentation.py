@@ -27,7 +27,8 @@ NOT_RUN = {
     "CONTRIBUTING.md": ["needs a browser and a finished sweep"],
     "docs/sweeps.md": ["needs another machine"],
     "docs/cluster.md": [
-        "needs an AWS account", "needs a cluster", "needs several machines", "needs a cluster",
+        "needs an AWS account", "needs a cluster", "needs an AWS account", "needs several machines",
+        "needs a cluster",
     ],
 }  # fmt: skip
 """Why a block of commands is only parsed and not run, for each page in order."""
@@ -136,6 +137,13 @@ def mlflow_parses(arguments: list[str]) -> None:
     click_parses(cli, arguments)
 
 
+def removal_parses(arguments: list[str]) -> None:
+    # Not at the top: it brings Ray and boto3.
+    from sweeps.clusters import aws_remove
+
+    assert aws_remove.arguments(arguments).file.exists()
+
+
 def installs(arguments: list[str]) -> None:
     """Check that pip is asked for extras that the project has."""
     assert arguments[:2] == ["install", "-e"]
@@ -160,6 +168,7 @@ CHECKS = {
     "python analysis/report.py": reports,
     "python -m tracking.pages": opens_pages,
     "python docs/make_pictures.py": nothing,
+    "python -m sweeps.clusters.aws_remove": removal_parses,
     "python -m venv .venv": nothing,
     ". .venv/bin/activate": nothing,
     "pip": installs,

