@@ -189,6 +189,8 @@ def serve(
                     save(database, backup)
                     next_save = time.monotonic() + SAVE_EVERY
                 time.sleep(2)
+                # Slurm may have ended the database with all other processes of a job.
+                database.ensure_postgres_running()
             if server.poll() is not None:
                 print(f"error: mlflow server ended ({server.returncode})", file=sys.stderr)
                 return 1
@@ -206,8 +208,10 @@ def serve(
 
 def end(server: subprocess.Popen[bytes]) -> None:
     """End a server and the processes that it started; kill them if they do not end in time."""
+    # A job of Slurm has its processes block SIGTERM, which all of them get at once.
+    is_blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with contextlib.suppress(ProcessLookupError):  # the server may have ended before its group
-        os.killpg(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGINT if is_blocked else signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(SECONDS_TO_END)
     with contextlib.suppress(ProcessLookupError):
