@@ -22,7 +22,7 @@ from gptcore.config import InputError, TrialConfig
 from helpers.driving import wait_for
 from helpers.paths import ROOT
 from helpers.slurm_lab import LOGIN, NODES, SlurmLab, missing
-from helpers.trials import TINY, flags, undisturbed, with_knobs
+from helpers.trials import TINY, flags, undisturbed
 from sweeps.clusters import slurm_job, slurm_node
 from sweeps.clusters.slurm_job import Job, folder_of_job, free_port, only_one
 from sweeps.clusters.slurm_node import share_of_job, what_is_wrong
@@ -209,6 +209,7 @@ def lab():
 
 
 LONG = {**TINY, "train.steps": 3000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
+LONGER = {"train.steps": 9000}
 BEGUN = time.monotonic()
 
 
@@ -342,3 +343,127 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
     for host in ("h2", "h3"):
         lab.set_node(host, "state=resume")
     wait_for(lambda: lab.states() == dict.fromkeys(NODES, "IDLE"), 60)
+
+
+@pytest.mark.full
+@pytest.mark.cluster
+@pytest.mark.usefixtures("said_on_failure")
+def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
+    job = lab.submit(
+        "ada", "--nodes=2 --cpus-per-task=1", sweep(lab, "ada", "limited", range(4), **LONGER)
+    )
+    checkpoints = lab.home("ada") / "runs" / "checkpoints"
+    wait_for(lambda: len(list(checkpoints.glob("*.pt"))) == 2 or lab.state(job)[0] != "RUNNING")
+    tell(f"job {job} trains on two nodes, and is cancelled")
+    lab.run(LOGIN, "ada", f"scancel {job}")
+    begun = time.monotonic()
+    check_nothing_left(lab, "ada")
+    tell(f"nothing runs any more {time.monotonic() - begun:.0f} s after scancel")
+    tell(lab.output("ada", job))
+    assert lab.state(job)[0] == "CANCELLED"
+    assert "stopped with 4 trials to go" in lab.output("ada", job)
+    assert "goes on when Slurm starts it again" not in lab.output("ada", job)
+    found = [run for run in runs(lab, "ada") if run["sweep"] == "limited"]
+    assert {run["status"] for run in found} == {"KILLED"}
+    assert sum(run["kind"] == "trial" for run in found) == 2
+
+
+@pytest.mark.full
+@pytest.mark.cluster
+@pytest.mark.usefixtures("said_on_failure")
+def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
+    """Slurm sends the warning 25 to 55 seconds after the beginning, for it looks twice a minute."""
+    limits = "--nodes=2 --cpus-per-task=1 --time=1 --signal=B:USR1@5"
+    job = lab.submit("ada", limits, sweep(lab, "ada", "limited", range(4), **LONGER))
+    assert lab.ended(job, 400)[:2] == ("COMPLETED", 0)
+    tell(lab.output("ada", job))
+    assert lab.state(job)[2] >= 1
+    assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
+    check_nothing_left(lab, "ada")
+    trials = check_once(runs(lab, "ada"), "limited", range(4))
+    # A trial that was stopped twice is what it would have been.
+    whole = undisturbed(TrialConfig.from_flat({**LONG, **LONGER}))
+    (first,) = [run for run in trials if run["seed"] == "0"]
+    (kept,) = (lab.home("ada") / "runs" / "artifacts").glob(f"*/{first['run']}/**/training.parquet")
+    rows = pl.read_parquet(kept).sort("step")
+    assert rows["loss"].to_list() == [row.loss for row in whole.rows["training"]]
+
+
+@pytest.mark.full
+@pytest.mark.cluster
+@pytest.mark.usefixtures("said_on_failure")
+def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
+    folder, address = lab.home("ada") / "lasting", f"{lab.address(LOGIN)}:5000"
+    password = "a-secret-that-nobody-guesses-0123456789"
+    serve = (
+        f"mkdir {folder} && echo {password} > {folder}/password && exec python -m tracking.server "
+        f"--address {address} --folder {folder} --artifacts {folder}/artifacts "
+        f"--password-file {folder}/password"
+    )
+    known = {
+        "MLFLOW_TRACKING_URI": f"http://{address}", "MLFLOW_TRACKING_USERNAME": "gpt-sweeps",
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }  # fmt: skip
+    with (lab.folder / "lasting.log").open("w") as log:
+        server = subprocess.Popen(lab.command(LOGIN, "ada", serve), stdout=log, stderr=log)
+    try:
+        jobs = {
+            user: lab.submit(
+                user, "--nodes=2 --cpus-per-task=1", sweep(lab, user, f"of-{user}", seeds), **known
+            )
+            for user, seeds in (("ada", range(10, 13)), ("ben", range(20, 23)))
+        }
+        for user, job in jobs.items():
+            wait_for(lambda user=user, job=job: "has joined Ray" in lab.output(user, job), 60)
+        assert {lab.state(job)[0] for job in jobs.values()} == {"RUNNING"}
+        tell(f"jobs {jobs} run at once on h1 and h2")
+        for user, job in jobs.items():
+            assert lab.ended(job) == ("COMPLETED", 0, 0)
+            tell(lab.output(user, job))
+        check_nothing_left(lab, "ada", "ben")
+        found = runs(lab, "ada", f"http://{address}", **known)
+    finally:
+        server.terminate()
+        server.wait()
+    check_once(found, "of-ada", range(10, 13))
+    check_once(found, "of-ben", range(20, 23))
+
+
+@pytest.mark.full
+@pytest.mark.cluster
+@pytest.mark.usefixtures("said_on_failure")
+def test_what_a_job_cannot_use_is_said_in_one_sentence_before_anything_is_trained(lab):
+    shadowed = {name: lab.home("ada") / name for name in ("apart", "unlocked", "env")}
+    for name, place in shadowed.items():
+        lab.run(LOGIN, "ada", f"mkdir {place}")
+        if name == "env":
+            lab.run(LOGIN, "ada", f"ln -s {sys.prefix}/* {place}")
+    over = f"{lab.folder}/over"
+    for command in (
+        f"mount -t tmpfs tmpfs {shadowed['apart']}",
+        f"mount -t tmpfs tmpfs {shadowed['env']}",
+        # It shows what is in the folder, and has locks of its own.
+        f"mkdir -p {over} && mount -t tmpfs tmpfs {over} && mkdir {over}/up {over}/work && "
+        f"mount -t overlay overlay -o lowerdir={shadowed['unlocked']},upperdir={over}/up,"
+        f"workdir={over}/work {shadowed['unlocked']}",
+    ):
+        code, said = lab.run("h2", "root", command)
+        assert code == 0, said
+    wrong = {
+        "folder": (f"--runs-dir {shadowed['apart']}", "h2 does not see "),
+        "locks": (f"--runs-dir {shadowed['unlocked']}", "h2 has no file locks that all nodes see"),
+        "python": ("", "h2 cannot run "),
+        "gpu": ("--train.device cuda", "train.device is cuda, but "),
+    }
+    jobs = {}
+    for why, (flag, _) in wrong.items():
+        more = {"PATH": f"{shadowed['env']}/bin:/usr/bin:/bin"} if why == "python" else {}
+        options = f"--nodes={1 if why == 'gpu' else 2} --cpus-per-task=1"
+        jobs[why] = lab.submit("ada", options, f"{sweep(lab, 'ada', why, [0])} {flag}", **more)
+    for why, (_, sentence) in wrong.items():
+        assert lab.ended(jobs[why])[:2] == ("FAILED", 2), lab.output("ada", jobs[why])
+        tell(lab.output("ada", jobs[why]))
+        (error,) = re.findall("^error: (.*)$", lab.output("ada", jobs[why]), re.M)
+        assert error.startswith(sentence)
+        assert "Traceback" not in lab.output("ada", jobs[why])
+    check_nothing_left(lab, "ada")

