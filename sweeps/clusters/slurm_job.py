@@ -51,6 +51,7 @@ PORTS = range(20000, 32768)
 """Ports to choose from: Linux takes those above for the near ends of connections."""
 
 SECONDS_TO_END = 30.0
+SECONDS_OF_LEASE = 300.0
 SECONDS_TO_LOCK = 60.0
 """A job may not have locked a new folder yet; an older one it has."""
 
@@ -343,10 +344,13 @@ def only_one(job: Job, folder: Path) -> Iterator[None]:
         InputError: another one does; the message says which.
     """
     with (folder / "served-by").open("a+") as lock:
-        if not takes_lock(lock):
-            lock.seek(0)
+        lock.seek(0)
+        by = lock.read()
+        # A shared file system may hold the locks of a node that has failed for minutes.
+        patience = SECONDS_OF_LEASE if by.startswith(f"job {job.number} of ") else 0.0
+        if not wait_for(lambda: takes_lock(lock), patience):
             raise InputError(
-                f"the runs in {job.runs_dir} are served by {lock.read()}: wait for it with `sbatch "
+                f"the runs in {job.runs_dir} are served by {by}: wait for it with `sbatch "
                 "--dependency=singleton`, or let MLFLOW_TRACKING_URI name a tracking server that "
                 "lasts, for all jobs"
             )
