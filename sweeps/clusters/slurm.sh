@@ -4,7 +4,7 @@
 #SBATCH --job-name=gpt-sweeps
 #SBATCH --nodes=1                # trials run on all nodes of the job
 #SBATCH --cpus-per-task=4        # cores of each node; a trial takes one
-#SBATCH --time=12:00:00
+#SBATCH --time=4:00:00
 ##SBATCH --gpus-per-node=1       # to use GPUs, remove one #
 ##SBATCH --mem=16G               # memory of each node; 2 GB of the first are for the sweep itself
 #SBATCH --output=gpt-sweeps-%j.out

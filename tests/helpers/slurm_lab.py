@@ -40,9 +40,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=2
+DefMemPerCPU=1000
 ReturnToService=2
 NodeName=h[1-3] CPUs=4 RealMemory=8000
-PartitionName=all Nodes=h[1-3] Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=h[1-3] Default=YES State=UP
 """
 BOOT = """
 set -e
