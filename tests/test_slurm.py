@@ -298,10 +298,11 @@ def trains_on(lab, *hosts):
 
 
 @pytest.fixture
-def said_on_failure(lab, capsys):
-    """Show what jobs printed, and what Slurm said, where a test fails."""
+def outputs(lab):
+    """Show what the jobs of a test have printed."""
+    before = set(lab.folder.glob("*/*.out"))
     yield
-    for file in sorted(lab.folder.glob("*/*.out")):
+    for file in sorted(set(lab.folder.glob("*/*.out")) - before):
         print(f"--- {file}\n{file.read_text()}")
 
 
@@ -325,7 +326,7 @@ def open_to_others(lab, host, user):
 
 @pytest.mark.full
 @pytest.mark.cluster
-@pytest.mark.usefixtures("said_on_failure")
+@pytest.mark.usefixtures("outputs")
 def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab):
     job = lab.submit(
         "ada", "--nodes=3 --cpus-per-task=1 --mem=4G", sweep(lab, "ada", "spread", range(7))
@@ -338,7 +339,6 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
         tell(f"{host} listens: {listening(lab, host, 'ada')}")
     second = lab.submit("ada", "--nodes=1 --cpus-per-task=1", sweep(lab, "ada", "other", [0]))
     assert lab.ended(second)[:2] == ("FAILED", 2)
-    tell(lab.output("ada", second))
     assert f"are served by job {job} of ada on h1 since " in lab.output("ada", second)
     assert open_to_others(lab, "h1", "ada") == []
     lab.set_node("h2", "state=drain reason=test")
@@ -348,7 +348,6 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
     lab.set_node("h3", "state=down reason=test")
     tell(f"h3 is switched off: {lab.states()}")
     assert lab.ended(job) == ("COMPLETED", 0, 0)
-    tell(lab.output("ada", job))
     check_nothing_left(lab, "ada")
     trials = check_once(runs(lab, "ada"), "spread", range(7))
     by_node = {host: sum(run["host"] == host for run in trials) for host in NODES}
@@ -364,7 +363,7 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
 
 @pytest.mark.full
 @pytest.mark.cluster
-@pytest.mark.usefixtures("said_on_failure")
+@pytest.mark.usefixtures("outputs")
 def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
     job = lab.submit(
         "ada", "--nodes=2 --cpus-per-task=1", sweep(lab, "ada", "limited", range(4), **LONGER)
@@ -376,7 +375,6 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
     begun = time.monotonic()
     check_nothing_left(lab, "ada")
     tell(f"nothing runs any more {time.monotonic() - begun:.0f} s after scancel")
-    tell(lab.output("ada", job))
     assert lab.state(job)[0] == "CANCELLED"
     assert "stopped with 4 trials to go" in lab.output("ada", job)
     assert "goes on when Slurm starts it again" not in lab.output("ada", job)
@@ -387,13 +385,12 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
 
 @pytest.mark.full
 @pytest.mark.cluster
-@pytest.mark.usefixtures("said_on_failure")
+@pytest.mark.usefixtures("outputs")
 def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
     """Slurm sends the warning 25 to 55 seconds after the beginning, for it looks twice a minute."""
     limits = "--nodes=2 --cpus-per-task=1 --time=1 --signal=B:USR1@5"
     job = lab.submit("ada", limits, sweep(lab, "ada", "limited", range(4), **LONGER))
     assert lab.ended(job, 400)[:2] == ("COMPLETED", 0)
-    tell(lab.output("ada", job))
     assert lab.state(job)[2] >= 1
     assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
     check_nothing_left(lab, "ada")
@@ -408,7 +405,7 @@ def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
 
 @pytest.mark.full
 @pytest.mark.cluster
-@pytest.mark.usefixtures("said_on_failure")
+@pytest.mark.usefixtures("outputs")
 def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
     folder, address = lab.home("ada") / "lasting", f"{lab.address(LOGIN)}:5000"
     password = "a-secret-that-nobody-guesses-0123456789"
@@ -436,7 +433,6 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
         tell(f"jobs {jobs} run at once on h1 and h2")
         for user, job in jobs.items():
             assert lab.ended(job) == ("COMPLETED", 0, 0)
-            tell(lab.output(user, job))
         check_nothing_left(lab, "ada", "ben")
         found = runs(lab, "ada", f"http://{address}", **known)
     finally:
@@ -448,7 +444,7 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
 
 @pytest.mark.full
 @pytest.mark.cluster
-@pytest.mark.usefixtures("said_on_failure")
+@pytest.mark.usefixtures("outputs")
 def test_what_a_job_cannot_use_is_said_in_one_sentence_before_anything_is_trained(lab):
     shadowed = {name: lab.home("ada") / name for name in ("apart", "unlocked", "env")}
     for name, place in shadowed.items():
@@ -479,7 +475,6 @@ def test_what_a_job_cannot_use_is_said_in_one_sentence_before_anything_is_traine
         jobs[why] = lab.submit("ada", options, f"{sweep(lab, 'ada', why, [0])} {flag}", **more)
     for why, (_, sentence) in wrong.items():
         assert lab.ended(jobs[why])[:2] == ("FAILED", 2), lab.output("ada", jobs[why])
-        tell(lab.output("ada", jobs[why]))
         (error,) = re.findall("^error: (.*)$", lab.output("ada", jobs[why]), re.M)
         assert error.startswith(sentence)
         assert "Traceback" not in lab.output("ada", jobs[why])
