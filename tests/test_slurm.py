@@ -421,17 +421,20 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
     with (lab.folder / "lasting.log").open("w") as log:
         server = subprocess.Popen(lab.command(LOGIN, "ada", serve), stdout=log, stderr=log)
     try:
+        asked = {"ada": ("--nodelist=h1", range(10, 13)), "ben": ("--nodes=2", range(20, 23))}
         jobs = {
-            user: lab.submit(
-                user, "--nodes=2 --cpus-per-task=1", sweep(lab, user, f"of-{user}", seeds), **known
-            )
-            for user, seeds in (("ada", range(10, 13)), ("ben", range(20, 23)))
+            user: lab.submit(user, f"{nodes} -c 1", sweep(lab, user, f"of-{user}", seeds), **known)
+            for user, (nodes, seeds) in asked.items()
         }
         for user, job in jobs.items():
             wait_for(lambda user=user, job=job: "has joined Ray" in lab.output(user, job), 60)
         assert {lab.state(job)[0] for job in jobs.values()} == {"RUNNING"}
-        tell(f"jobs {jobs} run at once on h1 and h2")
-        for user, job in jobs.items():
+        tell(f"jobs {jobs} run at once on h1")
+        for user in asked:
+            tell(f"of {user}, h1 listens at: {listening(lab, 'h1', user)}")
+        # No other machine has to reach a job of one node.
+        assert set(listening(lab, "h1", "ada")) <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
+        for job in jobs.values():
             assert lab.ended(job) == ("COMPLETED", 0, 0)
         check_nothing_left(lab, "ada", "ben")
         found = runs(lab, "ada", f"http://{address}", **known)
