@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from helpers.paths import ROOT
 from helpers.slurm_lab import LOGIN, NODES, USERS, SlurmLab, missing
 from helpers.trials import TINY, flags, undisturbed
 from sweeps.clusters import slurm_job, slurm_node
-from sweeps.clusters.slurm_job import Job, folder_of_job, free_port, only_one
+from sweeps.clusters.slurm_job import Job, folder_of_job, free_ports, only_one
 from sweeps.clusters.slurm_node import share_of_job, what_is_wrong
 
 GB = 2**30
@@ -150,9 +151,15 @@ def test_a_port_where_somebody_listens_is_not_chosen(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr(slurm_job, "PORTS", range(port, port + 1))
-        monkeypatch.setattr("random.sample", lambda ports, _: list(ports))
-        with pytest.raises(RuntimeError, match="no port of"):
-            free_port("127.0.0.1")
+        with pytest.raises(RuntimeError, match="too few ports of"):
+            free_ports("127.0.0.1", 1)
+
+
+def test_ports_that_are_chosen_are_free_and_differ():
+    ports = free_ports("127.0.0.1", 5)
+    assert len(set(ports)) == 5
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize("known", [{}, {"SLURM_JOB_ID": "7"}], ids=["no Slurm", "salloc"])
@@ -221,8 +228,8 @@ def lab():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-LONG = {**TINY, "train.steps": 3000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
-LONGER = {"train.steps": 9000}
+LONG = {**TINY, "train.steps": 2000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
+LONGER = {"train.steps": 5000}
 BEGUN = time.monotonic()
 
 
@@ -306,6 +313,11 @@ def outputs(lab):
         print(f"--- {file}\n{file.read_text()}")
 
 
+def set_limit(lab, job, minutes):
+    code, said = lab.run(LOGIN, "root", f"scontrol update jobid={job} timelimit={minutes}")
+    assert code == 0, said
+
+
 def listening(lab, host, user):
     """What an account's processes listen at on a host, by address."""
     said = lab.run(host, "root", "ss -ltnpeH")[1]
@@ -366,7 +378,7 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
 @pytest.mark.usefixtures("outputs")
 def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
     job = lab.submit(
-        "ada", "--nodes=2 --cpus-per-task=1", sweep(lab, "ada", "limited", range(4), **LONGER)
+        "ada", "--nodes=2 --cpus-per-task=1", sweep(lab, "ada", "limited", range(5), **LONGER)
     )
     checkpoints = lab.home("ada") / "runs" / "checkpoints"
     wait_for(lambda: len(list(checkpoints.glob("*.pt"))) == 2 or lab.state(job)[0] != "RUNNING")
@@ -376,7 +388,7 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
     check_nothing_left(lab, "ada")
     tell(f"nothing runs any more {time.monotonic() - begun:.0f} s after scancel")
     assert lab.state(job)[0] == "CANCELLED"
-    assert "stopped with 4 trials to go" in lab.output("ada", job)
+    assert "stopped with 5 trials to go" in lab.output("ada", job)
     assert "goes on when Slurm starts it again" not in lab.output("ada", job)
     found = [run for run in runs(lab, "ada") if run["sweep"] == "limited"]
     assert {run["status"] for run in found} == {"KILLED"}
@@ -387,14 +399,21 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
 @pytest.mark.cluster
 @pytest.mark.usefixtures("outputs")
 def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
-    """Slurm sends the warning 25 to 55 seconds after the beginning, for it looks twice a minute."""
-    limits = "--nodes=2 --cpus-per-task=1 --time=1 --signal=B:USR1@5"
-    job = lab.submit("ada", limits, sweep(lab, "ada", "limited", range(4), **LONGER))
-    assert lab.ended(job, 400)[:2] == ("COMPLETED", 0)
-    assert lab.state(job)[2] >= 1
+    job = lab.submit("ada", "--nodes=2 -c 1", sweep(lab, "ada", "limited", range(5), **LONGER))
+    begun = time.monotonic()
+    wait_for(lambda: trains_on(lab, "h1", "h2"))
+    # Slurm looks twice a minute whether to send the warning of two minutes.
+    limit = math.ceil((time.monotonic() - begun) / 60) + 2
+    set_limit(lab, job, limit)
+    tell(f"job {job} trains on two nodes, and has a time limit of {limit} minutes")
+    wait_for(lambda: lab.state(job)[0] == "PENDING", 150)
+    tell(f"job {job} waits to begin again")
     assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
     check_nothing_left(lab, "ada")
-    trials = check_once(runs(lab, "ada"), "limited", range(4))
+    set_limit(lab, job, 60)
+    assert lab.ended(job, 400) == ("COMPLETED", 0, 1)
+    check_nothing_left(lab, "ada")
+    trials = check_once(runs(lab, "ada"), "limited", range(5))
     # A trial that was stopped twice is what it would have been.
     whole = undisturbed(TrialConfig.from_flat({**LONG, **LONGER}))
     (first,) = [run for run in trials if run["seed"] == "0"]

@@ -31,7 +31,6 @@ from sweeps.clusters.slurm_job import (
     check_nodes,
     first_address,
     folder_of_job,
-    free_port,
     head_of_ray,
     ray_on_other_nodes,
     say,
@@ -106,8 +105,7 @@ def run_job(job: Job, flags: Sequence[str]) -> tuple[int, int | None]:
         server = None
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             server = ending.enter_context(tracking_server(job, host, private / "password"))
-        head = f"{host}:{free_port(host)}"
-        ending.enter_context(head_of_ray(host, head))
+        head = ending.enter_context(head_of_ray(host))
         if job.others:
             ending.enter_context(ray_on_other_nodes(job, head))
         if server:

@@ -216,13 +216,16 @@ def first_address(job: Job) -> str:
     return own_address() if not address or address.startswith("127.") else address
 
 
-def free_port(host: str) -> int:
-    """Choose a port at which nobody listens, at random: other jobs may choose at the same time."""
-    for port in random.sample(PORTS, 100):
+def free_ports(host: str, number: int) -> list[int]:
+    """Choose ports at which nobody listens, at random: other jobs may choose at the same time."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((host, port))
-            return port
-    raise RuntimeError(f"no port of {PORTS} is free on {node_name()}")
+            found.append(port)
+        if len(found) == number:
+            return found
+    raise RuntimeError(f"too few ports of {PORTS} are free on {node_name()}")
 
 
 def first_share() -> Share:
@@ -234,25 +237,26 @@ def first_share() -> Share:
 
 
 @contextmanager
-def head_of_ray(host: str, head: str) -> Iterator[None]:
+def head_of_ray(host: str) -> Iterator[str]:
     """Inside, the head of Ray runs on this node, which runs trials, too.
+
+    Yields HOST:PORT at which it listens.
 
     Args:
         host: this node's address.
-        head: HOST:PORT at which Ray's head is to listen.
 
     Raises:
         RuntimeError: it has not started.
     """
     share = first_share()
+    port, dashboard, client = free_ports(host, 3)
     options = [
-        "--head", f"--node-ip-address={host}", f"--port={head.rpartition(':')[2]}",
-        "--include-dashboard=false", f"--dashboard-port={free_port('127.0.0.1')}",
-        "--ray-client-server-port=0",
+        "--head", f"--node-ip-address={host}", f"--port={port}", "--no-monitor",
+        "--include-dashboard=false", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
     ]  # fmt: skip
     with ray_on_this_node(share, options):
         say(f"{node_name()} {JOINED}: {share}")
-        yield
+        yield f"{host}:{port}"
 
 
 @contextmanager
@@ -312,7 +316,7 @@ def tracking_server(job: Job, host: str, password: Path) -> Iterator[subprocess.
 
     folder = job.runs_dir / "tracking"
     folder.mkdir(exist_ok=True)
-    address = f"{host}:{free_port(host)}"
+    address = f"{host}:{free_ports(host, 1)[0]}"
     command = [
         sys.executable, "-m", "tracking.server", "--address", address, "--folder", str(folder),
         "--artifacts", str(job.runs_dir / "artifacts"), "--password-file", str(password),

@@ -103,7 +103,7 @@ def ray_on_this_node(share: Share, where: Sequence[str]) -> Iterator[subprocess.
         f"--num-cpus={share.cpus}", f"--num-gpus={share.gpus}", *limit,
         f"--object-store-memory={OBJECT_STORE}", f"--temp-dir={folder}",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
-        "--disable-usage-stats",
+        "--include-log-monitor=false", "--disable-usage-stats",
     ]  # fmt: skip
     try:
         with log.open("w") as opened:
