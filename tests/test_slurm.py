@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -313,6 +314,10 @@ def outputs(lab):
         print(f"--- {file}\n{file.read_text()}")
 
 
+def has_begun(lab, user, job):
+    return "has joined Ray" in lab.output(user, job)
+
+
 def set_limit(lab, job, minutes):
     code, said = lab.run(LOGIN, "root", f"scontrol update jobid={job} timelimit={minutes}")
     assert code == 0, said
@@ -344,8 +349,7 @@ def test_a_job_outlives_a_node_that_is_drained_and_one_that_is_switched_off(lab)
         "ada", "--nodes=3 --cpus-per-task=1 --mem=4G", sweep(lab, "ada", "spread", range(7))
     )
     checkpoints = lab.home("ada") / "runs" / "checkpoints"
-    wait_for(lambda: len(list(checkpoints.glob("*.pt"))) == 3 or lab.state(job)[0] != "RUNNING")
-    assert lab.state(job)[0] == "RUNNING", lab.output("ada", job)
+    lab.during("ada", job, lambda: len(list(checkpoints.glob("*.pt"))) == 3)
     tell(f"job {job} trains on all of its nodes")
     for host in NODES:
         tell(f"{host} listens: {listening(lab, host, 'ada')}")
@@ -381,7 +385,7 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
         "ada", "--nodes=2 --cpus-per-task=1", sweep(lab, "ada", "limited", range(5), **LONGER)
     )
     checkpoints = lab.home("ada") / "runs" / "checkpoints"
-    wait_for(lambda: len(list(checkpoints.glob("*.pt"))) == 2 or lab.state(job)[0] != "RUNNING")
+    lab.during("ada", job, lambda: len(list(checkpoints.glob("*.pt"))) == 2)
     tell(f"job {job} trains on two nodes, and is cancelled")
     lab.run(LOGIN, "ada", f"scancel {job}")
     begun = time.monotonic()
@@ -401,7 +405,7 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
 def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
     job = lab.submit("ada", "--nodes=2 -c 1", sweep(lab, "ada", "limited", range(5), **LONGER))
     begun = time.monotonic()
-    wait_for(lambda: trains_on(lab, "h1", "h2"))
+    lab.during("ada", job, lambda: trains_on(lab, "h1", "h2"))
     # Slurm looks twice a minute whether to send the warning of two minutes.
     limit = math.ceil((time.monotonic() - begun) / 60) + 2
     set_limit(lab, job, limit)
@@ -411,7 +415,7 @@ def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
     assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
     check_nothing_left(lab, "ada")
     set_limit(lab, job, 60)
-    assert lab.ended(job, 400) == ("COMPLETED", 0, 1)
+    assert lab.ended(job) == ("COMPLETED", 0, 1)
     check_nothing_left(lab, "ada")
     trials = check_once(runs(lab, "ada"), "limited", range(5))
     # A trial that was stopped twice is what it would have been.
@@ -446,7 +450,8 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
             for user, (nodes, seeds) in asked.items()
         }
         for user, job in jobs.items():
-            wait_for(lambda user=user, job=job: "has joined Ray" in lab.output(user, job), 60)
+            begun = functools.partial(has_begun, lab, user, job)
+            lab.during(user, job, begun)
         assert {lab.state(job)[0] for job in jobs.values()} == {"RUNNING"}
         tell(f"jobs {jobs} run at once on h1")
         for user in asked:

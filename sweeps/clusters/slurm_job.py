@@ -252,7 +252,8 @@ def head_of_ray(host: str) -> Iterator[str]:
     port, dashboard, client = free_ports(host, 3)
     options = [
         "--head", f"--node-ip-address={host}", f"--port={port}", "--no-monitor",
-        "--include-dashboard=false", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+        "--include-dashboard=false", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
     ]  # fmt: skip
     with ray_on_this_node(share, options):
         say(f"{node_name()} {JOINED}: {share}")

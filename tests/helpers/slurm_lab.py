@@ -247,11 +247,20 @@ class SlurmLab:
         state, code, restarts = (one[1] for one in found)
         return state, int(code.partition(":")[0]), int(restarts)
 
-    def ended(self, job, seconds=180):
-        """Wait for a job to end; -> its state."""
+    def is_over(self, job):
+        """Whether a job has ended for good."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_for(lambda: self.state(job)[0] in over, seconds)
+        return self.state(job)[0] in over
+
+    def ended(self, job, seconds=400):
+        """Wait for a job to end; -> its state."""
+        wait_for(lambda: self.is_over(job), seconds)
         return self.state(job)
+
+    def during(self, user, job, condition, seconds=300):
+        """Wait for a condition while a job lasts."""
+        wait_for(lambda: condition() or self.is_over(job), seconds)
+        assert not self.is_over(job), self.output(user, job)
 
     def running(self, host):
         """What runs on a host beside the host itself, by its command line."""
