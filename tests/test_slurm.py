@@ -230,7 +230,7 @@ def lab():
 
 
 LONG = {**TINY, "train.steps": 2000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
-LONGER = {"train.steps": 5000}
+LONGER = {"train.steps": 1500}
 BEGUN = time.monotonic()
 
 

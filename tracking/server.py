@@ -129,6 +129,7 @@ def serve(
     password: Path,
     beside: str | None = None,
     backup: str | None = None,
+    workers: int = SERVER_WORKERS,
 ) -> int:
     """Serve until SIGTERM or SIGHUP, or until a Ray head has ended. Return the exit code.
 
@@ -139,6 +140,7 @@ def serve(
         password: the file that holds the password.
         beside: HOST:PORT of the Ray head.
         backup: a bucket's folder in which the database is saved every ten minutes and at the end.
+        workers: processes that answer.
 
     Raises:
         InputError: one of these cannot be used.
@@ -175,7 +177,7 @@ def serve(
             restore(database, backup)
         command = [
             sys.executable, "-m", "mlflow", "server", "--app-name", "gpt-sweeps",
-            "--host", host, "--port", str(port), "--workers", str(SERVER_WORKERS),
+            "--host", host, "--port", str(port), "--workers", str(workers),
             "--backend-store-uri", database.get_uri(driver="psycopg"),
             "--artifacts-destination", artifacts,
             "--allowed-hosts", f"{address},localhost:*,127.0.0.1:*",
@@ -414,6 +416,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backup", help="a bucket's folder in which the database is saved")
     parser.add_argument(
+        "--workers",
+        type=int,
+        default=SERVER_WORKERS,
+        help=f"processes that answer ({SERVER_WORKERS})",
+    )
+    parser.add_argument(
         "--beside", help="HOST:PORT of a Ray head: end the server when the head has ended"
     )
     try:
@@ -429,6 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.password_file.expanduser(),
             args.beside,
             args.backup,
+            args.workers,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -318,9 +318,11 @@ def tracking_server(job: Job, host: str, password: Path) -> Iterator[subprocess.
     folder = job.runs_dir / "tracking"
     folder.mkdir(exist_ok=True)
     address = f"{host}:{free_ports(host, 1)[0]}"
+    # One process answers: to start several, Python lets SIGTERM through.
     command = [
-        sys.executable, "-m", "tracking.server", "--address", address, "--folder", str(folder),
-        "--artifacts", str(job.runs_dir / "artifacts"), "--password-file", str(password),
+        sys.executable, "-m", "tracking.server", "--workers", "1", "--address", address,
+        "--folder", str(folder), "--artifacts", str(job.runs_dir / "artifacts"),
+        "--password-file", str(password),
     ]  # fmt: skip
     with only_one(job, folder), tempfile.TemporaryDirectory() as temporary:
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{address}"
@@ -339,6 +341,7 @@ def tracking_server(job: Job, host: str, password: Path) -> Iterator[subprocess.
                 server.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 kill_all(server)
+            say(f"its database stays in {folder}: docs/cluster.md says how to look at the runs")
 
 
 @contextmanager
