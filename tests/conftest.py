@@ -37,8 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 LONGEST = (
-    "test_faults", "test_sweep", "test_soak", "test_onprem", "test_trainable", "test_runs",
-    "test_array", "test_search", "test_report", "test_store", "test_write_points", "test_server",
+    "test_faults", "test_sweep", "test_soak", "test_onprem", "test_slurm", "test_trainable",
+    "test_runs", "test_array", "test_search", "test_report", "test_store", "test_write_points",
+    "test_server",
 )  # fmt: skip
 """The files that take longest, which begin first: else one process ends long after the others."""
 

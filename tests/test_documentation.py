@@ -28,7 +28,7 @@ NOT_RUN = {
     "docs/sweeps.md": ["needs another machine"],
     "docs/cluster.md": [
         "needs an AWS account", "needs a cluster", "needs an AWS account", "needs several machines",
-        "needs a cluster",
+        "needs Slurm", "needs runs of a job", "needs a cluster",
     ],
 }  # fmt: skip
 """Why a block of commands is only parsed and not run, for each page in order."""
@@ -157,6 +157,23 @@ def pytest_parses(arguments: list[str]) -> None:
     assert all(word in options or word.startswith("tests/") for word in arguments)
 
 
+def submits(arguments: list[str]) -> None:
+    """Check a batch script that is given to Slurm, and the flags after it."""
+    script = "sweeps/clusters/slurm.sh"
+    assert (ROOT / script).exists()
+    sweep(arguments[arguments.index(script) + 1 :])
+
+
+def serves(arguments: list[str]) -> None:
+    """Check a tracking server that lacks only the file with its password."""
+    from tracking import server
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert server.main(arguments) == 2
+    assert "the password file FILE cannot be read" in said.getvalue()
+
+
 def nothing(arguments: list[str]) -> None:
     """Accept a command whose arguments are not this project's to check."""
 
@@ -179,6 +196,8 @@ CHECKS = {
     "RAY_AUTH_MODE=token ray": ray_parses,
     "ssh": nothing,
     "$EDITOR cluster.yaml": nothing,
+    "sbatch": submits,
+    "python -m tracking.server": serves,
 }
 """How a command that begins in this way is checked."""
 

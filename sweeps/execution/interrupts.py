@@ -124,7 +124,7 @@ def _leave_terminal() -> None:
 def _leave() -> NoReturn:
     """Kill all processes that this one has started, and end this one."""
     # Ray's agents outlive their raylet if it dies while they start.
-    for pid in _descendants(os.getpid()):
+    for pid in descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     os.write(2, f"stopped at once: {GO_ON}\n".encode())
@@ -133,7 +133,7 @@ def _leave() -> NoReturn:
     os._exit(130)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """List the processes that a process has started, and those that these have, from /proc."""
     children: dict[int, list[int]] = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
