@@ -244,9 +244,8 @@ def test_what_others_have_put_on_a_server_harms_nobody(world, served, report, ti
             store.open_experiment("theirs", world.root / "runs")
         with pytest.raises(InputError, match="where this machine writes and reads nothing"):
             SweepRun(store, theirs, plan, launched=1)
-        recorder = MlflowRecorder(store, theirs, job_of(tiny))
         with pytest.raises(InputError, match="where this machine writes and reads nothing"):
-            recorder.fail("why", "details")
+            MlflowRecorder(store, theirs, job_of(tiny))
     world.tag(world.sweep_run, "sweep", "../../home/.ssh")
     code, said = report(served)
     assert code == 2

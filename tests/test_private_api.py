@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from ray._common import usage
 from ray._private import ray_constants, resource_and_label_spec, services, utils
 from ray._raylet import GcsClient
@@ -157,3 +158,8 @@ def test_mlflow_makes_an_engine_of_a_databases_address(tmp_path):
     with engine.connect() as connection:
         assert connection.dialect.name == "sqlite", changed("mlflow", "create_sqlalchemy_engine")
     engine.dispose()
+
+
+def test_mlflow_copies_one_file_by_a_method_of_every_repository():
+    says = "MLflow's repositories no longer have _download_file: see tracking/private_api.py"
+    assert "_download_file" in ArtifactRepository.__abstractmethods__, says

@@ -391,7 +391,7 @@ def test_a_job_that_is_cancelled_ends_its_runs_and_leaves_nothing(lab):
     begun = time.monotonic()
     check_nothing_left(lab, "ada")
     tell(f"nothing runs any more {time.monotonic() - begun:.0f} s after scancel")
-    assert lab.state(job)[0] == "CANCELLED"
+    assert lab.ended(job)[0] == "CANCELLED"
     assert "stopped with 5 trials to go" in lab.output("ada", job)
     assert "goes on when Slurm starts it again" not in lab.output("ada", job)
     found = [run for run in runs(lab, "ada") if run["sweep"] == "limited"]

@@ -23,6 +23,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from gptcore.config import InputError
 from gptcore.files import JsonObject, write_atomically
 from tracking.address import StoreAddress, bucket
+from tracking.private_api import download_file
 from tracking.untrusted import check_no_link, is_run_id
 
 BUCKETS = ("s3", "gs", "abfss", "wasbs")
@@ -75,8 +76,13 @@ class Client(MlflowClient):
         return list(self._repository(run_id).list_artifacts(path))
 
     def download_artifacts(self, run_id: str, path: str, dst_path: str | None = None) -> str:
-        """Copy a file of a run into a folder of this machine."""
-        return str(self._repository(run_id).download_artifacts(path, dst_path))
+        """Copy a file of a run into a folder of this machine; all its files where path is empty."""
+        repository = self._repository(run_id)
+        if not path or dst_path is None:
+            return str(repository.download_artifacts(path, dst_path))
+        file = Path(dst_path, path)
+        download_file(repository, path, file)
+        return str(file)
 
 
 def folder_of(run: Run, address: StoreAddress) -> Path:

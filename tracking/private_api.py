@@ -21,6 +21,7 @@ from mlflow.entities import Run, RunData, RunInfo
 from gptcore.files import JsonObject
 
 if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from starlette.types import ASGIApp
 
 
@@ -151,6 +152,15 @@ def move_artifacts(uri: str, folder: Path) -> None:
                 of,
             )
     engine.dispose()
+
+
+def download_file(repository: ArtifactRepository, name: str, file: Path) -> None:
+    """Copy one file of a run.
+
+    Reason: MLflow's own call asks the server whether the file is a folder, and then follows what
+    the server lists in it, to any depth and without an end.
+    """
+    repository._download_file(name, str(file))
 
 
 def shared_view_tag(name: str) -> str:

@@ -319,6 +319,7 @@ class Store:
                 )
             return read_object(folder / name)
 
+    @understood
     def fetch(self, run_id: str, name: str, folder: Path) -> bool:
         """Copy one file of a run into a folder. Return False where the run lacks the file.
 

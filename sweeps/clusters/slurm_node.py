@@ -144,6 +144,7 @@ def join(head: str) -> int:
     Args:
         head: HOST:PORT of Ray's head.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     share = share_of_job(os.environ)
     try:
         with ray_on_this_node(share, [f"--address={head}"]) as ray:
@@ -154,6 +155,8 @@ def join(head: str) -> int:
             print(f"{node_name()} has left Ray", flush=True)
     except (InputError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        pass  # the job is being ended, and Ray has ended here
     return 1
 
 
