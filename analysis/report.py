@@ -41,7 +41,7 @@ from analysis.sentences import format_estimate, say_interim, say_outcome
 from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
 from tracking.access import private_files, write_for
 from tracking.address import store_address
-from tracking.arguments import Parser, give_up_output, prepare_output
+from tracking.arguments import Parser, give_up_output, prepare_output, print_error
 from tracking.health import store_fault
 from tracking.store import Store
 from tracking.untrusted import check_no_link, in_markdown, one_line, printable
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
             )  # fmt: skip
     except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -29,7 +29,7 @@ from sweeps.plan import (
 )
 from sweeps.presets import Preset, Space
 from tracking.access import private_files, write_for
-from tracking.arguments import check_writable, give_up_output, prepare_output
+from tracking.arguments import check_writable, give_up_output, prepare_output, print_error
 from tracking.health import GO_ON
 from tracking.untrusted import printable
 
@@ -130,7 +130,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped: {GO_ON}", file=sys.stderr)
         return 130
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    print_error(error)
     give_up_output()
     return 2 if isinstance(error, InputError) else 1
 

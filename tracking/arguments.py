@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from gptcore.config import InputError
 from tracking.access import share, write_for
+from tracking.untrusted import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +127,12 @@ def prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def print_error(error: BaseException) -> None:
+    """Print an error to standard error in one line, whatever a store or a user wrote into it."""
+    text = printable(str(error)).replace("\n", "\\n")
+    print(f"error: {text}", file=sys.stderr)
 
 
 def give_up_output() -> None:

@@ -30,7 +30,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
 from gptcore.config import InputError
 from tracking.address import StoreAddress, chart_path, store_address
-from tracking.arguments import Parser, prepare_output
+from tracking.arguments import Parser, prepare_output, print_error
 from tracking.guard import MLFLOW_SETTINGS, equal, guarded
 from tracking.private_api import pages_app
 from tracking.store import Store, named_runs
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         serve(args.runs_dir, [args.name] if args.name is not None else [], args.port)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 0

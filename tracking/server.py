@@ -39,7 +39,7 @@ import yaml
 from gptcore.config import InputError
 from tracking.access import ALONE
 from tracking.address import BUCKET
-from tracking.arguments import Parser
+from tracking.arguments import Parser, print_error
 from tracking.backup import check_no_older_backup, restore, save
 from tracking.bucket import FOLDER as BUCKET_FOLDER
 from tracking.bucket import HEADS
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.workers,
         )
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 

@@ -30,6 +30,7 @@ from sweeps.clusters.aws_rights import check_ours, make_roles, tags_of
 from sweeps.clusters.aws_rules import ENVIRONMENT, TOKEN, ClusterFile, workers, wrong_with
 from sweeps.execution.private_api import aws_node_provider, ssh_folder
 from sweeps.execution.ray_token import close_to_others
+from tracking.arguments import print_error
 
 AWSNodeProvider: Any = aws_node_provider()
 
@@ -72,7 +73,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (ValueError, BotoCoreError, ClientError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from error
 
 

@@ -27,7 +27,7 @@ from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 from gptcore.config import InputError
 from sweeps.clusters.aws import forget_cached
 from sweeps.clusters.aws_rights import is_ours, role_name, tags_of
-from tracking.arguments import Parser
+from tracking.arguments import Parser, print_error
 from tracking.bucket import FOLDER
 
 GONE = "terminated"
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not args.yes:
             print("--yes removes this; results only with --results")
     except (InputError, BotoCoreError, ClientError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 

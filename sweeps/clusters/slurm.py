@@ -37,7 +37,7 @@ from sweeps.clusters.slurm_job import (
     this_job,
     tracking_server,
 )
-from tracking.arguments import check_writable
+from tracking.arguments import check_writable, print_error
 from tracking.health import GO_ON
 
 ENVIRONMENT = {
@@ -64,10 +64,10 @@ def main() -> int:
         job = this_job(flags)
         code, last = run_job(job, flags)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except Stopped:
         print("the job has ended before the sweep began: more --time may help", file=sys.stderr)

@@ -24,6 +24,7 @@ from gptcore.config import InputError
 from gptcore.units import counted, size
 from sweeps.execution.interrupts import descendants
 from sweeps.execution.limits import memory_limit, usable_cpus
+from tracking.arguments import print_error
 
 SECONDS_TO_START = 120.0
 """How long Ray may take to start on a node: its files may come over a slow network."""
@@ -154,7 +155,7 @@ def join(head: str) -> int:
                     return 0
             print(f"{node_name()} has left Ray", flush=True)
     except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
     except KeyboardInterrupt:
         pass  # the job is being ended, and Ray has ended here
     return 1
