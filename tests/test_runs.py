@@ -107,7 +107,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
             "sweep": "empty",
             "notes": [],
             "command": "",
-            "trials": {"k": {"params": {"init.seed": 0}}},
+            "trials": {"0" * 12: {"params": {"init.seed": 0}}},
         }
     )
     SweepRun(store, store.open_experiment("empty", tmp_path), plan, launched=1)
