@@ -222,8 +222,9 @@ def render(
         claims={name: CLAIMS[name] for name in shown},
         say_outcome=say_outcome,
         say_interim=say_interim,
-        mlflow_command=sweep.store.address.mlflow_command(
-            runs_dir, sweep.sweep_runs[0].data.tags["sweep"]
+        mlflow_commands=dict.fromkeys(
+            sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])
+            for run in sweep.sweep_runs
         ),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -159,12 +159,13 @@ def serve(
             f"--folder {folder} cannot hold the database's socket: its path takes up to 80 "
             "letters, digits, dots and dashes"
         )
-    make_private(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # A shell that starts a command in the background has it ignore Ctrl-C.
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in ending:
         signal.signal(number, signal.default_int_handler)
     with server_lock(folder):
+        make_private(folder)  # not while another server uses it
         # The package takes a lock in the folder for temporary files, which would be one lock for
         # all accounts of the machine. Not at the top: only a head has this package.
         tempfile.tempdir = str(folder.resolve())
@@ -328,8 +329,8 @@ def serve_cluster(file: Path) -> int:
     address, log = f"{host}:{PORT}", FOLDER / "server.log"
     known |= {"MLFLOW_TRACKING_URI": f"http://{address}", "GPT_SWEEPS_HEAD": host}
     known["RAY_ADDRESS"] = f"{host}:{RAY_PORT}"
-    make_private(FOLDER)
     end_server_of(FOLDER)
+    make_private(FOLDER)
     password_file = FOLDER / "password"
     with write_private(password_file) as opened:
         opened.write(password)
