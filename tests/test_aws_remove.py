@@ -162,3 +162,13 @@ def test_a_file_that_names_no_cluster_is_refused(tmp_path, capsys, text, sentenc
         file.write_text(text)
     assert main([str(file)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_role_of_somebody_else_is_left_alone_whatever_its_name(amazon, at_home, capsys):
+    (at_home / "cluster.yaml").write_text(yaml.safe_dump(edited()))
+    iam = amazon.client("iam")
+    iam.create_role(RoleName=f"{NAME}-head", AssumeRolePolicyDocument="{}")
+    iam.create_instance_profile(InstanceProfileName=f"{NAME}-head")
+    assert main([str(at_home / "cluster.yaml"), "--yes", "--results"]) == 0
+    assert capsys.readouterr().out == f"gpt-sweeps left nothing in {REGION}\n"
+    assert account(amazon)["roles"] == account(amazon)["profiles"] == {f"{NAME}-head"}
