@@ -230,7 +230,7 @@ def lab():
 
 
 LONG = {**TINY, "train.steps": 2000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
-LONGER = {"train.steps": 1500}
+LONGER = {"train.steps": 6000}
 BEGUN = time.monotonic()
 
 
@@ -410,7 +410,7 @@ def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
     limit = math.ceil((time.monotonic() - begun) / 60) + 2
     set_limit(lab, job, limit)
     tell(f"job {job} trains on two nodes, and has a time limit of {limit} minutes")
-    wait_for(lambda: lab.state(job)[0] == "PENDING", 150)
+    lab.during("ada", job, lambda: lab.state(job)[0] == "PENDING", 150)
     tell(f"job {job} waits to begin again")
     assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
     check_nothing_left(lab, "ada")
