@@ -219,10 +219,13 @@ def test_a_database_that_is_ended_from_outside_is_started_again(tmp_path, creden
     folder.mkdir()
     with serving(folder) as (uri, _):
         MlflowClient(uri).create_experiment("kept")
-        for process in of_folder(folder):
-            if "bin/postgres" in " ".join(process.cmdline()):
-                process.terminate()
-                process.wait(20)
+        (database,) = [
+            process for process in of_folder(folder) if "bin/postgres" in process.cmdline()[0]
+        ]
+        everyone = [database, *database.children()]
+        for process in everyone:
+            process.terminate()
+        assert not psutil.wait_procs(everyone, timeout=20)[1]
         assert MlflowClient(uri).get_experiment_by_name("kept")  # MLflow asks for a while
 
 
