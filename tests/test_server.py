@@ -242,6 +242,40 @@ def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, 
 
 
 @pytest.mark.full
+def test_a_database_that_is_ended_from_outside_is_started_again(tmp_path, credentials):
+    """Slurm ends all processes of a job, and the driver still has to record how its runs end."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    with serving(folder) as (uri, _):
+        MlflowClient(uri).create_experiment("kept")
+        (database,) = [
+            process for process in of_folder(folder) if "bin/postgres" in process.cmdline()[0]
+        ]
+        everyone = [database, *database.children()]
+        for process in everyone:
+            process.terminate()
+        assert not psutil.wait_procs(everyone, timeout=20)[1]
+        assert MlflowClient(uri).get_experiment_by_name("kept")  # MLflow asks for a while
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_a_process_that_has_the_number_of_a_dead_database_is_not_taken_for_it(pid, tmp_path):
+    (tmp_path / "postmaster.pid").write_text(f"{pid}\n{tmp_path}\n")
+    tracking_server.forget_dead(tmp_path)
+    assert not (tmp_path / "postmaster.pid").exists()
+
+
+def test_a_database_that_runs_is_not_forgotten(tmp_path):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "-D", str(tmp_path)]
+    with subprocess.Popen(sleeps) as database:
+        (tmp_path / "postmaster.pid").write_text(f"{database.pid}\n{tmp_path}\n")
+        wait_for(lambda: str(tmp_path) in psutil.Process(database.pid).cmdline(), 10)
+        tracking_server.forget_dead(tmp_path)
+        assert (tmp_path / "postmaster.pid").exists()
+        database.kill()
+
+
+@pytest.mark.full
 def test_a_new_database_begins_with_what_was_kept_of_the_one_before(tmp_path, credentials):
     """A folder by its address is to it what a bucket is."""
     kept = tmp_path / "kept"

@@ -230,7 +230,7 @@ def lab():
 
 
 LONG = {**TINY, "train.steps": 2000, "train.checkpoint_seconds": 1.0, "probes.every": 500}
-LONGER = {"train.steps": 1500}
+LONGER = {"train.steps": 6000}
 BEGUN = time.monotonic()
 
 
@@ -410,7 +410,7 @@ def test_a_job_goes_on_by_itself_after_its_time_limit(lab):
     limit = math.ceil((time.monotonic() - begun) / 60) + 2
     set_limit(lab, job, limit)
     tell(f"job {job} trains on two nodes, and has a time limit of {limit} minutes")
-    wait_for(lambda: lab.state(job)[0] == "PENDING", 150)
+    lab.during("ada", job, lambda: lab.state(job)[0] == "PENDING", 150)
     tell(f"job {job} waits to begin again")
     assert f"job {job} goes on when Slurm starts it again" in lab.output("ada", job)
     check_nothing_left(lab, "ada")
@@ -444,6 +444,7 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
     with (lab.folder / "lasting.log").open("w") as log:
         server = subprocess.Popen(lab.command(LOGIN, "ada", serve), stdout=log, stderr=log)
     try:
+        wait_for(lambda: ":5000 " in lab.run(LOGIN, "root", "ss -ltnH")[1], 120)
         asked = {"ada": ("--nodelist=h1", range(10, 13)), "ben": ("--nodes=2", range(20, 23))}
         jobs = {
             user: lab.submit(user, f"{nodes} -c 1", sweep(lab, user, f"of-{user}", seeds), **known)
@@ -463,7 +464,7 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
         check_nothing_left(lab, "ada", "ben")
         found = runs(lab, "ada", f"http://{address}", **known)
     finally:
-        server.terminate()
+        lab.run(LOGIN, "ada", f"kill $(cat {folder}/lock)")
         server.wait()
     check_once(found, "of-ada", range(10, 13))
     check_once(found, "of-ben", range(20, 23))

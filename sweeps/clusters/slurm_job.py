@@ -341,7 +341,7 @@ def tracking_server(job: Job, host: str, password: Path) -> Iterator[subprocess.
                 server.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
                 kill_all(server)
-            say(f"its database stays in {folder}: docs/cluster.md says how to look at the runs")
+            say(f"the tracking server has ended; its database stays in {folder}")
 
 
 @contextmanager

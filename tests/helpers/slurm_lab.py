@@ -20,7 +20,7 @@ from helpers.paths import ROOT
 NET = "10.231.79"
 LOGIN, NODES = "h0", ("h1", "h2", "h3")
 USERS = {"ada": 61001, "ben": 61002}
-SPACE = "slurmlab"
+SPACE = f"slurm{os.getpid()}"
 
 CONF = """
 ClusterName=lab
