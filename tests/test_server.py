@@ -258,7 +258,7 @@ def test_a_database_that_is_ended_from_outside_is_started_again(tmp_path, creden
         assert MlflowClient(uri).get_experiment_by_name("kept")  # MLflow asks for a while
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["living", "none"])
 def test_a_process_that_has_the_number_of_a_dead_database_is_not_taken_for_it(pid, tmp_path):
     (tmp_path / "postmaster.pid").write_text(f"{pid}\n{tmp_path}\n")
     tracking_server.forget_dead(tmp_path)
