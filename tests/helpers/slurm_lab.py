@@ -128,6 +128,14 @@ class SlurmLab:
         return self.folder / user
 
     def __enter__(self):
+        try:
+            self.begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def begin(self):
         etc = self.folder / "etc"
         (etc / "slurm").mkdir(parents=True)
         (self.folder / "state").mkdir()
@@ -163,8 +171,7 @@ class SlurmLab:
             sh("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             sh("ip", "-n", space, "link", "set", "eth0", "up")
             self.switch_on(host)
-        wait_for(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), 20)
-        return self
+        wait_for(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), 60)
 
     def switch_on(self, host):
         own = self.folder / f"own-{host}"
