@@ -64,7 +64,10 @@ def test_the_address_of_a_store_holds_neither_user_nor_password(tmp_path, monkey
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == ODD
     assert store_address(tmp_path) == address  # again, as a command does
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == ODD
-    assert ODD not in f"{address!r}{address.masked}{address.mlflow_command()}{vars(address)}"
+    assert (
+        ODD
+        not in f"{address!r}{address.masked}{address.mlflow_command(tmp_path, 's')}{vars(address)}"
+    )
     assert ODD.encode() not in pickle.dumps(address)
     assert ODD not in mask_password(f"cannot connect to http://me:{ODD}@host")
     assert quote(ODD, safe="") not in mask_password(f"http://{quote(ODD, safe='')}")

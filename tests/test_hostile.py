@@ -13,11 +13,10 @@ from analysis.report import main
 from gptcore.config import InputError
 from gptcore.records import SCHEMA_VERSION
 from helpers.hostile import COMMANDS, World, check_said, some
-from helpers.store import job_of, moved, store_in
+from helpers.store import job_of, moved, recorder_of, store_in
 from sweeps import launch
 from sweeps.ledger import sweep_lock
 from sweeps.presets import PRESETS
-from tracking.recorder import MlflowRecorder
 from tracking.sweep_run import SweepRun, read_plan
 from tracking.untrusted import printable
 
@@ -139,7 +138,7 @@ def test_files_of_runs_are_not_where_a_copied_database_says(world, report, tiny,
         with pytest.raises(InputError, match="read and written below"):
             store.client.log_text(world.sweep_run, "mine", "authorized_keys")
         with pytest.raises(InputError, match="read and written below"):
-            MlflowRecorder(store, experiment, job_of(tiny, key))
+            recorder_of(store, experiment, job_of(tiny, key))
 
 
 @pytest.mark.parametrize("location", some(["{home}/.ssh", "ftp://evil/x"], "{home}/.ssh"))
@@ -151,7 +150,7 @@ def test_a_new_run_does_not_write_where_its_experiment_says(world, tiny, locatio
         store.open_experiment("small", world.runs_dir)
     experiment = store.sweep_runs()["small"].info.experiment_id
     with world.untouched(), pytest.raises(InputError, match="read and written below"):
-        MlflowRecorder(store, experiment, job_of(tiny))
+        recorder_of(store, experiment, job_of(tiny))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_files_of_a_run_are_not_written_through_a_link(world, report, tiny):
     shutil.move(files, world.outside / "x")
     files.symlink_to(world.outside / "x")
     with world.untouched(), pytest.raises(InputError, match="is a link"):
-        MlflowRecorder(store, run.info.experiment_id, job_of(tiny, key))
+        recorder_of(store, run.info.experiment_id, job_of(tiny, key))
     assert report()[0] == 0  # without this trial
     assert "is a link" in (world.runs_dir / "reports" / "small" / "summary.md").read_text()
 

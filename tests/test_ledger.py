@@ -81,7 +81,8 @@ def test_what_is_set_aside_is_kept_and_counts_no_more(runs_dir, tiny):
     (kept,) = store.runs("replaced")
     assert (kept.info.run_id, kept.data.tags["trial_key"]) == (run.info.run_id, key)
     assert store.client.get_metric_history(run.info.run_id, "loss/train")
-    fresh = recorder_of(store, run.info.experiment_id, job_of(tiny, key, sweep="one"))
+    experiment_id = store.open_experiment("one", runs_dir)
+    fresh = recorder_of(store, experiment_id, job_of(tiny, key, sweep="one"))
     assert fresh.run_id != run.info.run_id
 
 

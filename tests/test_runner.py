@@ -57,7 +57,7 @@ def test_a_polite_end_while_runs_are_ended_waits_until_they_are(monkeypatch):
     interrupts = Interrupts()
     context = SimpleNamespace(
         store=SimpleNamespace(address=StoreAddress("sqlite:///a.db")),
-        recording=SimpleNamespace(experiment_id="1"),
+        recording=SimpleNamespace(experiment_id="1", owner=None),
         console=Console(quiet=True),
         interrupts=interrupts,
     )
