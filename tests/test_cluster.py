@@ -1,5 +1,6 @@
 """Ray as a sweep starts or joins it, and what its machines have."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from sweeps.execution.ray_cluster import (
     LONGEST_BASE,
     PREFIX,
     RayFolder,
+    _see,
     check_cluster,
     check_shared,
 )
@@ -203,3 +205,12 @@ def test_machines_that_share_a_bucket_alone_need_a_tracking_server(monkeypatch, 
     check_shared(tmp_path, StoreAddress("http://10.0.0.5:5000"))
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI takes its address"):
         check_shared(tmp_path, StoreAddress("sqlite:////home/me/runs/mlflow.db"))
+
+
+def test_what_a_machine_sees_of_a_locked_file(tmp_path):
+    file = tmp_path / "marker"
+    assert _see(str(file)) == "nothing"
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert _see(str(file)) == "its lock"
+    assert _see(str(file)) == "no lock"

@@ -294,6 +294,8 @@ def _silent_stderr() -> Iterator[None]:
 def check_shared(folder: Path, store: StoreAddress) -> None:
     """Check that all machines of the cluster see the runs folder, or share a bucket and a server.
 
+    They also have to see each other's locks of files there, by which no two of them train a trial.
+
     Raises:
         InputError: they do not.
     """
@@ -309,30 +311,47 @@ def check_shared(folder: Path, store: StoreAddress) -> None:
     if not others:
         return
     marker = folder / f".seen-by-all-{os.getpid()}"
-    marker.touch()
-    sees = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_exists)
-    asked = {
-        node["NodeManagerAddress"]: sees.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(marker))
-        for node in others
-    }
     try:
-        blind = [where for where, answer in asked.items() if not ray.get(answer, timeout=120)]
+        with marker.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            seen = {
+                node["NodeManagerAddress"]: ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_see)
+                .options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                )
+                .remote(str(marker))
+                for node in others
+            }
+            found = {where: ray.get(answer, timeout=120) for where, answer in seen.items()}
     except RayError as error:
         why = str(error).strip().splitlines()[-1]
         raise InputError(f"a machine of the cluster could not check {folder}: {why}") from error
     finally:
-        marker.unlink()
-    if blind:
+        marker.unlink(missing_ok=True)
+    if blind := [where for where, what in found.items() if what == "nothing"]:
         raise InputError(
             f"{', '.join(blind)} of the cluster cannot see --runs-dir {folder}: name a folder that "
             "all machines share, or set GPT_SWEEPS_BUCKET to an s3:// address"
         )
+    if free := [where for where, what in found.items() if what == "no lock"]:
+        raise InputError(
+            f"{', '.join(free)} of the cluster cannot see the file locks in --runs-dir {folder}: "
+            "name a folder on a file system with locks for all machines, such as NFS 4"
+        )
 
 
-def _exists(file: str) -> bool:
-    return Path(file).exists()
+def _see(file: str) -> str:
+    """Return what this machine sees of a file that the driver has locked."""
+    try:
+        with Path(file).open() as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "its lock"
+    except FileNotFoundError:
+        return "nothing"
+    except OSError:  # the file system has no locks at all
+        return "no lock"
+    return "no lock"
 
 
 def texts_for(corpora: Collection[str]) -> dict[str, tuple[str, str]]:
