@@ -151,6 +151,8 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
         check_cluster(address)
         code = {
             "py_modules": [str(ROOT / package) for package in ("gptcore", "tracking", "sweeps")],
+            # Of a checkout that several accounts use, these may be another account's own.
+            "excludes": ["__pycache__"],
             # The shells of other machines do not have these.
             "env_vars": MALLOC | ({BUCKET: shared} if (shared := bucket()) else {}),
         }
