@@ -149,15 +149,12 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address := cluster_address():
         check_cluster(address)
-        code = {
-            "py_modules": [str(ROOT / package) for package in ("gptcore", "tracking", "sweeps")],
-            # Of a checkout that several accounts use, these may be another account's own.
-            "excludes": ["__pycache__"],
-            # The shells of other machines do not have these.
-            "env_vars": MALLOC | ({BUCKET: shared} if (shared := bucket()) else {}),
-        }
+        # The shells of other machines do not have these.
+        variables = MALLOC | ({BUCKET: shared} if (shared := bucket()) else {})
         try:
-            ray.init(address=address, runtime_env=code, **quiet)
+            with _packages() as packages:
+                code = {"py_modules": packages, "env_vars": variables}
+                ray.init(address=address, runtime_env=code, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             why = str(error).strip().splitlines()[0]
             raise InputError(f"the Ray cluster at {address} cannot be joined: {why}") from error
@@ -195,6 +192,19 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
         else ""
     )
     console.print(f"Ray: {where}, {cpus:.0f} CPUs, {gpus:.0f} GPUs{more}")
+
+
+@contextmanager
+def _packages() -> Iterator[list[str]]:
+    """Yield copies of the packages that workers run, without compiled files.
+
+    Ray reads every folder of a package, and those of compiled files may be another account's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder, package) for package in ("gptcore", "tracking", "sweeps")]
+        for copy in copies:
+            shutil.copytree(ROOT / copy.name, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        yield [str(copy) for copy in copies]
 
 
 def check_devices(trials: Collection[TrainConfig]) -> None:
