@@ -15,7 +15,7 @@ from helpers.trials import TINY
 from sweeps import launch
 from sweeps.presets import PRESETS
 from tracking.address import StoreAddress, sqlite_address, store_address
-from tracking.recorder import MlflowRecorder, close_cut_off, close_runs
+from tracking.recorder import close_cut_off, close_runs, delete_twins
 from tracking.store import Store
 from tracking.tags import say_incomplete
 
@@ -80,9 +80,7 @@ def test_a_server_with_thousands_of_experiments_hides_no_run_and_none_is_deleted
     # Even where the run that exists were not found, another one does not delete it.
     recorder = recorder_of(store, experiment_id, job_of(tiny, "new", sweep="served"))
     store.client.set_tag(recorder.run_id, "trial_key", key)
-    again = MlflowRecorder.__new__(MlflowRecorder)
-    again.store, again.client = store, store.client
-    again._delete_twins(store.client.get_run(recorder.run_id))
+    delete_twins(store, store.client.get_run(recorder.run_id))
     assert {one.info.run_id for one in store.search(f"tags.trial_key = '{key}'")} == {
         run.info.run_id,
         recorder.run_id,

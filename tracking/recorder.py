@@ -122,13 +122,20 @@ def make_run(store: Store, experiment_id: str, job: Job) -> Run:
         tags={**first, **attempt, **cut_tags(job.tags)},
     )
     if attempt:
-        # A server that dies after it has made a run, and before its answer, is asked again by
-        # MLflow and then makes another one. Both have the tag of this attempt, and no other has.
-        condition = f"tags.attempt = '{attempt['attempt']}'"
-        for twin in store.search(condition, experiment_id):
-            if twin.info.run_id != run.info.run_id:
-                store.client.delete_run(twin.info.run_id)
+        delete_twins(store, run)
     return run
+
+
+def delete_twins(store: Store, run: Run) -> None:
+    """Delete other runs that the same request has made.
+
+    A server that dies after it has made a run, and before its answer, is asked again by MLflow and
+    then makes another one. Both have the tag of this attempt, which no other run has.
+    """
+    condition = f"tags.attempt = '{run.data.tags['attempt']}'"
+    for twin in store.search(condition, run.info.experiment_id):
+        if twin.info.run_id != run.info.run_id:
+            store.client.delete_run(twin.info.run_id)
 
 
 RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
