@@ -11,8 +11,7 @@ from analysis.report import main
 from gptcore.config import InputError
 from helpers.hostile import Answers, World, answering, check_said, some
 from helpers.servers import free_port, start_server
-from helpers.store import job_of, moved, open_store
-from tracking.recorder import MlflowRecorder
+from helpers.store import job_of, moved, open_store, recorder_of
 from tracking.sweep_run import SweepRun, read_plan
 
 PASSWORD = "a-password-of-this-test"
@@ -245,7 +244,7 @@ def test_what_others_have_put_on_a_server_harms_nobody(world, served, report, ti
         with pytest.raises(InputError, match="where this machine writes and reads nothing"):
             SweepRun(store, theirs, plan, launched=1)
         with pytest.raises(InputError, match="where this machine writes and reads nothing"):
-            MlflowRecorder(store, theirs, job_of(tiny))
+            recorder_of(store, theirs, job_of(tiny))
     world.tag(world.sweep_run, "sweep", "../../home/.ssh")
     code, said = report(served)
     assert code == 2
