@@ -96,6 +96,7 @@ def guarded(tmp_path):
     folder.mkdir()
     (folder / "mlflow.db").write_bytes(empty_database().joinpath().read_bytes())
     secret = tmp_path / "password"
+    secret.touch(mode=0o600)  # the server refuses one that others can read
     secret.write_text(ODD)
     address = f"127.0.0.1:{free_port()}"
     command = [
