@@ -433,7 +433,8 @@ def test_two_accounts_jobs_at_once_share_nodes_and_a_lasting_server(lab):
     folder, address = lab.home("ada") / "lasting", f"{lab.address(LOGIN)}:5000"
     password = "a-secret-that-nobody-guesses-0123456789"
     serve = (
-        f"mkdir {folder} && echo {password} > {folder}/password && exec python -m tracking.server "
+        f"umask 077 && mkdir {folder} && echo {password} > {folder}/password && "
+        "exec python -m tracking.server "
         f"--address {address} --folder {folder} --artifacts {folder}/artifacts "
         f"--password-file {folder}/password"
     )
