@@ -28,6 +28,8 @@ EVIL = f"{MARKUP}{ESCAPES}\n# heading\n<b>"
 @pytest.fixture
 def world(tmp_path, finished_sweep, monkeypatch):
     found = World(tmp_path, moved(finished_sweep, tmp_path / "runs"))
+    # Another test may have made a report of the sweep that all share.
+    shutil.rmtree(found.runs_dir / "reports", ignore_errors=True)
     monkeypatch.setenv("HOME", str(found.home))
     monkeypatch.chdir(tmp_path)
     return found

@@ -127,7 +127,9 @@ def test_nothing_is_written_to_a_terminal_that_is_gone():
             stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         )  # fmt: skip
         os.close(terminal)
-        assert os.read(parent, 100)  # it is under way
+        shown = b""
+        while b"here" not in shown:  # it is under way
+            shown += os.read(parent, 100)
         os.close(parent)
         process.send_signal(signal.SIGHUP)
         assert process.wait(60) == 0
