@@ -91,7 +91,7 @@ def test_a_database_is_connected_to_with_the_password(tmp_path, monkeypatch):
 
 @pytest.fixture
 def guarded(tmp_path):
-    """A server that asks for the odd password; -> its HOST:PORT."""
+    """The HOST:PORT of a server that asks for the odd password."""
     folder = tmp_path / "server"
     folder.mkdir()
     (folder / "mlflow.db").write_bytes(empty_database().joinpath().read_bytes())

@@ -51,7 +51,7 @@ def report(world, capsys):
 
 @pytest.fixture
 def dry_run(world, capsys):
-    """Return a function that plans the sweep again from its record; -> code, out, err."""
+    """Return a function that plans the sweep again from its record, and returns code, out, err."""
 
     def plan(*arguments):
         given = ["--runs-dir", str(world.runs_dir), "--name", "small", "--dry-run", *arguments]

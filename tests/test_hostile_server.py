@@ -218,7 +218,7 @@ def test_files_that_a_server_lists_elsewhere_are_not_put_there(world, report, pa
 
 @pytest.fixture
 def served(world):
-    """A real server that has the runs of the folder; -> its address."""
+    """The address of a real server that has the runs of the folder."""
     world.sql("update runs set artifact_uri = 'mlflow-artifacts:/' || run_uuid || '/artifacts'")
     world.sql("update experiments set artifact_location = 'mlflow-artifacts:/'")
     uri = f"http://127.0.0.1:{free_port()}"

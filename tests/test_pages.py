@@ -29,7 +29,7 @@ API = "ajax-api/2.0/mlflow"
 
 @contextmanager
 def serving(runs_dir, *arguments):
-    """The command; -> its process, and a function that returns the links printed so far."""
+    """The process of the command, and a function that returns the links printed so far."""
     log = runs_dir.parent / "pages.log"
     with log.open("w") as opened:
         server = subprocess.Popen(
@@ -51,7 +51,7 @@ def serving(runs_dir, *arguments):
 
 
 def make_runs(runs_dir):
-    """A runs folder with the sweep `small`, whose own run has one file; -> the run's id."""
+    """A runs folder with the sweep `small`, and the id of its own run, which has one file."""
     runs_dir.mkdir()
     store = store_in(runs_dir)
     experiment = store.open_experiment("small", runs_dir)
@@ -75,7 +75,7 @@ class Visitor(requests.Session):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A server; -> its links, a visitor that has opened one, and the id of the run."""
+    """The links of a server, a visitor that has opened one, and the id of the run."""
     runs_dir = tmp_path_factory.mktemp("pages") / "runs"
     run_id = make_runs(runs_dir)
     with serving(runs_dir) as (server, links):

@@ -281,7 +281,7 @@ def runs(lab, user, where=None, **environment):
 
 
 def check_once(found, name, seeds):
-    """Assert that each trial of a sweep has one run, which is finished; -> these runs."""
+    """Assert that each trial of a sweep has one run, which is finished. Return these runs."""
     trials = [run for run in found if run["sweep"] == name and run["kind"] == "trial"]
     assert sorted(int(run["seed"]) for run in trials) == list(seeds)
     assert {run["status"] for run in trials} == {"FINISHED"}

@@ -65,6 +65,11 @@ def latest_claim(run: Run) -> Claim:
 OWNER = re.compile(r"owner\.[0-9]{1,9}")
 
 
+def _holder(sweep_run: Run, number: int) -> Holder | None:
+    """Return the driver that is the n-th owner of a sweep; None before it has said so."""
+    return Holder.from_json(sweep_run.data.tags.get(f"lease.{number}"))
+
+
 class Watch:
     """Notices leases that are not renewed, by the clock of this process."""
 
@@ -208,7 +213,7 @@ class SweepLease:
                 if claim.number == self.number:
                     self._write()
                     continue
-                by = Holder.from_json(run.data.tags.get(f"lease.{claim.number}"))
+                by = _holder(run, claim.number)
                 self.taken_by = str(by or "another process")
                 self._on_loss()
                 return
@@ -276,7 +281,7 @@ def sweep_lease(
             break
         if made and (delete_twin(store, made, me) or made not in [run.info.run_id for run in runs]):
             made = ""  # another process has made one at the same time
-        holder = Holder.from_json(other.data.tags.get(f"lease.{latest_claim(other).number}"))
+        holder = _holder(other, latest_claim(other).number)
         by = str(holder or "another process")
         if made:
             pass  # another process owns it for a moment
@@ -323,7 +328,7 @@ def holder_of(store: Store, sweep_run: Run) -> str | None:
     """Return the driver that seems to work on a sweep; None where none does."""
     run = store.client.get_run(sweep_run.info.run_id)  # with params
     claim = latest_claim(run)
-    holder = Holder.from_json(run.data.tags.get(f"lease.{claim.number}"))
+    holder = _holder(run, claim.number)
     if claim.owner in ("", NOBODY) or (holder and holder.has_ended):
         return None
     return str(holder or "another process")
@@ -354,7 +359,7 @@ def _lease_is_over(store: Store, owner: str, watch: Watch | None) -> bool:
         return True
     if latest_claim(sweep_run).number != int(number):
         return True
-    holder = Holder.from_json(sweep_run.data.tags.get(f"lease.{number}"))
+    holder = _holder(sweep_run, int(number))
     if watch is None:
         return bool(holder and holder.has_ended)
     return watch.has_run_out(sweep_run, int(number))

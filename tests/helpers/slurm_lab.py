@@ -232,7 +232,7 @@ class SlurmLab:
         assert code == 0, said
 
     def submit(self, user, options, flags, **environment):
-        """Submit sweeps/clusters/slurm.sh; -> the job's number."""
+        """Submit sweeps/clusters/slurm.sh, and return the job's number."""
         output = f"--output={self.home(user)}/%j.out"
         command = f"sbatch --parsable {output} {options} sweeps/clusters/slurm.sh {flags}"
         code, said = self.run(LOGIN, user, command, **environment)
@@ -260,7 +260,7 @@ class SlurmLab:
         return self.state(job)[0] in over
 
     def ended(self, job, seconds=400):
-        """Wait for a job to end; -> its state."""
+        """Wait for a job to end, and return its state."""
         wait_for(lambda: self.is_over(job), seconds)
         return self.state(job)
 
