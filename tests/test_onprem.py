@@ -17,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
-import psutil
 import pytest
 import yaml
 
 from gptcore.config import TrialConfig
-from helpers.driving import wait_for
+from helpers.driving import running_in, wait_for
 from helpers.paths import ROOT
 from helpers.trials import TINY, WORDS, flags, undisturbed, with_knobs
 
@@ -178,17 +177,7 @@ class Lab:
 
     def running(self, host):
         """What runs on a host beside the host itself, by name."""
-        space = Path(f"/run/netns/{self.space(host)}").stat().st_ino
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            try:
-                inside = Path(f"/proc/{process.pid}/ns/net").stat().st_ino == space
-            except OSError:
-                continue
-            line = " ".join(process.info["cmdline"] or ())
-            if inside and line and not re.search(rf"sshd|boot-{host}|^sleep 1$", line):
-                found.append(line[:120])
-        return found
+        return running_in(self.space(host), rf"sshd|boot-{host}|^sleep 1$")
 
     def remove(self):
         for space in (*map(self.space, self.hosts), self.laptop):

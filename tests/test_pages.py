@@ -51,7 +51,7 @@ def serving(runs_dir, *arguments):
 
 
 def make_runs(runs_dir):
-    """A runs folder with the sweep `small`, and the id of its own run, which has one file."""
+    """The id of the own run, which has one file, of the sweep `small` in a runs folder."""
     runs_dir.mkdir()
     store = store_in(runs_dir)
     experiment = store.open_experiment("small", runs_dir)

@@ -1,6 +1,7 @@
 """Commands of sweeps/ as a user runs them, in processes of their own, and their workers."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,23 @@ def workers() -> list[int]:
             continue
         if title.startswith("ray::ImplicitFunc") and f"HOME={os.environ['HOME']}\0" in environment:
             found.append(int(process.name))
+    return found
+
+
+def running_in(space: str, but: str) -> list[str]:
+    """Command lines of what runs in a network namespace, without those that match a pattern."""
+    import psutil
+
+    inode = Path(f"/run/netns/{space}").stat().st_ino
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            inside = Path(f"/proc/{process.pid}/ns/net").stat().st_ino == inode
+        except OSError:
+            continue
+        line = " ".join(process.info["cmdline"] or ())
+        if inside and line and not re.search(but, line):
+            found.append(line[:150])
     return found
 
 

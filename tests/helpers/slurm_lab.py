@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from helpers.driving import wait_for
+from helpers.driving import running_in, wait_for
 from helpers.paths import ROOT
 
 NET = "10.231.79"
@@ -271,21 +271,7 @@ class SlurmLab:
 
     def running(self, host):
         """What runs on a host beside the host itself, by its command line."""
-        space = Path(f"/run/netns/{self.space(host)}").stat().st_ino
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            try:
-                inside = Path(f"/proc/{process.pid}/ns/net").stat().st_ino == space
-            except OSError:
-                continue
-            line = " ".join(process.info["cmdline"] or ())
-            if (
-                inside
-                and line
-                and not re.search(r"munged|slurmd|slurmctld|boot\.sh|^sleep 1$", line)
-            ):
-                found.append(line[:150])
-        return found
+        return running_in(self.space(host), r"munged|slurmd|slurmctld|boot\.sh|^sleep 1$")
 
     def remove(self):
         for space in (*map(self.space, (LOGIN, *NODES)), SPACE):
