@@ -279,10 +279,9 @@ def test_two_drivers_with_a_server_between_them_train_each_trial_once(tmp_path, 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     server = start_server(uri, tmp_path)
     try:
-        wanted = [
-            *flags(TrialConfig.from_flat(KILLED)), "--init.seed", "0", "1", "2",
-            "--no-estimate", "--no-report",
-        ]  # fmt: skip
+        # Trials so long that the driver that starts first is still at work when the other asks.
+        config = TrialConfig.from_flat({**KILLED, "train.steps": 4000, "probes.every": 200})
+        wanted = [*flags(config), "--init.seed", "0", "1", "2", "--no-estimate", "--no-report"]
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
         drivers = [
@@ -293,7 +292,7 @@ def test_two_drivers_with_a_server_between_them_train_each_trial_once(tmp_path, 
         wait_for(lambda: any(driver.poll() is not None for driver in drivers))
         refused, works = sorted(drivers, key=lambda driver: driver.poll() is None)
         code, said = outcome(refused, 60)
-        assert code == 2
+        assert code == 2, said
         assert f"sweep shared is being run by process {works.pid} on " in said
         # Another sweep of the same trials waits for those that are under way.
         other = start("init_sweep.py", tmp_path / "b" / "runs", "--name", "other", *wanted)
@@ -311,7 +310,7 @@ def test_two_drivers_with_a_server_between_them_train_each_trial_once(tmp_path, 
         assert {run.info.status for run in runs} == {"FINISHED"}
         for run in runs:
             points = store.client.get_metric_history(run.info.run_id, "loss/train")
-            assert [point.step for point in points] == list(range(KILLED["train.steps"] + 1))
+            assert [point.step for point in points] == list(range(config.train.steps + 1))
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
