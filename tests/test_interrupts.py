@@ -114,7 +114,7 @@ def test_nothing_is_written_to_a_terminal_that_is_gone():
         "import pathlib\n"
         "try:\n"
         "    with interrupts.handled():\n"
-        "        print('here', flush=True)\n"
+        "        print('signals are handled', flush=True)\n"
         "        signal.pause()\n"
         "except KeyboardInterrupt: pass\n"
         "print('to a terminal that is gone', flush=True)\n"
@@ -128,9 +128,9 @@ def test_nothing_is_written_to_a_terminal_that_is_gone():
         )  # fmt: skip
         os.close(terminal)
         shown = b""
-        while b"here" not in shown:  # it is under way
+        while b"signals are handled" not in shown:
             shown += os.read(parent, 100)
         os.close(parent)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(60) == 0
+        assert process.wait(60) == 0, shown
         assert saved.exists()
