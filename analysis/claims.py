@@ -1,37 +1,52 @@
 """The claims: what each says, how a run is measured for it, and which rule decides it.
 
 A claim has parts. A part gives every run one number. The centre of that number over independent
-units (mean, median or share) has an interval and a p-value, and the rule of the part says where the
-interval has to lie. Claims and their margins are data, fixed before the runs: `digest` names them.
+units (mean, median or share) has an interval, and the rule of the part says where the centre has to
+lie. Claims and their margins are data, fixed before the runs: `digest` names them.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from analysis import measures
-from analysis.measures import Values
+from analysis.measures import (
+    COMMON,
+    DRAWN,
+    FIRST,
+    FIRST_SHARE,
+    GROUPS,
+    NEVER_100,
+    ONCE,
+    RARE_100,
+    UNUSED,
+    Values,
+    level_parts,
+)
 from analysis.runs import RunTables
+from gptcore.config import InputError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """The rule for one number of a run: where its centre over units has to lie.
 
-    The part is supported where the interval lies entirely above `low` and below `high`, as far as
-    they are given. It is contradicted where the interval lies entirely beyond `against`, which is
-    the same bound unless given. The p-value tests against `null`, which is the same bound unless
-    given. A part that does not decide is only reported.
+    The part is supported where the centre is shown to lie above `low` and below `high`, as far as
+    they are given. It is contradicted where the centre is shown to lie beyond `against`, which is
+    the same bound unless given. A part that does not decide is only reported.
     """
 
     centre: str  # mean, median or share
     low: float | None = None
     high: float | None = None
     against: float | None = None
-    null: float | None = None
     decides: bool = True
 
 
@@ -45,7 +60,6 @@ class Claim:
     parts: Mapping[str, Part]  # the name `*` means: all parts that the measure names
     measure: Callable[[RunTables], Values]
     section: str  # a key of analysis.report.SECTIONS; a new section also needs a figure
-    version: int = 1  # raised when `measure`, or the rows that READ gives it, change its numbers
     course: bool = False  # the parts are one number at several steps, in the order of steps
     over_subsets: bool = False  # the number of a run needs runs on other subsets
 
@@ -71,20 +85,28 @@ CLAIMS: dict[str, Claim] = {
     "untrained_level": Claim(
         says="Untrained, all token groups stand at -(ln V + d std^2 / 2), equally.",
         source=TOKENS, unit="nats", measure=measures.untrained_level, section="start",
-        parts={"*": Part(centre="mean", low=-0.05, high=0.05)},
+        parts={
+            **dict.fromkeys(level_parts(DRAWN), Part(centre="mean", low=-0.05, high=0.05,
+                                                     decides=False)),
+            **dict.fromkeys(level_parts(GROUPS), Part(centre="mean", low=-0.05, high=0.05)),
+        },
     ),
     "widening": Claim(
         says="Q, K and V widen in training.",
         source=ATTENTION, unit="d(log std)", measure=measures.widening, section="widening",
-        parts={"*": Part(centre="median", low=0.0)},
+        parts={
+            **dict.fromkeys("qkv", Part(centre="mean", low=0.0)),
+            measures.LAW: Part(centre="mean", low=-0.05, high=0.05, decides=False),
+        },
     ),
     "depth_gradient": Claim(
         says="The attention weights of earlier layers widen more.",
         source=ATTENTION, unit="tau", measure=measures.depth_gradient, section="depth",
         parts={
-            "tau": Part(centre="median", low=0.3, against=0.0, null=0.0),
-            "tau of RMS displacement": Part(
-                centre="median", low=0.3, against=0.0, null=0.0, decides=False
+            "tau": Part(centre="median", low=0.3, against=0.0),
+            **dict.fromkeys(
+                ("tau of RMS displacement", "tau of q", "tau of k", "tau of v"),
+                Part(centre="median", low=0.3, against=0.0, decides=False),
             ),
         },
     ),
@@ -92,66 +114,83 @@ CLAIMS: dict[str, Claim] = {
         says="The gradient over depth is there from step 50 to the last step.",
         source=ATTENTION, unit="tau", measure=measures.depth_gradient_lasts,
         section="depth", course=True,
-        parts={"*": Part(centre="median", low=0.0)},
+        parts={"*": Part(centre="mean", low=0.0)},
     ),
     "first_layer_widest": Claim(
         says="The block next to the embedding widens most.",
-        source=ATTENTION, unit="share of runs", measure=measures.first_layer_widest,
+        source=ATTENTION, unit="d(log std)", measure=measures.first_layer_widest,
         section="widening",
-        parts={"layer 0 widest": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+        parts={
+            FIRST: Part(centre="mean", low=0.0),
+            FIRST_SHARE: Part(centre="share", low=0.8, against=0.5, decides=False),
+        },
     ),
     "heavier_tails": Claim(
-        says="The tails of attention weights get longer in training.",
+        says="The tails of Q, K and V get longer in training.",
         source=ATTENTION, unit="d(excess kurtosis)", measure=measures.heavier_tails,
         section="tails",
-        parts={"change of excess kurtosis": Part(centre="median", low=0.0)},
+        parts={
+            **dict.fromkeys("qkv", Part(centre="mean", low=0.0)),
+            "qkv": Part(centre="mean", low=0.0, decides=False),
+        },
     ),
     "order": Claim(
-        says="After training common tokens are more probable than rare, those than unused.",
-        source=TOKENS, unit="share of runs", measure=measures.order, section="tokens",
-        parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+        says="After training, common tokens are more probable than rare ones, and rare tokens are "
+        "more probable than unused ones.",
+        source=TOKENS, unit="nats", measure=measures.order, section="tokens",
+        parts={
+            f"{COMMON} - {ONCE}": Part(centre="mean", low=0.0),
+            f"{ONCE} - {UNUSED}": Part(centre="mean", low=0.0),
+            f"{COMMON} - {RARE_100}": Part(centre="mean", low=0.0, decides=False),
+            f"{RARE_100} - {NEVER_100}": Part(centre="mean", low=0.0, decides=False),
+        },
     ),
     "rare_falls": Claim(
-        says="Rare tokens fall below their start.",
+        says="The probability of rare tokens falls below its start.",
         source=TOKENS, unit="nats", measure=measures.rare_falls, section="rare",
         parts={
-            "rare": Part(centre="mean", high=0.0),
+            ONCE: Part(centre="mean", high=0.0),
+            RARE_100: Part(centre="mean", high=0.0, decides=False),
             measures.EXCESS: Part(centre="mean", high=0.0, decides=False),
         },
     ),
     "rare_flips": Claim(
-        says="Rare tokens rise on a text so short that calibration alone predicts it, else fall.",
-        source=TOKENS, unit="share of runs", measure=measures.rare_flips,
+        says="The probability of rare tokens rises on a text so short that calibration alone "
+        "predicts a rise, and falls on a longer text.",
+        source=TOKENS, unit="nats in the predicted direction", measure=measures.rare_flips,
         section="rare", over_subsets=True,
-        parts={"*": Part(centre="share", low=0.8, against=0.5, null=0.5)},
+        parts={"*": Part(centre="mean", low=0.0)},
     ),
     "never_suppressed": Claim(
-        says="Tokens that never occur fall by more than a nat, and by more than rare ones.",
+        says="The probability of tokens that never occur falls by more than a nat, and by more "
+        "than that of rare tokens.",
         source=TOKENS, unit="nats", measure=measures.never_suppressed, section="unused",
         parts={
-            "never": Part(centre="mean", high=-1.0, against=0.0),
-            "never - rare": Part(centre="mean", high=0.0),
+            UNUSED: Part(centre="mean", high=-1.0, against=0.0),
+            f"{UNUSED} - {ONCE}": Part(centre="mean", high=0.0),
+            NEVER_100: Part(centre="mean", high=-1.0, against=0.0, decides=False),
+            f"{NEVER_100} - {RARE_100}": Part(centre="mean", high=0.0, decides=False),
         },
     ),
     "common_at_random_or_above": Claim(
-        says="Common tokens do not fall below their start.",
+        says="The probability of common tokens does not fall below its start.",
         source=TOKENS, unit="nats", measure=measures.common_at_random_or_above, section="tokens",
         parts={
-            "common": Part(centre="mean", low=-0.1),
-            "common, margin 0": Part(centre="mean", low=0.0, decides=False),
+            COMMON: Part(centre="mean", low=-0.1),
+            f"{COMMON}, margin 0": Part(centre="mean", low=0.0, decides=False),
         },
     ),
     "mask_matters": Claim(
-        says="Without the mask common tokens look more probable than they are.",
+        says="Without the mask, common tokens look more probable than they are.",
         source=TOKENS, unit="nats", measure=measures.mask_matters, section="tokens",
-        parts={"common, unmasked - masked": Part(centre="mean", low=0.0)},
+        parts={f"{COMMON}, unmasked - masked": Part(centre="mean", low=0.0)},
     ),
     "unused_rows_move": Claim(
-        says="Embedding rows of tokens that never occur change without being read.",
+        says="The embedding rows of tokens that never occur change although they are never read.",
         source=TOKENS, unit="RMS displacement / RMS at step 0", measure=measures.unused_rows_move,
         section="unused",
         parts={
-            "displacement": Part(centre="mean", low=0.01, against=0.01),
+            "displacement": Part(centre="mean", low=0.01),
             measures.LOGIT: Part(centre="mean", high=0.0, decides=False),
             measures.LOG_Z: Part(centre="mean", high=0.0, decides=False),
         },
@@ -159,14 +198,53 @@ CLAIMS: dict[str, Claim] = {
 }  # fmt: skip
 
 
-def digest() -> str:
-    """Return 12 hex digits that change with any statement, rule or measure's version of CLAIMS."""
+def digest(asked: Sequence[str] = ()) -> str:
+    """Return 12 hex digits that name the claims that are asked, and how they are decided.
+
+    They change with any statement and rule, and with the code that measures and decides: the stamp
+    of a trial has to show that nothing was chosen after its result was seen. Comments do not count.
+
+    Args:
+        asked: names of the claims that a sweep asks; without names, it is all of them.
+    """
     data = {
         name: {
             "says": claim.says,
-            "version": claim.version,
             "parts": {part: asdict(rule) for part, rule in claim.parts.items()},
         }
         for name, claim in CLAIMS.items()
     }
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    measured_by = {claim.measure.__module__ for claim in CLAIMS.values()}
+    code = {name: _code(name) for name in sorted({*RULES, *measured_by})}
+    stamped = json.dumps([data, code, sorted(asked)], sort_keys=True)
+    return hashlib.sha256(stamped.encode()).hexdigest()[:12]
+
+
+RULES = tuple(
+    f"analysis.{name}"
+    for name in (
+        "decisions", "depth_gradient", "power", "rare_tokens", "runs", "skew", "stats", "variance",
+        "verdicts",
+    )
+)  # fmt: skip
+"""The modules that decide, besides those of the measures."""
+
+
+@functools.cache
+def _code(module: str) -> str:
+    """Return a digest of the code of a module, without its comments."""
+    found = importlib.util.find_spec(module)
+    if not (found and found.origin):
+        raise LookupError(f"the module {module} of a claim has no file")
+    code = ast.unparse(ast.parse(Path(found.origin).read_text(encoding="utf-8")))
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def check_claims(names: Sequence[str]) -> None:
+    """Raise InputError for a name that is no claim."""
+    for name in names:
+        if name not in CLAIMS:
+            raise InputError(
+                f"there is no claim {name}: {did_you_mean(name, CLAIMS)}the claims are "
+                f"{', '.join(CLAIMS)}"
+            )

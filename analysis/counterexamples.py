@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import polars as pl
+
 from analysis.claims import CLAIMS, Claim, Part
-from analysis.decisions import ALPHA, CONTRADICTED, INTERVALS, combined, decide, only_bound
+from analysis.decisions import ALPHA, CONTRADICTED, combined, only_bound
 from analysis.jsonable import to_json
 from analysis.sentences import format_estimate
 from analysis.verdicts import PartFinding, judge_part
@@ -55,16 +56,16 @@ def judge_on_fresh_seeds(
     Returns:
         The verdict, the number of seeds, and the finding on each part.
     """
-    by_part = defaultdict(list)
-    for seed, part, value in numbers:
-        by_part[part].append((seed, "", value))
+    rows = pl.DataFrame(
+        list(numbers), schema={"seed": pl.Int64, "part": pl.String, "value": pl.Float64},
+        orient="row",
+    ).with_columns(config=pl.lit(""), scheme=pl.lit(""), data_seed="seed")  # fmt: skip
     parts = {
-        part: found
-        for part, runs in by_part.items()
-        if (found := judge_part(claim.rule(part), runs, False, ALPHA / configurations))
+        str(part): judge_part(claim.rule(str(part)), runs, False, ALPHA / configurations)
+        for (part,), runs in rows.group_by("part", maintain_order=True)
     }
     verdict = combined([part.verdict for part in parts.values()])
-    return verdict, len({seed for runs in by_part.values() for seed, *_ in runs}), parts
+    return verdict, rows["seed"].n_unique(), parts
 
 
 def distance(rule: Part, value: float) -> float:
@@ -81,14 +82,18 @@ def seeds_to_contradict(claim: str, alpha: float) -> int:
     It is the number at which a claim is contradicted if all seeds agree.
     """
 
-    def can_contradict(rule: Part, n: int) -> bool:
-        estimate = INTERVALS[rule.centre]([0.0] * n, 1 - alpha)
-        # Equal means or medians have an interval of length 0, wherever it is.
-        has_interval = estimate.low is not None
-        return decide(rule, estimate) == CONTRADICTED if rule.centre == "share" else has_interval
+    def least_p(rule: Part, n: int) -> float:
+        if rule.centre == "mean":
+            return 0.0
+        bound, sign = only_bound(rule)
+        against = bound if rule.against is None else rule.against
+        share = against if sign < 0 else 1 - against
+        return float(0.5**n if rule.centre == "median" else share**n)
 
     rules = [rule for rule in CLAIMS[claim].parts.values() if rule.decides]
-    return next(n for n in itertools.count(2) if all(can_contradict(rule, n) for rule in rules))
+    return next(
+        n for n in itertools.count(2) if all(2 * least_p(rule, n) < alpha for rule in rules)
+    )
 
 
 def sentences(claim: str, finds: Sequence[Counterexample], tried: int, measured: int) -> list[str]:

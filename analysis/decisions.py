@@ -1,47 +1,134 @@
-"""Decide one rule: the verdict that an interval gives it, and the p-value of its numbers."""
+"""Decide one rule: the p-values of its numbers, and the verdict that they give.
+
+Three sentences can be said of a rule, and each has a p-value of its own, which tests that sentence:
+the centre is where the rule wants it (supported), it is not there (not supported), it lies beyond
+the bound of contradiction (contradicted).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from scipy import stats
 
 from analysis.claims import Part
-from analysis.stats import (
-    LEVEL,
-    Estimate,
-    mean_interval,
-    median_interval,
-    share_interval,
-    sign_flip_p,
-    t_p,
-)
+from analysis.skew import guarded
+from analysis.stats import LEVEL, Estimate, median_interval, share_interval, share_p, sign_p
+from analysis.variance import Spread
 
-INTERVALS = {"mean": mean_interval, "median": median_interval, "share": share_interval}
 ALPHA = round(1 - LEVEL, 12)
 
-SUPPORTED, CONTRADICTED = "supported", "contradicted"
+SUPPORTED, CONTRADICTED, DEPENDS = "supported", "contradicted", "depends"
 NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED = "not supported", "underpowered", "not measured"
-VERDICTS = (SUPPORTED, CONTRADICTED, NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED)
+NOT_ASKED = "not asked"
+VERDICTS = (
+    SUPPORTED, CONTRADICTED, DEPENDS, NOT_SUPPORTED, UNDERPOWERED, NOT_MEASURED, NOT_ASKED
+)  # fmt: skip
 
 
-def decide(rule: Part, estimate: Estimate) -> str:
-    """Return the verdict that the rule gives an interval, by where its ends lie."""
-    low, high = estimate.low, estimate.high
-    if low is None or high is None:
-        return UNDERPOWERED
-    above = rule.low is None or low > rule.low
-    below = rule.high is None or high < rule.high
-    if above and below:
-        return SUPPORTED
+@dataclass(frozen=True, kw_only=True)
+class PValues:
+    """The one-sided p-values of the three sentences about a rule."""
+
+    supported: float
+    not_supported: float
+    contradicted: float
+
+    def worst(self, other: PValues) -> PValues:
+        """Return the larger p-value of each sentence."""
+        return PValues(
+            supported=max(self.supported, other.supported),
+            not_supported=max(self.not_supported, other.not_supported),
+            contradicted=max(self.contradicted, other.contradicted),
+        )
+
+    @property
+    def two_sided(self) -> float:
+        """The p-value of a claim, whichever way it is decided."""
+        return min(1.0, 2 * min(self.supported, self.contradicted))
+
+    def verdict(self, factor: float, alpha: float, *, decided: bool = True) -> str:
+        """Return the verdict at an error rate alpha.
+
+        Args:
+            factor: by what the p-values are multiplied, for the number of claims.
+            alpha: the error rate of both directions together.
+            decided: whether the adjusted two-sided p-value is small enough.
+        """
+
+        def is_shown(p: float) -> bool:
+            return 2 * p * factor < alpha
+
+        if decided and is_shown(self.supported):
+            return SUPPORTED
+        if decided and is_shown(self.contradicted):
+            return CONTRADICTED
+        return NOT_SUPPORTED if is_shown(self.not_supported) else UNDERPOWERED
+
+
+def p_values(rule: Part, spread: Spread, centre: str | None = None) -> PValues:
+    """Return the p-values of the three sentences about a rule.
+
+    Args:
+        rule: the rule of a part.
+        spread: the units.
+        centre: mean, median or share, where it is not that of the rule.
+
+    For a rule with two bounds, support needs both of two one-sided tests (TOST). Outside is either
+    side, so the smaller of two p-values counts twice.
+    """
+
+    def p(bound: float, sign: int) -> float:
+        return p_beyond(centre or rule.centre, spread, bound, sign)
+
     if rule.low is not None and rule.high is not None:
-        return CONTRADICTED if high < rule.low or low > rule.high else UNDERPOWERED
+        outside = min(1.0, 2 * min(p(rule.low, -1), p(rule.high, 1)))
+        return PValues(
+            supported=max(p(rule.low, 1), p(rule.high, -1)),
+            not_supported=outside,
+            contradicted=outside,
+        )
     bound, sign = only_bound(rule)
-    nearest = max(sign * low, sign * high)  # the end of the interval on the claim's side
-    if nearest < sign * (bound if rule.against is None else rule.against):
-        return CONTRADICTED
-    return NOT_SUPPORTED if nearest < sign * bound else UNDERPOWERED
+    against = bound if rule.against is None else rule.against
+    return PValues(
+        supported=p(bound, sign), not_supported=p(bound, -sign), contradicted=p(against, -sign)
+    )
+
+
+def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
+    """Return the one-sided p-value that a centre lies beyond a bound.
+
+    The test of a mean is Student's, guarded against skewness. Where units are equal or their
+    skewness is seen, the sign test has to agree: the larger of both p-values counts. The test of a
+    median is the sign test, and that of a share is binomial. Both are exact.
+
+    Args:
+        centre: mean, median or share.
+        spread: the units.
+        bound: the centre under the null hypothesis.
+        sign: 1 where the centre has to be larger, -1 where it has to be smaller.
+    """
+    if spread.error is None:
+        return 1.0
+    distances: list[float] = (sign * (spread.units - bound)).tolist()
+    if centre == "share":
+        return share_p(spread.units.tolist(), bound, sign)
+    if centre == "median":
+        return sign_p(distances)
+    if spread.error == 0:
+        return sign_p(distances)
+    t = sign * (spread.mean - bound) / spread.error
+    p = guarded(float(stats.t.sf(t, spread.df)), spread.df)
+    return max(p, sign_p(distances)) if spread.doubts else p
+
+
+def interval(rule: Part, spread: Spread, level: float) -> Estimate:
+    """Estimate the centre of a rule, with its interval."""
+    if rule.centre == "mean" or spread.error is None:
+        return spread.interval(level)
+    of = median_interval if rule.centre == "median" else share_interval
+    return of(spread.units.tolist(), level)
 
 
 def combined(verdicts: Sequence[str]) -> str:
@@ -52,46 +139,11 @@ def combined(verdicts: Sequence[str]) -> str:
     return NOT_MEASURED
 
 
-def p_value(rule: Part, units: Sequence[float]) -> float:
-    """Return the one-sided p-value of the rule's null hypothesis.
-
-    The test of a mean is Student's, like its interval. The test of a median flips signs. The test
-    of a share is the exact binomial test. For a rule with two bounds the p-value is the larger of
-    two tests (two one-sided tests, TOST).
-
-    Args:
-        rule: the rule of the part.
-        units: one number for each independent unit.
-    """
-    p_values = []
-    for null, sign in nulls(rule):
-        if rule.centre == "share":
-            successes = math.floor(sum(units) + 1e-9)
-            test = stats.binomtest(successes, len(units), null, alternative="greater")
-            p_values.append(float(test.pvalue))
-        elif rule.centre == "mean":
-            p_values.append(t_p([sign * (value - null) for value in units]))
-        else:
-            p_values.append(sign_flip_p([sign * (value - null) for value in units]))
-    return max(p_values)
-
-
-def nulls(rule: Part) -> list[tuple[float, int]]:
-    """Return the null hypotheses of a rule.
-
-    Each is the number that the centre is tested against, and the direction of the claim: 1 where
-    the centre has to be larger, -1 where it has to be smaller.
-    """
-    bounds = ((rule.low, 1), (rule.high, -1))
-    return [
-        (bound if rule.null is None else rule.null, sign)
-        for bound, sign in bounds
-        if bound is not None
-    ]
-
-
 def only_bound(rule: Part) -> tuple[float, int]:
-    """Return the bound of a rule that has one, and the direction of the claim as in `nulls`."""
+    """Return the bound of a rule that has one, and the direction of the claim.
+
+    The direction is 1 where the centre has to be larger, -1 where it has to be smaller.
+    """
     if rule.low is not None:
         return rule.low, 1
     assert rule.high is not None, "a rule has a bound"

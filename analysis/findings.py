@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from analysis.claims import CLAIMS, digest
-from analysis.decisions import ALPHA
+from analysis.claims import CLAIMS, Claim, digest
+from analysis.decisions import ALPHA, CONTRADICTED, DEPENDS, NOT_ASKED, SUPPORTED
 from analysis.depth_gradient import last_steps
 from analysis.frames import RunFrames, trials_to_judge
 from analysis.interim import (
@@ -24,13 +24,15 @@ from analysis.interim import (
 )
 from analysis.jsonable import FLAT, KEY
 from analysis.measures import Values
+from analysis.power import shares_of_error
 from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
 from analysis.specifications import SPECIFIED, Specification, specifications
 from analysis.stats import Estimate, holm, mean_interval, median_interval, share_interval
-from analysis.verdicts import Comparison, Finding, compare, judge
-from gptcore.config import Scalar, varying_knobs
+from analysis.verdicts import Comparison, Finding, adjusted, compare, judge, judge_one
+from gptcore.config import Scalar, spelling, varying_knobs
 from gptcore.records import PRIMARY
+from gptcore.units import counted
 
 UNPLANNED = (
     "These trials were judged while seeds were added, and this report is none of the planned "
@@ -64,10 +66,12 @@ class ClaimFindings:
     """The verdicts on all claims, for a sweep, in general, and for the parts of the sweep."""
 
     digest: str
-    standing: str  # confirmatory or exploratory
+    standing: str  # confirmatory, exploratory, or confirmatory for some of the trials
+    exploratory_trials: Sequence[str]  # keys of trials that were planned in view of results
     alpha: float
+    asked: Sequence[str]  # claims
     here: Mapping[str, Finding]  # over seeds
-    in_general: Mapping[str, Finding] | None  # over seeds and configurations
+    in_general: Mapping[str, Finding] | None  # over seeds and schemes
     by: Mapping[str, Mapping[str, Mapping[str, Finding]]]  # knob, its value, claim
 
 
@@ -123,6 +127,7 @@ class Findings:
     sweep: str
     notes: Sequence[str]
     trials: Mapping[str, int]  # by status
+    scope: Mapping[str, Sequence[str]]  # what the verdicts are about: by knob, its values
     interim: InterimSummary | None = field(metadata={KEY: "looks"})
     claims: ClaimFindings
     depth_gradient: Mapping[str, DepthFinding]  # by scheme
@@ -152,8 +157,9 @@ def find(sweep: RunTables, by_run: RunFrames) -> Findings:
         notes.append(PROVISIONAL)
     return Findings(
         sweep=sweep.name,
-        notes=[*notes, *_left_out(sweep, by_run.left_out)],
+        notes=[*notes, *_hardly_trained(sweep), *_left_out(sweep, by_run.left_out)],
         trials={**ended, "unfinished": len(sweep.trials) - sum(ended.values())},
+        scope=scope(sweep),
         interim=_summary(own) if own else None,
         claims=claim_findings(sweep, values, own, alpha),
         depth_gradient={scheme: _depth_finding(by_run, scheme) for scheme in schemes},
@@ -165,6 +171,29 @@ def find(sweep: RunTables, by_run: RunFrames) -> Findings:
         },
         runs=runs(sweep, by_run),
     )
+
+
+HARDLY = 0.15
+"""A trial has hardly trained if its loss has fallen by less than this share of the first loss."""
+
+
+def _hardly_trained(sweep: RunTables) -> list[str]:
+    """Say which trials have hardly trained: what they show is about the start of training."""
+    losses = (
+        sweep.tables["training"]
+        .sort("step", maintain_order=True)
+        .group_by("trial_key", maintain_order=True)
+        .agg(first=pl.col("loss").first(), last=pl.col("loss").last())
+        .filter(pl.col("last") > (1 - HARDLY) * pl.col("first"))
+        .sort("trial_key")
+    )
+    if losses.is_empty():
+        return []
+    some = ", ".join(losses["trial_key"].head(5)) + (", ..." if losses.height > 5 else "")
+    return [
+        f"{counted(losses.height, 'trial')} hardly trained: the last loss is above "
+        f"{1 - HARDLY:.0%} of the first one ({some}). What is found of them is about the start of training."
+    ]
 
 
 def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
@@ -179,14 +208,37 @@ def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
     ]
 
 
+SCOPE = {
+    "corpus.name": "on",
+    "model.d_model": "d_model",
+    "model.n_layer": "n_layer",
+    "optim.lr": "lr",
+    "train.steps": "steps",
+}
+"""The knobs that say what any verdict is about, and what each is called."""
+
+
+def scope(sweep: RunTables) -> dict[str, list[str]]:
+    """Return what the verdicts of a sweep are about: sizes, learning rates, steps and text."""
+    names = {name: sorted(sweep.trials[knob].unique()) for knob, name in SCOPE.items()}
+    return {name: [spelling(value) for value in values] for name, values in names.items()}
+
+
 def measured(sweep: RunTables) -> dict[str, Values]:
     """Measure the numbers of every claim."""
     return {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
 
 
 def judge_sweep(sweep: RunTables, alpha: float) -> dict[str, Finding]:
-    """Judge every claim for the configurations of a sweep, at an error rate alpha."""
-    return judge(CLAIMS, measured(sweep), trials_to_judge(sweep), general=False, alpha=alpha)
+    """Judge the claims that a sweep asks for its configurations, at an error rate alpha."""
+    claims = {name: CLAIMS[name] for name in asked_of(sweep)}
+    values = {name: claim.measure(sweep) for name, claim in claims.items()}
+    return judge(claims, values, trials_to_judge(sweep), general=False, alpha=alpha)
+
+
+def asked_of(sweep: RunTables) -> list[str]:
+    """Return the claims that a sweep asks, in the order of CLAIMS."""
+    return [name for name in CLAIMS if not sweep.asked or name in sweep.asked]
 
 
 def claim_findings(
@@ -198,7 +250,8 @@ def claim_findings(
     """Judge every claim for a sweep, in general, and for the parts of the sweep.
 
     The parts are the values of scheme, subset and optimiser, where they vary. In a part a claim is
-    tested only if the part has all the numbers that the sweep has.
+    tested only if the part has all the numbers that the sweep has. Each of these tables has an
+    error rate of its own, alpha over all its verdicts.
 
     Args:
         sweep: the runs.
@@ -207,34 +260,92 @@ def claim_findings(
             findings for these configurations.
         alpha: the error rate of everything else.
     """
-    trials = trials_to_judge(sweep)
-    by: dict[str, dict[str, Mapping[str, Finding]]] = {}
-    for knob in ("scheme", "corpus.subset", "optim.name"):
-        labels = trials[knob].unique(maintain_order=True).to_list()
-        for label in labels if len(labels) > 1 else ():
-            some = trials.filter(pl.col(knob) == label)
-            complete = {
-                name: numbers
-                if _parts_of(numbers.join(some, on="trial_key")) == _parts_of(numbers)
-                else numbers.head(0)
-                for name, numbers in values.items()
-            }
-            judged = judge(CLAIMS, complete, some, general=False, alpha=alpha)
-            by.setdefault(knob, {})[label] = judged
-    several = trials["config"].n_unique() > 1
+    trials, asked = trials_to_judge(sweep), asked_of(sweep)
+    claims = {name: CLAIMS[name] for name in asked}
+    by = {
+        knob: judge_by(knob, claims, values, trials, alpha)
+        for knob in ("scheme", "corpus.subset", "optim.name")
+        if trials[knob].n_unique() > 1
+    }
     current: Mapping[str, Finding] = plan.current_findings() if plan else {}
-    return ClaimFindings(
-        digest=digest(),
-        standing="confirmatory" if sweep.claims_digest == digest() else "exploratory",
-        alpha=alpha,
-        here=current or judge(CLAIMS, values, trials, general=False, alpha=alpha),
-        in_general=judge(CLAIMS, values, trials, alpha=alpha) if several else None,
-        by=by,
+    here = current or judge(claims, values, trials, general=False, alpha=alpha)
+    general = (
+        judge(claims, values, trials, alpha=alpha) if trials["init.scheme"].n_unique() > 1 else None
     )
+    ended = trials.filter(status="finished")["trial_key"]
+    current_digest = digest(sweep.asked)
+    seen = [key for key in ended if sweep.stamps.get(key) != current_digest]
+    return ClaimFindings(
+        digest=current_digest,
+        standing="confirmatory"
+        if not seen
+        else "exploratory"
+        if len(seen) == len(ended)
+        else f"confirmatory for {len(ended) - len(seen)} of {len(ended)} trials",
+        exploratory_trials=seen,
+        alpha=alpha,
+        asked=asked,
+        here=with_not_asked({name: _pooled(found, name, by) for name, found in here.items()}),
+        in_general=with_not_asked(general) if general else None,
+        by={
+            knob: {label: with_not_asked(found) for label, found in labels.items()}
+            for knob, labels in by.items()
+        },
+    )
+
+
+def judge_by(
+    knob: str,
+    claims: Mapping[str, Claim],
+    values: Mapping[str, Values],
+    trials: pl.DataFrame,
+    alpha: float,
+) -> dict[str, dict[str, Finding]]:
+    """Judge claims for each value of a knob. All these verdicts share one error rate.
+
+    Returns:
+        By value of the knob and by claim.
+    """
+    labels = [str(label) for label in trials[knob].unique(maintain_order=True)]
+    unadjusted = {}
+    for label in labels:
+        some = trials.filter(pl.col(knob).cast(pl.String) == label)
+        for name, claim in claims.items():
+            numbers = values[name]
+            if _parts_of(numbers.join(some, on="trial_key")) != _parts_of(numbers):
+                numbers = numbers.head(0)
+            unadjusted[label, name] = judge_one(claim, numbers, some, False, alpha)
+    shares = shares_of_error(list(claims))
+    found = adjusted(
+        unadjusted, {(label, name): shares[name] / len(labels) for label, name in unadjusted}, alpha
+    )
+    return {label: {name: found[label, name] for name in claims} for label in labels}
 
 
 def _parts_of(values: Values) -> set[str]:
     return set(values["part"])
+
+
+def _pooled(
+    found: Finding, claim: str, by: Mapping[str, Mapping[str, Mapping[str, Finding]]]
+) -> Finding:
+    """Return a finding on a whole sweep, or that the verdict depends on a knob.
+
+    It does where the claim is supported for one value of the knob and contradicted for another.
+    """
+    for knob, labels in by.items():
+        sides = {
+            verdict: [label for label, some in labels.items() if some[claim].verdict == verdict]
+            for verdict in (SUPPORTED, CONTRADICTED)
+        }
+        if all(sides.values()):
+            return replace(found, verdict=DEPENDS, depends_on={knob: sides}, forecast=None)
+    return found
+
+
+def with_not_asked(found: Mapping[str, Finding]) -> dict[str, Finding]:
+    """Add a finding on each claim that was not asked."""
+    return {name: found.get(name) or Finding.without_numbers(NOT_ASKED) for name in CLAIMS}
 
 
 def _summary(plan: InterimPlan) -> InterimSummary:
@@ -274,12 +385,12 @@ def comparisons(
     p_values = [
         one.p for parts in found.values() for schemes in parts.values() for one in schemes.values()
     ]
-    adjusted = iter(holm(p_values))
+    p_holm = iter(holm(p_values)[0])
     return Comparisons(
         reference=reference,
         claims={
             name: {
-                part: {scheme: replace(one, p_holm=next(adjusted)) for scheme, one in some.items()}
+                part: {scheme: replace(one, p_holm=next(p_holm)) for scheme, one in some.items()}
                 for part, some in parts.items()
             }
             for name, parts in found.items()

@@ -38,10 +38,12 @@ def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
 def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
     """Select what analysis.verdicts needs of the trials.
 
-    The column `config` is the configuration: a scheme and a subset.
+    The column `scheme` has the configurations that are compared, as with_scheme names them. The
+    column `config` adds the subset.
     """
     return sweep.trials.select(
-        "trial_key", "status", "scheme", "corpus.subset", "corpus.data_seed", "optim.name",
+        "trial_key", "status", "scheme", "init.scheme", "corpus.subset", "corpus.data_seed",
+        "optim.name",
         config=pl.concat_str("scheme", "corpus.subset", separator=", "), seed="init.seed",
     )  # fmt: skip
 

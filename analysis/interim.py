@@ -23,7 +23,7 @@ from pathlib import Path
 from mlflow.entities import Run
 
 from analysis.claims import CLAIMS, digest
-from analysis.decisions import ALPHA, NOT_MEASURED, SUPPORTED, UNDERPOWERED, VERDICTS
+from analysis.decisions import ALPHA, NOT_MEASURED, UNDERPOWERED, VERDICTS
 from analysis.jsonable import KEY, from_json, to_json
 from analysis.power import least_seeds
 from analysis.runs import RunTables
@@ -68,6 +68,7 @@ class InterimPlan:
     seeds: tuple[int, ...]  # in the order in which they are added
     trials: tuple[str, ...]  # keys of all trials that the sweep may get
     claims_digest: str
+    asked: tuple[str, ...]  # claims; without any, all of them
     waits_for: tuple[str, ...]  # the claims that have to be decided
     schedule: tuple[PlannedAnalysis, ...]
     made: tuple[InterimAnalysis, ...] = field(default=(), metadata={KEY: "looks"})
@@ -80,7 +81,7 @@ class InterimPlan:
             ValueError: it is something else, or contradicts itself.
         """
         plan = from_json(cls, stored)
-        is_ours, before = plan.claims_digest == digest(), set[str]()
+        is_ours, before = plan.claims_digest == digest(plan.asked), set[str]()
         if not plan.schedule or len(plan.made) > len(plan.schedule):
             raise ValueError("it has more analyses than it plans, or plans none")
         for planned in (*plan.schedule, *plan.made):
@@ -88,15 +89,18 @@ class InterimPlan:
                 raise ValueError("an analysis has an alpha or a number of seeds that none can have")
         for one in plan.made:
             # Claims of another version are not looked up.
-            is_whole = not is_ours or one.findings.keys() == CLAIMS.keys() - before
+            is_whole = not is_ours or one.findings.keys() == set(plan.asked or CLAIMS) - before
             if not is_whole or not set(one.decided) <= one.findings.keys():
                 raise ValueError("an analysis has no finding on a claim that was undecided")
             before |= set(one.decided)
             for name, found in one.findings.items():
-                said = {found.verdict, found.verdict_with_diverged, found.would_be or SUPPORTED}
+                said = {found.verdict, found.verdict_of_finished}
+                said |= {found.forecast.would_be} if found.forecast else set()
                 said |= {part.verdict for part in found.parts.values()}
                 has_rules = not is_ours or all(map(CLAIMS[name].has_part, found.parts))
-                is_shown = all(map(is_plain, [name, found.course or "", *found.parts]))
+                labels = [*found.undefined_in, *(why for one in found.parts.values() for why in
+                          [*one.doubts, *one.variance])]  # fmt: skip
+                is_shown = all(map(is_plain, [name, found.course or "", *found.parts, *labels]))
                 if not (said <= set(VERDICTS) and has_rules and is_shown):
                     raise ValueError(f"the finding on {one_line(name)} is none that can be made")
         if is_ours and not set(plan.waits_for) <= CLAIMS.keys():
@@ -155,20 +159,24 @@ class InterimPlan:
         ]
 
 
-def plan_interim(seeds: Sequence[int], first_seeds: int, trials: Sequence[str]) -> InterimPlan:
+def plan_interim(
+    seeds: Sequence[int], first_seeds: int, trials: Sequence[str], asked: Sequence[str] = ()
+) -> InterimPlan:
     """Plan the interim analyses of a sweep before its first trial.
 
     Args:
         seeds: all seeds that a configuration may get, in the order in which they are added.
         first_seeds: number of seeds before --until-decided adds more.
         trials: the keys of all trials that the sweep may get.
+        asked: the claims; without names, all of them.
     """
     return InterimPlan(
         seeds=tuple(seeds),
         trials=tuple(sorted(trials)),
-        claims_digest=digest(),
-        waits_for=tuple(sorted(supportable(len(seeds), ALPHA))),
-        schedule=schedule(first_seeds, len(seeds)),
+        claims_digest=digest(asked),
+        asked=tuple(asked),
+        waits_for=tuple(sorted(supportable(len(seeds), ALPHA, asked))),
+        schedule=schedule(first_seeds, len(seeds), asked),
     )
 
 
@@ -180,12 +188,15 @@ def spent(share: float) -> float:
     return ALPHA * math.log1p((math.e - 1) * share)
 
 
-def supportable(seeds: int, alpha: float) -> set[str]:
-    """Return the claims that so many seeds can support at an error rate alpha."""
-    return {name for name, least in least_seeds(CLAIMS, alpha).items() if least <= seeds}
+def supportable(seeds: int, alpha: float, asked: Sequence[str] = ()) -> set[str]:
+    """Return the claims, of those asked, that so many seeds can support at an error rate alpha."""
+    claims = {name: CLAIMS[name] for name in CLAIMS if not asked or name in asked}
+    return {name for name, least in least_seeds(claims, alpha).items() if least <= seeds}
 
 
-def schedule(first_seeds: int, max_seeds: int) -> tuple[PlannedAnalysis, ...]:
+def schedule(
+    first_seeds: int, max_seeds: int, asked: Sequence[str] = ()
+) -> tuple[PlannedAnalysis, ...]:
     """Choose the number of seeds and the alpha of each interim analysis.
 
     The first analysis has at least `first_seeds`, and is the first that can support every claim
@@ -193,17 +204,17 @@ def schedule(first_seeds: int, max_seeds: int) -> tuple[PlannedAnalysis, ...]:
     the claims hold. The last analysis has `max_seeds`. Up to three more are evenly spaced between
     them, as many as can each support all of these claims.
     """
-    wanted = supportable(max_seeds, ALPHA)
+    wanted = supportable(max_seeds, ALPHA, asked)
     first = next(
         n
         for n in range(first_seeds, max_seeds + 1)
-        if wanted <= supportable(n, spent(n / max_seeds))
+        if wanted <= supportable(n, spent(n / max_seeds), asked)
     )
     schedules = (_evenly_spaced(first, max_seeds, n) for n in range(MAX_ANALYSES, 1, -1))
     return next(
         planned
         for planned in schedules
-        if all(wanted <= supportable(one.seeds, one.alpha) for one in planned[:-1])
+        if all(wanted <= supportable(one.seeds, one.alpha, asked) for one in planned[:-1])
     )
 
 
@@ -245,6 +256,10 @@ def read_interim_plan(store: Store, sweep_run: Run) -> InterimPlan | None:
         return None
     stored = store.read_json(sweep_run, INTERIM_FILE)
     try:
+        if isinstance(stored, dict) and stored.get("claims_digest") != digest(
+            stored.get("asked", ())
+        ):
+            stored = _without_findings(stored)
         return InterimPlan.from_json(stored)
     except ValueError as error:
         raise damaged_file(Path(INTERIM_FILE), error) from error
@@ -263,4 +278,16 @@ def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | No
     the claims that were fixed before its first trial. None for anything else.
     """
     is_one = len(sweep.sweep_runs) == len(plans) == 1
-    return plans[0] if is_one and sweep.claims_digest == digest() else None
+    is_whole = bool(sweep.stamps)
+    return (
+        plans[0] if is_one and is_whole and plans[0].claims_digest == digest(sweep.asked) else None
+    )
+
+
+def _without_findings(stored: JsonObject) -> JsonObject:
+    """Leave out what older rules have found: findings had other fields then.
+
+    When the sweep was judged, and at which alphas, stays.
+    """
+    looks = [{**look, "decided": [], "findings": {}} for look in stored.get("looks", [])]
+    return {"asked": [], **stored, "looks": looks, "waits_for": []}

@@ -6,21 +6,33 @@ Each measure takes a sweep and returns Values. analysis.claims says which claim 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 
 import polars as pl
 
 from analysis.depth_gradient import at_report_steps, gradient_tau, last_steps, layer_growth
-from analysis.rare_tokens import ORDERS, group_changes, orders_hold
+from analysis.rare_tokens import group_changes
 from analysis.runs import RunTables
 from gptcore.records import PRIMARY
 
 Values = pl.DataFrame
 """Columns trial_key, part, value: numbers of finished runs. A run without the number has no row."""
 
-EXCESS = "rare, above the smoothed unigram at the end"
-LOGIT, LOG_Z = "never used, logit's part (nats)", "never used, log Z's part (nats)"
+COMMON, ONCE, UNUSED = "common tokens", "tokens that occur once", "unused tokens"
+RARE_100, NEVER_100 = "100 rarest tokens, drawn", "100 unused tokens, drawn"
+EXCESS = "tokens that occur once, above the smoothed unigram at the end"
+LAW = "growth beyond the law of displacement"
+FIRST = "layer 0 - widest other layer"
+FIRST_SHARE = "share of runs in which layer 0 widens most"
+LOGIT, LOG_Z = "unused tokens, logit's part (nats)", "unused tokens, log Z's part (nats)"
 """Names of parts, as claims have them."""
+
+GROUPS = {COMMON: "common_100", ONCE: "singletons", UNUSED: "never_used"}
+"""Groups that decide claims: whole bins, and the most common tokens, of which none is drawn."""
+DRAWN = {COMMON: "common_100", RARE_100: "rare_100", NEVER_100: "never_100"}
+"""The source's three groups of 100 tokens, of which two are drawn. They are reported beside."""
+ALL_GROUPS = list(dict.fromkeys([*GROUPS.values(), *DRAWN.values()]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,23 +95,34 @@ def init_errors(sweep: RunTables) -> pl.DataFrame:
 
 
 def untrained_level(sweep: RunTables) -> Values:
-    """Measure the log-probs of the source's three token groups at step 0.
+    """Measure the log-probs of token groups at step 0.
 
     The parts are the difference of each group from closed_form, and the differences of the groups
-    from each other (nats).
+    from each other (nats), as level_parts names them.
     """
-    groups = ("common_100", "rare_100", "never_100")
     start = (
         sweep.tables["token_groups"]
         .filter(step=0, mask=PRIMARY["mask"])
-        .pivot("group", groups, index="trial_key", values="mean_logprob")
+        .pivot("group", ALL_GROUPS, index="trial_key", values="mean_logprob")
         .join(closed_form(sweep), on="trial_key")
     )
-    numbers = {f"{group} - level": pl.col(group) - pl.col("level") for group in groups}
-    for i, group in enumerate(groups):
-        for other in groups[:i]:
-            numbers[f"{group} - {other}"] = pl.col(group) - pl.col(other)
+    columns = {"level": "level", **GROUPS, **DRAWN}
+    numbers = {
+        f"{one} - {other}": pl.col(columns[one]) - pl.col(columns[other])
+        for groups in (GROUPS, DRAWN)
+        for one, other in _pairs(groups)
+    }
     return _long(start, numbers)
+
+
+def level_parts(groups: Mapping[str, str]) -> list[str]:
+    """Return the parts of untrained_level for some groups: GROUPS or DRAWN."""
+    return [f"{one} - {other}" for one, other in _pairs(groups)]
+
+
+def _pairs(groups: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pair groups with the untrained level, and with each other."""
+    return [*((one, "level") for one in groups), *itertools.combinations(groups, 2)]
 
 
 def closed_form(sweep: RunTables) -> pl.DataFrame:
@@ -123,22 +146,35 @@ def closed_form(sweep: RunTables) -> pl.DataFrame:
 
 
 def widening(sweep: RunTables) -> Values:
-    """Measure d(log std) of Q, K and V at the last step, as the median over the layers."""
-    frames = []
+    """Measure d(log std) of Q, K and V at the last step, as the median over the layers.
+
+    The last part is what of it a law does not explain. A weight of std s that moves by d (RMS) in
+    random directions grows by d(log std) = 1/2 ln(1 + (d / s)^2). Growth therefore depends on the
+    std at step 0, even where all weights move by the same distance.
+    """
+    frames, beyond = [], []
     for kind in "qkv":
         growth = last_steps(growth_of(sweep, kind))
         by_run = growth.group_by("trial_key", maintain_order=True).agg(pl.col("growth").median())
         frames.append(_long(by_run, {kind: pl.col("growth")}))
-    return pl.concat(frames)
+        start = pl.col("std") / pl.col("growth").exp()
+        law = (1 + (pl.col("displacement") / start) ** 2).log() / 2
+        beyond.append(growth.select("trial_key", beyond=pl.col("growth") - law))
+    by_run = pl.concat(beyond).group_by("trial_key", maintain_order=True).agg(
+        pl.col("beyond").median()
+    )  # fmt: skip
+    return pl.concat([*frames, _long(by_run, {LAW: pl.col("beyond")})])
 
 
 def depth_gradient(sweep: RunTables) -> Values:
-    """Measure tau over depth at the last step, of growth and of RMS displacement."""
-    last = last_steps(growth_of(sweep, "qkv"))
+    """Measure tau over depth at the last step: of growth, of RMS displacement, of Q, K and V."""
+    merged = last_steps(growth_of(sweep, "qkv"))
+    numbers = [("tau", merged, "growth"), ("tau of RMS displacement", merged, "displacement")]
+    numbers += [(f"tau of {kind}", last_steps(growth_of(sweep, kind)), "growth") for kind in "qkv"]
     return pl.concat(
         [
-            _long(gradient_tau(last, ["trial_key"], column), {part: pl.col("tau")})
-            for column, part in (("growth", "tau"), ("displacement", "tau of RMS displacement"))
+            _long(gradient_tau(growth, ["trial_key"], column), {part: pl.col("tau")})
+            for part, growth, column in numbers
         ]
     )
 
@@ -153,45 +189,67 @@ def depth_gradient_lasts(sweep: RunTables) -> Values:
 
 
 def first_layer_widest(sweep: RunTables) -> Values:
-    """Measure 1 where the QKV weight of layer 0 grows more than any other layer's, else 0."""
+    """Measure how much more the QKV weight of layer 0 grows than any other layer's.
+
+    The second part is 1 where it grows most, else 0.
+    """
     growth = last_steps(growth_of(sweep, "qkv"))
     by_run = growth.group_by("trial_key", maintain_order=True).agg(
         first=pl.col("growth").filter(pl.col("layer") == 0).first(),
         others=pl.col("growth").filter(pl.col("layer") > 0).max(),
     )
-    widest = pl.col("first") > pl.col("others")
-    return _long(by_run, {"layer 0 widest": widest.cast(pl.Float64)})
+    ahead = pl.col("first") - pl.col("others")
+    return _long(by_run, {FIRST: ahead, FIRST_SHARE: (ahead > 0).cast(pl.Float64)})
 
 
 def heavier_tails(sweep: RunTables) -> Values:
-    """Measure the change of the excess kurtosis of QKV, as the median over the layers."""
-    qkv = sweep.tables["weights"].filter(kind="qkv").sort("step", maintain_order=True)
-    by_layer = qkv.group_by("trial_key", "layer", maintain_order=True).agg(
-        change=pl.col("excess_kurtosis").last() - pl.col("excess_kurtosis").first()
-    )
-    by_run = by_layer.group_by("trial_key", maintain_order=True).agg(pl.col("change").median())
-    return _long(by_run, {"change of excess kurtosis": pl.col("change")})
+    """Measure the change of the excess kurtosis, as the median over the layers.
+
+    It is measured of Q, K and V, and of the merged QKV. The merged weight mixes three stds, so its
+    tails can get longer where those of its parts do not.
+    """
+    frames = []
+    for kind in ("q", "k", "v", "qkv"):
+        rows = sweep.tables["weights"].filter(kind=kind).sort("step", maintain_order=True)
+        by_layer = rows.group_by("trial_key", "layer", maintain_order=True).agg(
+            change=pl.col("excess_kurtosis").last() - pl.col("excess_kurtosis").first()
+        )
+        by_run = by_layer.group_by("trial_key", maintain_order=True).agg(pl.col("change").median())
+        frames.append(_long(by_run, {kind: pl.col("change")}))
+    return pl.concat(frames)
 
 
 def order(sweep: RunTables) -> Values:
-    """Measure 1 where the last log-probs are in the order of the claim, else 0.
-
-    There is one part for the source's groups, and one for bins of all tokens.
-    """
-    held = orders_hold(changes_of(sweep))
-    return _long(held, {name: pl.col(name).cast(pl.Float64) for name in ORDERS})
+    """Measure how far each group's last log-prob is above that of the next one (nats)."""
+    changes = changes_of(sweep)
+    last = changes.pivot("group", ALL_GROUPS, index="trial_key", values="end")
+    return _long(
+        last,
+        {
+            f"{above} - {below}": pl.col(columns[above]) - pl.col(columns[below])
+            for columns in (GROUPS, DRAWN)
+            for above, below in itertools.pairwise(columns)
+        },
+    )
 
 
 def rare_falls(sweep: RunTables) -> Values:
     """Measure the change of the mean log-prob of rare tokens (nats).
 
-    The second part is how far they end above the smoothed unigram model of the text.
+    The last part is how far they end above the smoothed unigram model of the text.
     """
-    return _change(sweep, {"rare": ("change", "rare_100"), EXCESS: ("excess", "rare_100")})
+    return _change(
+        sweep,
+        {
+            ONCE: ("change", "singletons"),
+            RARE_100: ("change", "rare_100"),
+            EXCESS: ("excess", "singletons"),
+        },
+    )
 
 
 def rare_flips(sweep: RunTables) -> Values:
-    """Measure 1 where the log-prob of rare tokens changes in the predicted direction, else 0.
+    """Measure how far the log-prob of rare tokens goes in the predicted direction (nats).
 
     A calibrated model gives ln(1 / N) to a token that occurs once in a text of N tokens. That is
     below the start of training for a long text, and above it for a short text.
@@ -204,7 +262,7 @@ def rare_flips(sweep: RunTables) -> Values:
             "trial_key",
             part=pl.when("falls").then(pl.lit("falls on a long text"))
             .otherwise(pl.lit("rises on a short text")),
-            value=((pl.col("change") < 0) == pl.col("falls")).cast(pl.Float64),
+            value=pl.when("falls").then(-pl.col("change")).otherwise("change"),
         )
     )  # fmt: skip
 
@@ -220,7 +278,7 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
     # The bins hold every token once; the source's groups, which end in _100, overlap with them.
     bins = sweep.tables["group_members"].filter(~pl.col("group").str.ends_with("_100"))
     sizes = bins.group_by("trial_key").agg(n_tokens=pl.col("n_occurrences").sum())
-    changes = changes_of(sweep).filter(group="rare_100")
+    changes = changes_of(sweep).filter(group="singletons")
     return (
         changes.join(sizes, on="trial_key", maintain_order="left")
         .join(closed_form(sweep), on="trial_key", maintain_order="left")
@@ -233,11 +291,21 @@ def rare_by_size(sweep: RunTables) -> pl.DataFrame:
 def never_suppressed(sweep: RunTables) -> Values:
     """Measure the change of the mean log-prob of tokens that never occur (nats).
 
-    The second part is the difference of this change from that of rare tokens.
+    The other parts are the differences of this change from that of rare tokens.
     """
-    found = _change(sweep, {"never": ("change", "never_100"), "rare": ("change", "rare_100")})
-    wide = found.pivot("part", ["never", "rare"], index="trial_key", values="value")
-    return _long(wide, {"never": pl.col("never"), "never - rare": pl.col("never") - pl.col("rare")})
+    groups = {UNUSED: "never_used", ONCE: "singletons", NEVER_100: "never_100",
+              RARE_100: "rare_100"}  # fmt: skip
+    found = _change(sweep, {part: ("change", group) for part, group in groups.items()})
+    wide = found.pivot("part", list(groups), index="trial_key", values="value")
+    return _long(
+        wide,
+        {
+            UNUSED: pl.col(UNUSED),
+            f"{UNUSED} - {ONCE}": pl.col(UNUSED) - pl.col(ONCE),
+            NEVER_100: pl.col(NEVER_100),
+            f"{NEVER_100} - {RARE_100}": pl.col(NEVER_100) - pl.col(RARE_100),
+        },
+    )
 
 
 def common_at_random_or_above(sweep: RunTables) -> Values:
@@ -245,7 +313,7 @@ def common_at_random_or_above(sweep: RunTables) -> Values:
 
     Both parts are this number: one rule has a margin, the other has none.
     """
-    return _change(sweep, dict.fromkeys(("common", "common, margin 0"), ("change", "common_100")))
+    return _change(sweep, dict.fromkeys((COMMON, f"{COMMON}, margin 0"), ("change", "common_100")))
 
 
 def _change(sweep: RunTables, parts: Mapping[str, tuple[str, str]]) -> Values:
@@ -262,7 +330,7 @@ def mask_matters(sweep: RunTables) -> Values:
     """Measure the log-prob of common tokens at the last step, without the mask minus with it."""
     rows = last_steps(sweep.tables["token_groups"]).filter(group="common_100")
     by_mask = rows.pivot("mask", ["none", "sequence"], index="trial_key", values="mean_logprob")
-    return _long(by_mask, {"common, unmasked - masked": pl.col("none") - pl.col("sequence")})
+    return _long(by_mask, {f"{COMMON}, unmasked - masked": pl.col("none") - pl.col("sequence")})
 
 
 def unused_rows_move(sweep: RunTables) -> Values:

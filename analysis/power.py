@@ -1,67 +1,70 @@
-"""How many seeds a claim needs: what a number of seeds can support, and how many would decide."""
+"""How many seeds a claim needs: what a plan can decide, and how many more seeds would decide."""
 
 from __future__ import annotations
 
-import bisect
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from analysis.claims import CLAIMS, Claim, Part
-from analysis.decisions import (
-    ALPHA,
-    INTERVALS,
-    SUPPORTED,
-    UNDERPOWERED,
-    combined,
-    decide,
-    nulls,
-)
-from analysis.stats import Estimate, SpreadEstimate, least_sign_flip_p, share_interval, t_quantile
-from gptcore.config import TrialConfig
+from analysis.claims import Claim, Part
+from analysis.decisions import ALPHA, CONTRADICTED, NOT_SUPPORTED, SUPPORTED, only_bound
+from analysis.skew import guarded
+from analysis.stats import holm
+from analysis.variance import Spread
 
 MAX_SEEDS = 1000
 """No larger number of seeds is recommended."""
 POWER = 0.8
-"""The probability of finding an effect for which `detectable` gives its size."""
+"""The probability with which a recommended number of seeds decides a claim."""
+FUTURES = 400
+"""A forecast is made from so many ways in which a sweep may go on."""
+
+HEADLINES = {"depth_gradient": 0.64, "never_suppressed": 0.26}
+"""The claims that a sweep is asked first, and their shares of the error rate. The other claims have
+the rest, evenly. With 0.64, six seeds that agree decide the first one."""
+
+Draws = NDArray[np.float64]
 
 
-def power(trials: Iterable[TrialConfig], alpha: float = ALPHA) -> list[str]:
-    """Say which claims a plan has enough seeds to support.
+def shares_of_error(claims: Sequence[str]) -> dict[str, float]:
+    """Return the share of the error rate that each claim has at first."""
+    others = [name for name in claims if name not in HEADLINES]
+    left = 1 - sum(share for name, share in HEADLINES.items() if name in claims)
+    return {name: HEADLINES.get(name, left / max(1, len(others))) for name in claims}
 
-    A claim that the plan cannot support stays undecided even if every seed agrees with it.
+
+def say_power(seeds: int, claims: Mapping[str, Claim], alpha: float = ALPHA) -> list[str]:
+    """Say what a number of seeds can decide, as lines for the console.
 
     Args:
-        trials: all trials of the plan.
+        seeds: of each configuration.
+        claims: those that are asked, by name.
         alpha: the error rate at which claims will be judged.
-
-    Returns:
-        Lines for the console.
     """
-    configs_of: dict[int, set[str]] = {}
-    for config in trials:
-        flat = config.to_flat()
-        seed = flat.pop("init.seed")
-        configs_of.setdefault(int(seed), set()).add(str(flat))
-    configs = set().union(*configs_of.values())
-    seeds = sum(some == configs for some in configs_of.values())
-    claims_by_least: dict[int, list[str]] = {}
-    for name, least in least_seeds(CLAIMS, alpha).items():
-        claims_by_least.setdefault(least, []).append(name)
-    lines = [f"{seeds} seeds in every configuration, {len(CLAIMS)} claims:"]
+    by_least: dict[int, list[str]] = {}
+    for name, least in least_seeds(claims, alpha).items():
+        by_least.setdefault(least, []).append(name)
+    shares = shares_of_error(list(claims))
+    lines = [f"{seeds} seeds in every configuration, {len(claims)} claims:"]
     if seeds >= 2:
-        effect = detectable(seeds, len(CLAIMS), alpha)
+        last = detectable(seeds, min(shares.values()) * alpha)
+        alone = detectable(seeds, alpha)
         lines.append(
-            f"  80% power for a claim about a mean that is {effect:.2g} standard deviations "
-            "(between seeds) beyond the bound"
+            f"  a claim about a mean is decided in {POWER:.0%} of sweeps if its number lies "
+            f"{alone:.2g} standard deviations (between seeds) beyond the bound and all other "
+            f"claims are decided, {last:.2g} if none is"
         )
-    for least, names in sorted(claims_by_least.items()):
+    for least, names in sorted(by_least.items()):
         if seeds >= least:
-            lines.append(f"  can support {', '.join(names)}")
+            lines.append(f"  can support, if every seed agrees: {', '.join(names)}")
         else:
             needed = f"{least} seeds" if least <= MAX_SEEDS else "no number of seeds"
-            lines.append(f"  cannot support {', '.join(names)}: {needed} can")
+            lines.append(f"  cannot support {', '.join(names)}: {needed} can, if every seed agrees")
     return lines
 
 
@@ -69,9 +72,7 @@ def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, 
     """Return the smallest number of seeds that can support each claim.
 
     It is the number at which a claim is supported if every seed agrees with every claim. The
-    p-value of a median or a share is then as small as it can be, and Holm's correction multiplies
-    it by the number of claims about medians and shares. The p-value of a mean can always be
-    smaller.
+    p-value of a median or a share is then as small as it can be. That of a mean has no least.
 
     Args:
         claims: all claims that are judged together, by name.
@@ -80,117 +81,169 @@ def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, 
     Returns:
         By name of the claim the number of seeds, and MAX_SEEDS + 1 where no number can.
     """
-    exact = [
-        name
-        for name, claim in claims.items()
-        if any(rule.decides and rule.centre != "mean" for rule in claim.parts.values())
-    ]
-
-    def can_support(rule: Part, n: int) -> bool:
-        if rule.centre == "mean":
-            return True
-        # Every seed agrees: a share is 1, and all medians are equal and above 0.
-        estimate = INTERVALS[rule.centre]([1.0] * n, 1 - alpha)
-        bounded = rule if rule.centre == "share" else Part(centre="median", low=0.0)
-        return decide(bounded, estimate) == SUPPORTED and _least_p(rule, n) * len(exact) < alpha
-
-    return {
-        name: next(
-            (
-                n
-                for n in range(2, MAX_SEEDS + 1)
-                if all(can_support(rule, n) for rule in claim.parts.values() if rule.decides)
-            ),
-            MAX_SEEDS + 1,
-        )
-        for name, claim in claims.items()
-    }
+    shares = list(shares_of_error(list(claims)).values())
+    rules = [[rule for rule in one.parts.values() if rule.decides] for one in claims.values()]
+    found = dict.fromkeys(claims, MAX_SEEDS + 1)
+    for n in range(MAX_SEEDS, 1, -1):
+        p_values = [2 * max(_least_p(rule, n) for rule in some) for some in rules]
+        adjusted, _ = holm(p_values, shares)
+        supported = [name for name, p in zip(claims, adjusted, strict=True) if p < alpha]
+        if not supported:
+            break
+        found.update(dict.fromkeys(supported, n))
+    return found
 
 
-def detectable(n_seeds: int, n_claims: int, alpha: float = ALPHA) -> float:
-    """Return the effect that a t-test finds with probability POWER.
+def _least_p(rule: Part, n: int) -> float:
+    """Return the smallest one-sided p-value that n units can give."""
+    if rule.centre == "mean":
+        return 0.0
+    if rule.centre == "median":
+        return 2.0**-n
+    bound, sign = only_bound(rule)
+    return float((bound if sign > 0 else 1 - bound) ** n)
 
-    The effect is the distance of a mean from its bound, in standard deviations between seeds. The
-    test is one-sided, and alpha is divided by the number of claims (Bonferroni).
+
+def detectable(n_seeds: int, alpha: float = ALPHA) -> float:
+    """Return the effect that a guarded t-test decides with probability POWER.
+
+    Args:
+        n_seeds: at least 2.
+        alpha: the error rate of both directions together.
+
+    Returns:
+        The distance of a mean from its bound, in standard deviations between seeds.
     """
-    t = float(stats.t.isf(alpha / n_claims, n_seeds - 1))
+    t = critical_t(n_seeds - 1.0, alpha)
 
     def excess_misses(effect: float) -> float:
         misses = float(stats.nct.cdf(t, n_seeds - 1, effect * math.sqrt(n_seeds)))
         return misses - (1 - POWER)
 
-    return float(optimize.brentq(excess_misses, 0.0, 1000.0))
+    highest = 2 * t / math.sqrt(n_seeds) + 10
+    return float(optimize.brentq(excess_misses, 0.0, highest))
 
 
-def seeds_needed(
-    claim: Claim, estimates: Mapping[str, SpreadEstimate], n_claims: int, alpha: float
-) -> tuple[int, str] | tuple[None, None]:
-    """Return how many seeds would decide a claim, and the verdict that they would give.
+@functools.lru_cache(maxsize=4096)
+def critical_t(df: float, alpha: float) -> float:
+    """Return the t from which a guarded test finds a mean, for both directions together."""
 
-    It assumes that more seeds have the same centre and standard deviation.
+    def excess(log_p: float) -> float:
+        return guarded(math.exp(log_p), df) - alpha / 2
+
+    if alpha >= 1:
+        return 0.0
+    return float(stats.t.isf(math.exp(optimize.brentq(excess, -600.0, math.log(0.5))), df))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """How many seeds would decide a claim, if new seeds are like those that were run."""
+
+    half: int | None  # decide it in half of the ways in which the sweep may go on
+    most: int | None  # and in POWER of them; None where it takes more than MAX_SEEDS
+    would_be: str  # the verdict that is likelier then
+
+
+def forecast(rules: Sequence[tuple[Part, Spread]], alpha: float) -> Forecast | None:
+    """Forecast how many seeds would decide a claim that is undecided.
+
+    The seeds so far leave many centres and spreads possible. For each of FUTURES of them, further
+    seeds are drawn, and the tests of analysis.decisions are made.
 
     Args:
-        claim: the claim, which the seeds so far have not decided.
-        estimates: by part that decides the claim, the estimate over the seeds so far.
-        n_claims: how many claims are tested together.
-        alpha: the error rate.
+        rules: the parts that decide the claim, and their units.
+        alpha: the error rate that the claim has, for both directions together.
 
     Returns:
-        (None, None) where there is only one seed, or where MAX_SEEDS would not decide the claim.
+        None where there is only one seed.
     """
-    if any(estimate.sd is None for estimate in estimates.values()):
-        return None, None
-    counts = [
-        _seeds_for_part(claim.rule(part), estimate, n_claims, alpha)
-        for part, estimate in estimates.items()
-    ]
-    needed = max(counts)
-    if needed > MAX_SEEDS:
-        return None, None
-    verdicts = [
-        decide(claim.rule(part), _expected(claim.rule(part), estimate, needed, alpha))
-        for part, estimate in estimates.items()
-    ]
-    return needed, combined(verdicts)
+    n = min(len(spread.units) for _, spread in rules)
+    if n < 2 or any(spread.error is None for _, spread in rules):
+        return None
+    rng = np.random.default_rng(0)
+    drawn = [_Part(rule, spread, rng) for rule, spread in rules]
+    half = None
+    likely = SUPPORTED
+    for seeds in _sizes(n):
+        shown = [one.shown(seeds, alpha, len(rules)) for one in drawn]
+        supported = np.logical_and.reduce([one[SUPPORTED] for one in shown])
+        contradicted = np.logical_or.reduce([one[CONTRADICTED] for one in shown])
+        missed = np.logical_or.reduce([one[NOT_SUPPORTED] for one in shown])
+        decided = float((supported | contradicted | missed).mean())
+        by_verdict = {
+            SUPPORTED: supported.sum(),
+            CONTRADICTED: contradicted.sum(),
+            NOT_SUPPORTED: (missed & ~contradicted).sum(),
+        }
+        likely = max(by_verdict, key=lambda verdict: int(by_verdict[verdict]))
+        half = seeds if half is None and decided >= 0.5 else half
+        if decided >= POWER:
+            return Forecast(half=half, most=seeds, would_be=likely)
+    return Forecast(half=half, most=None, would_be=likely)
 
 
-def _seeds_for_part(rule: Part, estimate: SpreadEstimate, n_claims: int, alpha: float) -> int:
-    """Return how many seeds would decide a part; MAX_SEEDS + 1 where MAX_SEEDS would not."""
-
-    def is_decided(n: int) -> bool:
-        verdict = decide(rule, _expected(rule, estimate, n, alpha))
-        if verdict != SUPPORTED:
-            return verdict != UNDERPOWERED
-        return _expected_p(rule, estimate, n) * n_claims < alpha
-
-    # A part that is decided stays decided with more seeds, so bisection finds the first number.
-    counts = range(max(2, estimate.seeds + 1), MAX_SEEDS + 1)
-    return counts.start + bisect.bisect_left(counts, True, key=is_decided)
+def _sizes(n: int) -> list[int]:
+    """Return numbers of seeds above n: all at first, then ever fewer."""
+    sizes = [n + 1]
+    while sizes[-1] < MAX_SEEDS:
+        sizes.append(max(sizes[-1] + 1, math.ceil(sizes[-1] * 1.15)))
+    return sizes[:-1]
 
 
-def _least_p(rule: Part, n: int) -> float:
-    """Return the p-value of a median or a share for n units that all agree."""
-    return least_sign_flip_p(n) if rule.centre == "median" else 2.0**-n
+class _Part:
+    """The ways in which the numbers of one part may go on."""
 
+    def __init__(self, rule: Part, spread: Spread, rng: np.random.Generator) -> None:
+        self.rule, self.rng, self.units = rule, rng, spread.units
+        self.n = len(spread.units)
+        self.sd = float(spread.units.std(ddof=1))
+        self.mean = float(spread.units.mean())
+        self.sigma = self.sd * np.sqrt((self.n - 1) / rng.chisquare(self.n - 1, FUTURES))
+        self.centre = self.mean + self.sigma / math.sqrt(self.n) * rng.standard_normal(FUTURES)
+        self.at: dict[tuple[float, int], Draws] = {}
 
-def _expected_p(rule: Part, estimate: SpreadEstimate, n: int) -> float:
-    """Return the p-value that n units would give; for a median or a share, the smallest one."""
-    if rule.centre != "mean":
-        return _least_p(rule, n)
-    assert estimate.value is not None
-    error = (estimate.sd or 1e-300) / math.sqrt(n)
-    return max(
-        float(stats.t.sf(sign * (estimate.value - null) / error, n - 1))
-        for null, sign in nulls(rule)
-    )
+    def shown(self, seeds: int, alpha: float, parts: int) -> dict[str, NDArray[np.bool_]]:
+        """Return which futures show each sentence about the rule at a number of seeds."""
+        rule = self.rule
+        means = self._means(seeds) if rule.centre == "mean" else None
 
+        def shows(bound: float, sign: int, level: float) -> NDArray[np.bool_]:
+            if means is not None:
+                t = sign * (means[0] - bound) / np.maximum(means[1], 1e-300)
+                return np.asarray(t > critical_t(seeds - 1.0, level))
+            return self._counts(bound, sign, seeds, level)
 
-def _expected(rule: Part, estimate: SpreadEstimate, n: int, alpha: float) -> Estimate:
-    """Return the interval that n units with the same centre and spread would give."""
-    value, sd = estimate.value, estimate.sd
-    assert value is not None
-    assert sd is not None
-    if rule.centre == "share":
-        return share_interval([value] * n, 1 - alpha)
-    half = t_quantile(n, 1 - alpha) * sd / math.sqrt(n)
-    return Estimate(seeds=n, value=value, low=value - half, high=value + half)
+        each = alpha / parts
+        if rule.low is not None and rule.high is not None:
+            inside = shows(rule.low, 1, alpha) & shows(rule.high, -1, alpha)
+            outside = shows(rule.low, -1, each / 2) | shows(rule.high, 1, each / 2)
+            return {SUPPORTED: inside, CONTRADICTED: outside, NOT_SUPPORTED: outside}
+        bound, sign = only_bound(rule)
+        against = bound if rule.against is None else rule.against
+        return {
+            SUPPORTED: shows(bound, sign, alpha),
+            CONTRADICTED: shows(against, -sign, each),
+            NOT_SUPPORTED: shows(bound, -sign, each),
+        }
+
+    def _means(self, seeds: int) -> tuple[Draws, Draws]:
+        """Return the mean of each future, and its standard error."""
+        more = seeds - self.n
+        new = self.centre + self.sigma / math.sqrt(more) * self.rng.standard_normal(FUTURES)
+        squares = self.sd**2 * (self.n - 1) + more * self.n / seeds * (new - self.mean) ** 2
+        if more > 1:
+            squares = squares + self.sigma**2 * self.rng.chisquare(more - 1, FUTURES)
+        mean = (self.n * self.mean + more * new) / seeds
+        return mean, np.sqrt(squares / (seeds - 1) / seeds)
+
+    def _counts(self, bound: float, sign: int, seeds: int, level: float) -> NDArray[np.bool_]:
+        """Return which futures show a median or a share beyond a bound."""
+        is_share = self.rule.centre == "share"
+        one = sign * (self.units - (0.5 if is_share else bound)) > 0
+        held, null = int(one.sum()), (bound if sign > 0 else 1 - bound) if is_share else 0.5
+        chance = self.at.setdefault(
+            (bound, sign), self.rng.beta(held + 0.5, self.n - held + 0.5, FUTURES)
+        )
+        counts = held + self.rng.binomial(seeds - self.n, chance)
+        return np.asarray(2 * stats.binom.sf(counts - 1, seeds, null) < level)

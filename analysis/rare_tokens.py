@@ -104,6 +104,6 @@ def shuffled_labels(sweep: RunTables, seed: int) -> RunTables:
     return replace(
         sweep,
         notes=(*sweep.notes, note),
-        claims_digest=None,
+        stamps={},
         tables={**sweep.tables, **tables},
     )

@@ -29,7 +29,7 @@ import jinja2
 import polars as pl
 import vl_convert
 
-from analysis.claims import CLAIMS
+from analysis.claims import CLAIMS, check_claims
 from analysis.figures import FIGURES, drawn
 from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
@@ -37,8 +37,16 @@ from analysis.jsonable import to_json
 from analysis.rare_tokens import ORDERS, shuffled_labels
 from analysis.reading import UNREADABLE
 from analysis.runs import RunTables, read_sweeps
-from analysis.sentences import format_estimate, say_interim, say_outcome
-from gptcore.config import KNOBS, InputError, did_you_mean, spelling, varying_knobs
+from analysis.sentences import (
+    format_estimate,
+    say_forecast,
+    say_interim,
+    say_outcome,
+    say_scope,
+    say_standing,
+    say_where_it_holds,
+)
+from gptcore.config import KNOBS, InputError, spelling, varying_knobs
 from tracking.access import private_files, write_for
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output, print_error
@@ -85,12 +93,7 @@ def build_report(
         InputError: there is nothing to report, or the folder cannot be written. An earlier report
             in the folder is then left unchanged.
     """
-    for claim in claims:
-        if claim not in CLAIMS:
-            raise InputError(
-                f"there is no claim {claim}: {did_you_mean(claim, CLAIMS)}the claims are "
-                f"{', '.join(CLAIMS)}"
-            )
+    check_claims(claims)
     sweep = read_sweeps(store, names, where, runs_dir / "cache")
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
@@ -169,13 +172,16 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         "",
         ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
         + f" trials; {claims.standing} (claims {claims.digest}).",
+        "",
+        say_scope(findings),
         *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
         *(f"\nNote: {in_markdown(note)}" for note in findings.notes),
         "",
-        "| claim | verdict | in general |",
-        "|---|---|---|",
+        "| claim | verdict | by scheme | in general |",
+        "|---|---|---|---|",
         *(
             f"| `{name}`: {CLAIMS[name].says} | {claims.here[name].verdict} "
+            f"| {say_where_it_holds(name, claims) or '–'} "
             f"| {general[name].verdict if general else '–'} |"
             for name in shown
         ),
@@ -220,7 +226,11 @@ def render(
         groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
         orders=ORDERS,
         claims={name: CLAIMS[name] for name in shown},
+        say_forecast=say_forecast,
         say_outcome=say_outcome,
+        say_scope=say_scope,
+        say_standing=say_standing,
+        say_where_it_holds=say_where_it_holds,
         say_interim=say_interim,
         mlflow_commands=dict.fromkeys(
             sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])

@@ -43,9 +43,10 @@ class RunTables:
     notes: tuple[str, ...]
     commands: tuple[str, ...]  # that made the sweeps
     pages: tuple[str, ...]  # addresses of a tracking server's charts of the sweeps
-    claims_digest: str | None
-    """Digest of the claims before the first trial. None where sweeps differ in it, and for trials
-    that were chosen, joined or changed in view of results."""
+    stamps: Mapping[str, str]
+    """By trial key the digest of the claims when the trial was planned, before it had a result. It
+    is empty for trials that were planned, chosen, joined or changed in view of results."""
+    asked: tuple[str, ...]  # the claims that the sweeps ask; without any, all of them
     trials: pl.DataFrame
     """One row for each trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
@@ -140,7 +141,6 @@ def read_sweeps(
     if not tables:
         key, why = next(iter(unreadable.items()))
         raise InputError(f"no trial can be read; trial {key}: {why}")
-    digests = {run.data.tags.get("claims_digest") for run in sweeps}
     # Trials that were chosen in view of results cannot confirm a claim, and whoever joins sweeps
     # may have seen the results of each.
     chosen = where or len(sweeps) > 1 or any(plan.preset in SEARCH_GOALS for plan in plans)
@@ -164,7 +164,8 @@ def read_sweeps(
         pages=tuple(store.address.chart_page(run.info.experiment_id) for run in sweeps)
         if store.address.is_server
         else (),
-        claims_digest=digests.pop() if len(digests) == 1 and not chosen else None,
+        stamps={} if chosen else {key: one.stamp for key, one in plans[0].trials.items()},
+        asked=plans[0].claims if len({plan.claims for plan in plans}) == 1 else (),
         trials=trials.with_columns(
             status=pl.when(pl.col("trial_key").is_in(list(unreadable)))
             .then(pl.lit("unreadable"))

@@ -2,43 +2,174 @@
 
 from __future__ import annotations
 
-from analysis.claims import CLAIMS
-from analysis.decisions import ALPHA, NOT_MEASURED
-from analysis.findings import ClaimFindings, InterimSummary
+from collections import Counter
+
+from analysis.claims import CLAIMS, Claim
+from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED
+from analysis.findings import ClaimFindings, Findings, InterimSummary
 from analysis.interim import InterimFinding
+from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
+from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS
+from analysis.verdicts import Finding
+from gptcore.units import counted
+
+CLEAR_TAU = 0.2
+"""Two taus of opposite signs contradict each other where both are larger than this."""
 
 
 def say_outcome(name: str, claims: ClaimFindings) -> str:
-    """Say the verdict on a claim as a paper would: with its numbers, and in general."""
+    """Say the verdict on a claim as a paper would: with its numbers, by scheme, and in general."""
     claim, finding = CLAIMS[name], claims.here[name]
+    if finding.verdict == NOT_ASKED:
+        return "Not asked: the sweep was started with --claims, without this one."
+    sentences = [_verdict_and_numbers(claim, finding)]
+    if finding.depends_on:
+        sentences.append(say_dependence(finding))
+    if held := say_where_it_holds(name, claims):
+        sentences.append(held)
+    if finding.forecast:
+        sentences.append(say_forecast(finding.forecast))
+    if finding.verdict_of_finished != finding.verdict and not finding.depends_on:
+        sentences.append(
+            f"The finished runs alone: {finding.verdict_of_finished}. The verdict counts "
+            f"{counted(finding.counted_against, 'run')} without a result against it, because they "
+            "diverged or nothing of their configuration finished."
+        )
+    if finding.undefined_in:
+        sentences.append(f"Without this number: {', '.join(finding.undefined_in)}.")
+    sentences += _doubts(finding)
+    if contrast := _contrast(finding):
+        sentences.append(contrast)
+    if claims.in_general:
+        sentences.append(say_in_general(claims.in_general[name]))
+    return " ".join(sentences)
+
+
+def _verdict_and_numbers(claim: Claim, finding: Finding) -> str:
     if finding.verdict == NOT_MEASURED:
-        return (
-            "Not measured: no seed has all the numbers for it in every configuration of this sweep."
+        return "Not measured: " + (
+            "these runs have only some of the numbers that it needs."
+            if finding.parts
+            else "no finished run has the numbers for it."
         )
     numbers = "; ".join(
-        f"{part} {format_estimate(found.estimate)}" for part, found in finding.parts.items()
+        f"{part} {format_estimate(found.estimate)}"
+        for part, found in finding.parts.items()
+        if found.decides
     )
-    text = finding.verdict.capitalize()
-    text += f", {finding.course}" if finding.course else ""
-    seeds = f"{finding.seeds} seed{'s' * (finding.seeds != 1)}"
+    over = counted(finding.seeds, "seed")
+    if finding.configurations > 1:
+        over += f", mean of {finding.configurations} configurations"
     if isinstance(finding, InterimFinding):
-        seeds += f" at interim analysis {finding.analysis}, alpha = {finding.alpha:.2g}"
-    # There is no p-value where a part was not measured, and another part decides the claim.
-    p = "" if finding.p_holm is None else f", Holm-adjusted p = {finding.p_holm:.2g}"
-    text += f": {numbers} ({claim.unit}; {seeds}{p})."
-    if finding.seeds_needed:
-        text += f" By these numbers {finding.seeds_needed} seeds would decide it: "
-        text += f"{finding.would_be}."
-    if finding.seeds_left_out:
-        text += f" {finding.seeds_left_out} seeds that not every configuration has are left out."
-    if finding.verdict_with_diverged != finding.verdict:
-        text += f" With {finding.diverged} diverged runs counted against it: "
-        text += f"{finding.verdict_with_diverged}."
-    if claims.in_general:
-        general = claims.in_general[name]
-        text += f" In general, from {general.configurations} configurations: {general.verdict}."
-    return text
+        over += f", interim analysis {finding.analysis} at alpha = {finding.alpha:.2g}"
+    p = "" if finding.p_holm is None else f", adjusted p = {finding.p_holm:.2g}"
+    verdict = finding.verdict.capitalize()
+    verdict += f", {finding.course}" if finding.course else ""
+    return f"{verdict}: {numbers} ({claim.unit}; {over}{p})."
+
+
+def say_dependence(finding: Finding) -> str:
+    """Say on which knob a verdict depends, with both sides."""
+    sentences = []
+    for knob, sides in (finding.depends_on or {}).items():
+        both = "; ".join(f"{verdict} for {', '.join(some)}" for verdict, some in sides.items())
+        sentences.append(f"It depends on {knob}: {both}.")
+    return " ".join(sentences)
+
+
+def say_where_it_holds(name: str, claims: ClaimFindings) -> str:
+    """Say in how many schemes a claim holds; nothing where there is one scheme."""
+    schemes = claims.by.get("scheme", {})
+    verdicts = Counter(found[name].verdict for found in schemes.values())
+    if not schemes:
+        return ""
+    others = ", ".join(
+        f"{verdict} in {n}" for verdict, n in verdicts.items() if verdict != SUPPORTED
+    )
+    held = f"Holds in {verdicts[SUPPORTED]} of {counted(len(schemes), 'scheme')}"
+    return f"{held}{f' ({others})' if others else ''}."
+
+
+def say_forecast(forecast: Forecast) -> str:
+    """Say how many seeds would decide a claim, and how often that comes true."""
+    most = f"{forecast.most} in {POWER:.0%}" if forecast.most else f"over {MAX_SEEDS} in most"
+    half = f"{forecast.half} seeds in half of all cases" if forecast.half else ""
+    sizes = " and ".join(part for part in (half, most) if part)
+    return (
+        f"If more seeds are like these, {sizes} would decide it, most likely as "
+        f"{forecast.would_be}."
+    )
+
+
+def _doubts(finding: Finding) -> list[str]:
+    """Say where the exact test had to agree."""
+    doubts = dict.fromkeys(
+        doubt for part in finding.parts.values() if part.decides for doubt in part.doubts
+    )
+    return [
+        f"Because of {' and '.join(doubts)}, the exact sign test had to agree with the t-test."
+    ] * bool(doubts)
+
+
+def _contrast(finding: Finding) -> str:
+    """Say where growth and displacement over depth have opposite signs."""
+    growth, moved = (finding.parts.get(part) for part in ("tau", "tau of RMS displacement"))
+    if not growth or not moved:
+        return ""
+    one, other = growth.estimate.value, moved.estimate.value
+    if one is None or other is None or one * other >= 0 or min(abs(one), abs(other)) < CLEAR_TAU:
+        return ""
+    return (
+        f"But by RMS displacement tau is {other:.2g}: d(log std) is larger where a layer starts "
+        "with a smaller std, so growth and displacement differ here."
+    )
+
+
+def say_in_general(finding: Finding) -> str:
+    """Say the verdict for other schemes of this kind."""
+    parts = [part for part in finding.parts.values() if part.decides]
+    if not parts:
+        return "In general: not measured."
+    if all(part.estimate.low is None for part in parts):
+        return (
+            f"In general: too few schemes or seeds to say ({counted(finding.schemes, 'scheme')}; "
+            f"it takes {LEAST_SCHEMES} schemes and {LEAST_SEEDS} seeds)."
+        )
+    numbers = "; ".join(
+        f"{name} {format_estimate(part.estimate)}"
+        + (f", another scheme {format_range(part.prediction)}" if part.prediction else "")
+        for name, part in finding.parts.items()
+        if part.decides
+    )
+    return (
+        f"In general, for other schemes of this kind on this text ({finding.schemes} schemes): "
+        f"{finding.verdict}: {numbers}."
+    )
+
+
+def say_standing(claims: ClaimFindings) -> str:
+    """Say whether claims and rules were fixed before the results, for which trials."""
+    if claims.standing == "confirmatory":
+        return (
+            "Confirmatory: the claims, their bounds and the rules were fixed before these trials "
+            "had results."
+        )
+    why = (
+        "were planned after a result was seen, were chosen in view of results, or are judged by "
+        "other claims or rules than those that they were planned with"
+    )
+    if claims.standing == "exploratory":
+        return f"Exploratory: these trials {why}."
+    some = ", ".join(claims.exploratory_trials[:5])
+    some += ", ..." if len(claims.exploratory_trials) > 5 else ""
+    return f"{claims.standing.capitalize()}; the others {why}: {some}."
+
+
+def say_scope(findings: Findings) -> str:
+    """Say what all verdicts are about: size, learning rate, steps and text."""
+    parts = (f"{name} {' and '.join(values)}" for name, values in findings.scope.items())
+    return f"All verdicts are about this: {', '.join(parts)}."
 
 
 def say_interim(interim: InterimSummary) -> str:
@@ -54,9 +185,22 @@ def say_interim(interim: InterimSummary) -> str:
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """Return `-3.12 [-3.40, -2.84]`, or the value alone where there are too few seeds."""
+    """Return `-3.12 [-3.40, -2.84]`, or the value alone where there are too few units."""
     if estimate.value is None:
         return "–"
     if estimate.low is None:
-        return f"{estimate.value:.3g} [too few seeds]"
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+        return f"{short(estimate.value)} [too few]"
+    return f"{short(estimate.value)} {format_range(estimate)}"
+
+
+def format_range(estimate: Estimate) -> str:
+    """Return the interval alone: `[-3.40, -2.84]`."""
+    if estimate.low is None or estimate.high is None:
+        return "[too few]"
+    return f"[{short(estimate.low)}, {short(estimate.high)}]"
+
+
+def short(value: float) -> str:
+    """Spell a number with three digits. A number that rounds to 0 has no sign."""
+    text = f"{value:.3g}"
+    return "0" if float(text) == 0 else text

@@ -17,10 +17,10 @@ from analysis.claims import CLAIMS
 from analysis.decisions import ALPHA
 from analysis.depth_gradient import at_report_steps, gradient_tau
 from analysis.jsonable import FLAT
-from analysis.measures import closed_form, growth_of
+from analysis.measures import ONCE, UNUSED, closed_form, growth_of
 from analysis.runs import RunTables
 from analysis.stats import Estimate
-from analysis.verdicts import judge_part
+from analysis.verdicts import judge_part, with_units
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,21 @@ def specifications(
 
     Args:
         sweep: the runs.
-        trials: columns trial_key, config, seed.
+        trials: as for verdicts.judge.
         alpha: the error rate. Intervals are of 1 - alpha.
     """
     found: dict[str, list[Specification]] = {}
     for claim, specified in SPECIFIED.items():
         choices, rule = specified.choices, CLAIMS[claim].rule(specified.part)
         values = specified.measure(sweep).drop_nulls("value")
-        rows_of_trials = values.join(trials, on="trial_key").sort(*choices, "trial_key")
+        rows_of_trials = values.join(with_units(trials), on="trial_key").sort(*choices, "trial_key")
         found[claim] = []
         for key, rows in rows_of_trials.group_by(choices, maintain_order=True):
-            runs = rows.select("seed", "config", "value").rows()
-            one = judge_part(rule, runs, general=False, alpha=alpha)
-            if one is not None:
-                chosen = dict(zip(choices, map(str, key), strict=True))
-                found[claim].append(
-                    Specification(choices=chosen, estimate=one.estimate, verdict=one.verdict)
-                )
+            one = judge_part(rule, rows, general=False, alpha=alpha)
+            chosen = dict(zip(choices, map(str, key), strict=True))
+            found[claim].append(
+                Specification(choices=chosen, estimate=one.estimate, verdict=one.verdict)
+            )
     return found
 
 
@@ -126,6 +124,6 @@ OF_GROUPS = ("mask", "group", "step", "baseline")
 
 SPECIFIED: dict[str, Specified] = {
     "depth_gradient": Specified("tau", ("weight", "measure", "step"), _gradients),
-    "rare_falls": Specified("rare", OF_GROUPS, functools.partial(_changes, groups=RARE)),
-    "never_suppressed": Specified("never", OF_GROUPS, functools.partial(_changes, groups=NEVER)),
+    "rare_falls": Specified(ONCE, OF_GROUPS, functools.partial(_changes, groups=RARE)),
+    "never_suppressed": Specified(UNUSED, OF_GROUPS, functools.partial(_changes, groups=NEVER)),
 }

@@ -1,8 +1,8 @@
 """Intervals and p-values over independent units.
 
-The units are seeds, or configurations. Layers, tokens and runs of one seed are not independent:
-their values are averaged before they come here. Where there are too few units for an interval, its
-ends are None.
+The units are seeds, or schemes. Layers, tokens and runs of one seed are not independent: their
+values are averaged before they come here. Where there are too few units for an interval, its ends
+are None.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
@@ -29,13 +27,6 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpreadEstimate(Estimate):
-    """An estimate over units, with the standard deviation between them."""
-
-    sd: float | None  # None for one unit
 
 
 @functools.cache
@@ -58,20 +49,6 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     return Estimate(seeds=len(values), value=value, low=low, high=high)
 
 
-def t_p(values: Sequence[float]) -> float:
-    """Return the one-sided p-value of Student's test that the mean is above 0.
-
-    It is 1 for fewer than 2 values. Equal values have no variance to estimate: for them it is the
-    p-value of the sign-flip test.
-    """
-    if len(values) < 2:
-        return 1.0
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    if error == 0:
-        return sign_flip_p(values)
-    return float(stats.t.sf(mean / error, len(values) - 1))
-
-
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate a median with the interval between two order statistics.
 
@@ -91,60 +68,69 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Estimate a mean of shares with Wilson's interval.
+    """Estimate a mean of shares with the exact interval of Clopper & Pearson (1934).
 
     Args:
-        shares: one number between 0 and 1 for each independent unit. Where all are 0 or 1, the
-            interval is that of Wilson (1927) for a proportion.
+        shares: one number between 0 and 1 for each independent unit. Numbers between them vary less
+            than 0 and 1 do, so the interval is then longer than it has to be.
         level: the confidence level.
     """
     if not shares:
         return Estimate(seeds=0, value=None, low=None, high=None)
-    n, p, z = len(shares), statistics.fmean(shares), float(stats.norm.ppf((1 + level) / 2))
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return Estimate(seeds=n, value=p, low=max(0.0, middle - half), high=min(1.0, middle + half))
+    n, outside = len(shares), (1 - level) / 2
+    held = min(float(n), max(0.0, math.fsum(shares)))
+    low = float(stats.beta.ppf(outside, held, n - held + 1)) if held > 0 else 0.0
+    high = float(stats.beta.isf(outside, held + 1, n - held)) if held < n else 1.0
+    return Estimate(seeds=n, value=statistics.fmean(shares), low=low, high=high)
 
 
-EXACT_FLIPS = 14
-"""Up to this many values, the sign-flip test takes all ways to flip signs."""
-FLIPS = 4001
-"""For more values, the sign-flip test takes this many ways, drawn at random."""
+def share_p(shares: Sequence[float], bound: float, sign: int) -> float:
+    """Return the exact one-sided p-value that a share is above a bound, or below it.
 
-
-def sign_flip_p(values: Sequence[float]) -> float:
-    """Return the one-sided p-value of the sign-flip test that the centre is above 0.
-
-    Under the null hypothesis the distribution is symmetric about 0. The p-value is the share of
-    ways to flip the signs of the values that give a mean at least as large (Fisher 1935,
-    section 21). The unflipped values count as one of the ways.
+    Args:
+        shares: as for share_interval.
+        bound: the share under the null hypothesis.
+        sign: 1 for above, -1 for below.
     """
-    found = np.asarray(values, dtype=np.float64)
-    sums = _signs(len(found)) @ found
-    # Sums that are equal in exact arithmetic must count as equal.
-    slack = 1e-12 * np.abs(found).sum()
-    return float((sums >= found.sum() - slack).mean())
+    n, held = len(shares), math.fsum(shares)
+    if sign < 0:
+        n, held, bound = n, n - held, 1 - bound
+    return float(stats.binom.sf(math.floor(held + 1e-9) - 1, n, bound))
 
 
-def least_sign_flip_p(n: int) -> float:
-    """Return the smallest p-value that sign_flip_p can give for n values: all are positive."""
-    return 2.0**-n if n <= EXACT_FLIPS else 1 / FLIPS
+def sign_p(values: Sequence[float]) -> float:
+    """Return the one-sided p-value of the sign test that the median is above 0.
+
+    It is exact for every distribution: at least half of all values are 0 or less where the median
+    is (Conover 1999, section 3.4). A value of 0 counts as below.
+    """
+    above = sum(value > 0 for value in values)
+    return float(stats.binom.sf(above - 1, len(values), 0.5))
 
 
-@functools.lru_cache(maxsize=4)
-def _signs(n: int) -> NDArray[np.float64]:
-    """Return ways to give signs to n values, one row for each, the unflipped one first."""
-    if n <= EXACT_FLIPS:
-        return np.array(1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1), dtype=np.float64)
-    draws = np.random.default_rng(n).integers(0, 2, size=(FLIPS, n))
-    draws[0] = 0
-    return np.array(1 - 2 * draws, dtype=np.float64)
+def holm(
+    p_values: Sequence[float], weights: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Adjust p-values for their number (Holm 1979, with weights as in its section 4).
 
+    A rejected hypothesis leaves its share of the error rate to those that are left, in proportion
+    to their weights.
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979). Return them in the order given."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    Args:
+        p_values: of the hypotheses.
+        weights: how the error rate is shared at first; without weights, evenly.
+
+    Returns:
+        The adjusted p-values in the order given; and by what each was multiplied, which is at most
+        the multiplier of any hypothesis that is judged with it.
+    """
+    weights = weights or [1.0] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i] / weights[i])
+    adjusted, factors = [0.0] * len(p_values), [0.0] * len(p_values)
+    left, largest = sum(weights), 0.0
+    for i in order:
+        factors[i] = left / weights[i]
+        largest = max(largest, min(1.0, factors[i] * p_values[i]))
         adjusted[i] = largest
-    return adjusted
+        left -= weights[i]
+    return adjusted, factors

@@ -1,60 +1,63 @@
 """From the numbers of runs to a verdict on each claim.
 
-The units are seeds. Runs of one seed start from the same weights, so their numbers are averaged
-first. A verdict over seeds is about the configurations that were run.
+The units are seeds, and in general schemes as well: analysis.variance is the model. A claim is
+judged both ways at once, for and against, and the chance that any verdict of a sweep is false is at
+most alpha: over all claims, and over `supported` and `contradicted` together. Holm's procedure does
+that. Most of the error rate goes first to the claims in power.HEADLINES. What a decided claim had
+goes on to the others.
 
-Whether a claim holds in general also depends on which configurations were run. For that,
-configurations are a second kind of unit: each is averaged over its seeds, and the variances of both
-kinds are added. Seeds and configurations are crossed, so an interval over one kind alone is too
-narrow. A bootstrap of the few configurations of a sweep is too narrow as well.
+A run that diverged has no number, and may have diverged because its number was unusual. A verdict
+therefore has to hold with and without these runs, each counted against it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
 from typing import TypeVar
 
 import polars as pl
-from scipy import stats
 
 from analysis.claims import Claim, Part
 from analysis.decisions import (
     ALPHA,
     CONTRADICTED,
-    INTERVALS,
     NOT_MEASURED,
     SUPPORTED,
     UNDERPOWERED,
-    combined,
-    decide,
+    PValues,
+    interval,
     only_bound,
-    p_value,
+    p_values,
 )
 from analysis.measures import Values
-from analysis.power import seeds_needed
-from analysis.stats import Estimate, SpreadEstimate, holm, mean_interval, sign_flip_p, t_p
-
-Run = tuple[int, str, float]
-"""The seed, the configuration and the number of one run."""
-Unit = TypeVar("Unit", int, str)
-"""The name of a unit: a seed, or a configuration."""
+from analysis.power import Forecast, forecast, shares_of_error
+from analysis.stats import Estimate, holm
+from analysis.variance import (
+    Spread,
+    in_general,
+    over_seeds,
+    prediction,
+    split,
+    unit_columns,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartFinding:
     """What runs say of one part of a claim."""
 
-    over_configs: SpreadEstimate | None  # None where configurations are no unit
+    estimate: Estimate  # of 1 - alpha
+    sd: float | None  # between units
+    df: float  # degrees of freedom of the interval
+    supported_p: float  # one-sided, not adjusted
+    contradicted_p: float
+    not_supported_p: float
+    verdict: str  # on this number alone, not adjusted
+    doubts: tuple[str, ...]  # why the exact test has to agree
     configurations: int
-    seeds_left_out: int  # seeds that not every configuration has
-    over_seeds: SpreadEstimate
-    estimate: Estimate  # over all units: this interval decides
-    p: float
-    verdict: str
+    prediction: Estimate | None  # in general: where one more scheme would lie
+    variance: Mapping[str, float]  # in general: how the variance of runs splits
     decides: bool  # as the part's rule says
 
 
@@ -63,20 +66,28 @@ class Finding:
     """What runs say of one claim. Its fields are the keys of findings.json, in this order."""
 
     verdict: str
-    verdict_with_diverged: str  # with diverged runs counted against the claim
+    verdict_of_finished: str  # without the runs that are counted against it
     course: str | None  # transient or reversed, for a claim that follows a number through training
-    p: float | None  # None where the claim is not measured
-    p_with_diverged: float | None
-    runs: int
-    diverged: int
-    seeds: int
-    seeds_left_out: int
-    configurations: int
-    parts: Mapping[str, PartFinding]
+    p: float | None  # two-sided: of the claim, or of its contrary; None if it is not measured
     p_holm: float | None = None  # p, adjusted for the number of claims (Holm)
-    p_holm_with_diverged: float | None = None
-    seeds_needed: int | None = None  # how many seeds would decide an underpowered claim
-    would_be: str | None = None  # the verdict that so many seeds would give
+    runs: int
+    counted_against: int  # runs without a number: diverged, or of a configuration without results
+    seeds: int
+    schemes: int
+    configurations: int
+    undefined_in: tuple[str, ...]  # configurations whose finished runs lack a number
+    parts: Mapping[str, PartFinding]
+    forecast: Forecast | None = None
+    depends_on: Mapping[str, Mapping[str, Sequence[str]]] | None = None
+    """Where the verdict depends on a knob: by knob and verdict, the values of the knob."""
+
+    @classmethod
+    def without_numbers(cls, verdict: str) -> Finding:
+        """Return the finding on a claim that was not judged."""
+        return cls(
+            verdict=verdict, verdict_of_finished=verdict, course=None, p=None, runs=0,
+            counted_against=0, seeds=0, schemes=0, configurations=0, undefined_in=(), parts={},
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +98,16 @@ class Comparison(Estimate):
     p_holm: float | None = None  # p, adjusted for the number of differences (Holm)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unadjusted:
+    """A finding before the correction for the number of claims."""
+
+    finding: Finding
+    tests: PValues | None  # None where the claim is not measured
+    of_finished: PValues | None
+    deciding: Sequence[tuple[Part, Spread]]  # the parts that decide, and their units
+
+
 def judge(
     claims: Mapping[str, Claim],
     values: Mapping[str, Values],
@@ -94,224 +115,319 @@ def judge(
     general: bool = True,
     alpha: float = ALPHA,
 ) -> dict[str, Finding]:
-    """Judge claims on some trials.
-
-    A diverged trial has no number: each claim also gets a verdict that counts such trials against
-    it. `supported` is corrected for the number of claims (Holm).
+    """Judge claims on some trials. They share one error rate.
 
     Args:
         claims: the claims, by name.
         values: by claim, the numbers that its measure gives. The numbers of other trials than those
             of `trials` are left out.
-        trials: columns trial_key, status, config, seed.
-        general: whether configurations are units too. Without it, a verdict is about these
-            configurations only.
+        trials: columns trial_key, status, config, seed. And, where they are known, init.scheme
+            (without it each configuration is a scheme) and corpus.data_seed.
+        general: whether schemes are units too. Without it, a verdict is about these configurations
+            only.
         alpha: the error rate. Intervals are of 1 - alpha, and an adjusted p-value has to be below
             alpha.
     """
-    judged = {
-        name: _judge_one(claims[name], values[name], trials, general, alpha) for name in claims
+    unadjusted = {
+        name: judge_one(claim, values[name], trials, general, alpha)
+        for name, claim in claims.items()
     }
-    adjusted = _adjusted({name: found.p for name, found in judged.items()})
-    adjusted_worst = _adjusted({name: found.p_with_diverged for name, found in judged.items()})
-    for name, found in judged.items():
-        p_holm, p_worst = adjusted.get(name), adjusted_worst.get(name)
-        found = replace(
-            found,
-            p_holm=p_holm,
-            p_holm_with_diverged=p_worst,
-            verdict=_corrected(found.verdict, p_holm, alpha),
-            verdict_with_diverged=_corrected(found.verdict_with_diverged, p_worst, alpha),
-        )
-        if found.verdict == UNDERPOWERED and not general:
-            deciding = {name: part.over_seeds for name, part in found.parts.items() if part.decides}
-            needed, would_be = seeds_needed(claims[name], deciding, len(adjusted_worst), alpha)
-            found = replace(found, seeds_needed=needed, would_be=would_be)
-        judged[name] = found
-    return judged
+    return adjusted(unadjusted, shares_of_error(list(claims)), alpha)
 
 
-def _adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
-    """Adjust p-values for their number (Holm). Leave out those that are None."""
-    known = {name: p for name, p in p_values.items() if p is not None}
-    return dict(zip(known, holm(list(known.values())), strict=True))
+Name = TypeVar("Name", str, tuple[str, str])
+"""The name of a claim, or the value of a knob and the name of a claim."""
 
 
-def _corrected(verdict: str, p_holm: float | None, alpha: float) -> str:
-    """Turn `supported` into `underpowered` where the adjusted p-value is not below alpha."""
-    if verdict != SUPPORTED:
-        return verdict
-    assert p_holm is not None
-    return SUPPORTED if p_holm < alpha else UNDERPOWERED
+def adjusted(
+    unadjusted: Mapping[Name, Unadjusted], shares: Mapping[Name, float], alpha: float
+) -> dict[Name, Finding]:
+    """Correct findings for their number (Holm) and give them their verdicts.
+
+    Args:
+        unadjusted: the findings that share one error rate.
+        shares: the share of the error rate that each has at first.
+        alpha: the error rate.
+    """
+    strict = _verdicts({name: one.tests for name, one in unadjusted.items()}, shares, alpha)
+    mild = _verdicts({name: one.of_finished for name, one in unadjusted.items()}, shares, alpha)
+    findings = {}
+    for name, one in unadjusted.items():
+        found = one.finding
+        if name in strict:
+            found = replace(
+                found,
+                verdict=strict[name].verdict,
+                verdict_of_finished=mild[name].verdict,
+                p_holm=strict[name].p,
+            )
+            if found.verdict == UNDERPOWERED and one.deciding:
+                found = replace(found, forecast=forecast(one.deciding, strict[name].alpha))
+        findings[name] = found
+    return findings
 
 
-def _judge_one(
+@dataclass(frozen=True)
+class _Decision:
+    verdict: str
+    p: float  # two-sided, adjusted
+    alpha: float  # what the claim has of the error rate, for both directions
+
+
+def _verdicts(
+    found: Mapping[Name, PValues | None], shares: Mapping[Name, float], alpha: float
+) -> dict[Name, _Decision]:
+    """Decide each claim that is measured."""
+    known = {name: one for name, one in found.items() if one is not None}
+    p_values, factors = holm(
+        [one.two_sided for one in known.values()], [shares[name] for name in known]
+    )
+    # A claim that stays undecided is judged with the error rate that the decided ones have left.
+    left = sum(shares[name] for name, p in zip(known, p_values, strict=True) if p >= alpha)
+    verdicts = {}
+    for (name, one), p, factor in zip(known.items(), p_values, factors, strict=True):
+        decided = p < alpha
+        factor = factor if decided else left / shares[name]
+        verdict = one.verdict(factor, alpha, decided=decided)
+        verdicts[name] = _Decision(verdict, p, alpha / factor)
+    return verdicts
+
+
+def judge_one(
     claim: Claim, values: Values, trials: pl.DataFrame, general: bool, alpha: float
-) -> Finding:
-    """Judge one claim, before the correction for the number of claims."""
+) -> Unadjusted:
+    """Judge one claim, before the correction for the number of claims.
+
+    All parts have to hold, so support has the largest of their p-values. One part is enough to
+    contradict, so contradiction has the smallest, times the number of parts.
+    """
+    trials = with_units(trials)
     # Sorted, so that sums are added up in the same order whatever the order of runs.
     rows_of_trials = values.join(trials, on="trial_key").sort("part", "trial_key")
-    diverged = trials.filter(status="diverged").select("seed", "config").rows()
+    against = _counted_against(trials)
+    finished = trials.filter(status="finished")["config"].unique(maintain_order=True)
     parts: dict[str, PartFinding] = {}
-    worst: list[PartFinding] = []
+    tested: list[tuple[PValues, PValues]] = []  # without and with the runs counted against it
+    deciding_spreads: list[tuple[Part, Spread]] = []
+    undefined: dict[str, None] = {}
     for (part,), rows in rows_of_trials.group_by("part", maintain_order=True):
         rule = claim.rule(str(part))
-        runs: list[Run] = rows.select("seed", "config", "value").rows()
-        found = judge_part(rule, runs, general, alpha)
-        if found is None:
-            continue
+        spread, found = _judge_part(rule, rows, general, alpha)
         parts[str(part)] = found
         if rule.decides:
-            adverse = _adverse(rule, [value for *_, value in runs])
-            against = [(seed, config, adverse) for seed, config in diverged]
-            worst.append(judge_part(rule, runs + against, general, alpha) or found)
+            deciding_spreads.append((rule, spread))
+            of_finished = _tests_of(found)
+            tested.append((of_finished, _strict(rule, rows, against, general, of_finished)))
+            undefined |= dict.fromkeys(one for one in finished if one not in set(rows["config"]))
+    missing = any(
+        part != "*" and rule.decides and part not in parts for part, rule in claim.parts.items()
+    )
     deciding = [part for part in parts.values() if part.decides]
-    # A claim with a part that was not measured is not decided by the other parts. Over bytes, for
-    # example, no token is rare.
-    missing = [
-        NOT_MEASURED
-        for part, rule in claim.parts.items()
-        if part != "*" and rule.decides and part not in parts
-    ]
-    return Finding(
-        verdict=combined([part.verdict for part in deciding] + missing),
-        verdict_with_diverged=combined([part.verdict for part in worst] + missing),
-        course=course(list(parts.values())) if claim.course else None,
-        p=None if missing else max((part.p for part in deciding), default=None),
-        p_with_diverged=None if missing else max((part.p for part in worst), default=None),
-        runs=rows_of_trials["trial_key"].n_unique(),
-        diverged=len(diverged),
-        seeds=max((part.over_seeds.seeds for part in deciding), default=0),
-        seeds_left_out=max((part.seeds_left_out for part in deciding), default=0),
-        configurations=max((part.configurations for part in deciding), default=0),
-        parts=parts,
+    strict = _of_claim([one for _, one in tested], missing)
+    rows = rows_of_trials
+    return Unadjusted(
+        finding=Finding(
+            verdict=NOT_MEASURED,
+            verdict_of_finished=NOT_MEASURED,
+            course=course(claim, rows, general, alpha) if claim.course else None,
+            p=strict.two_sided if strict else None,
+            runs=rows["trial_key"].n_unique(),
+            counted_against=len(against),
+            seeds=max((part.estimate.seeds for part in deciding), default=0),
+            schemes=rows["init.scheme"].n_unique(),
+            configurations=max((part.configurations for part in deciding), default=0),
+            undefined_in=tuple(undefined),
+            parts=parts,
+        ),
+        tests=strict,
+        of_finished=_of_claim([one for one, _ in tested], missing),
+        # Schemes are units of another kind: more seeds may not decide a claim in general.
+        deciding=() if general else deciding_spreads,
     )
 
 
-def judge_part(
-    rule: Part, runs: Sequence[Run], general: bool, alpha: float = ALPHA
-) -> PartFinding | None:
+def with_units(trials: pl.DataFrame) -> pl.DataFrame:
+    """Add the columns of units that are not known."""
+    columns: dict[str, pl.Expr] = {}
+    if "init.scheme" not in trials.columns:
+        columns["init.scheme"] = pl.col("config")
+    if "corpus.data_seed" not in trials.columns:
+        columns["corpus.data_seed"] = pl.lit(0)
+    return trials.with_columns(**columns).select(
+        "trial_key", "status", "config", "seed", "init.scheme",
+        scheme="init.scheme", data_seed="corpus.data_seed",
+    )  # fmt: skip
+
+
+def _counted_against(trials: pl.DataFrame) -> pl.DataFrame:
+    """Select the runs that are counted against a verdict.
+
+    Those are the diverged ones, and all of a configuration that has no finished run, because
+    nothing is known of it. Other runs are missing for reasons that have nothing to do with their
+    numbers.
+    """
+    finished = (pl.col("status") == "finished").any().over("config")
+    return trials.filter((pl.col("status") == "diverged") | ~finished)
+
+
+def _strict(
+    rule: Part, rows: pl.DataFrame, against: pl.DataFrame, general: bool, of_finished: PValues
+) -> PValues:
+    """Return the p-values that also hold with runs counted against each sentence."""
+    if against.is_empty():
+        return of_finished
+    worst = of_finished
+    columns = ["scheme", "config", "seed", "data_seed", "value"]
+    for holds in (False, True):
+        counted = against.with_columns(value=pl.lit(extreme(rule, rows["value"], holds=holds)))
+        runs = pl.concat([rows.select(columns), counted.select(columns)])
+        units = unit_columns(runs)
+        spread = in_general(runs, units) if general else over_seeds(runs, units)
+        found = p_values(rule, spread, "mean" if general else None)
+        if holds:
+            found = replace(found, supported=of_finished.supported)
+        else:
+            found = replace(
+                found,
+                contradicted=of_finished.contradicted,
+                not_supported=of_finished.not_supported,
+            )
+        worst = worst.worst(found)
+    return worst
+
+
+def _tests_of(part: PartFinding) -> PValues:
+    return PValues(
+        supported=part.supported_p,
+        contradicted=part.contradicted_p,
+        not_supported=part.not_supported_p,
+    )
+
+
+def _of_claim(parts: Sequence[PValues], missing: bool) -> PValues | None:
+    """Return the p-values of a claim from those of the parts that decide it.
+
+    Returns:
+        None where a part was not measured. Over bytes, for example, no token is rare.
+    """
+    if missing or not parts:
+        return None
+    return PValues(
+        supported=max(part.supported for part in parts),
+        contradicted=min(1.0, len(parts) * min(part.contradicted for part in parts)),
+        not_supported=min(1.0, len(parts) * min(part.not_supported for part in parts)),
+    )
+
+
+def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALPHA) -> PartFinding:
     """Judge one part of a claim, before the correction for the number of claims.
 
-    A seed that not every configuration has is left out: its mean would be over other configurations
-    than the means of the other seeds.
+    In general, numbers are averaged over seeds and schemes whatever the centre of the rule.
 
     Args:
         rule: the rule of the part.
-        runs: the numbers of runs.
-        general: whether configurations are units too, where there are several.
+        runs: columns scheme, config, seed, data_seed, value. At least one row.
+        general: whether schemes are units too.
         alpha: the error rate. Intervals are of 1 - alpha.
-
-    Returns:
-        None where no seed remains.
     """
-    configs_of: defaultdict[int, set[str]] = defaultdict(set)
-    for seed, config, _ in runs:
-        configs_of[seed].add(config)
-    configs = set().union(*configs_of.values())
-    complete = [run for run in runs if configs_of[run[0]] == configs]
-    if not complete:
-        return None
-    seeds = _unit_means([(seed, value) for seed, _, value in complete])
-    over_seeds, over_configs = _over_units(rule, seeds, alpha), None
-    p = p_value(rule, seeds)
-    if general and len(configs) >= 2:
-        means = _unit_means([(config, value) for _, config, value in complete])
-        over_configs = _over_units(rule, means, alpha)
-        p = added_p([p, p_value(rule, means)])
-    estimate = added([over_seeds, *([over_configs] if over_configs else [])], rule.centre)
-    return PartFinding(
-        over_configs=over_configs,
-        configurations=len(configs),
-        seeds_left_out=sum(some != configs for some in configs_of.values()),
-        over_seeds=over_seeds,
+    return _judge_part(rule, runs, general, alpha)[1]
+
+
+def _judge_part(
+    rule: Part, runs: pl.DataFrame, general: bool, alpha: float
+) -> tuple[Spread, PartFinding]:
+    """Judge a part as judge_part does. Return its units, too."""
+    units = unit_columns(runs)
+    if general:
+        spread = in_general(runs, units)
+        estimate = spread.interval(1 - alpha)
+        found = p_values(rule, spread, "mean")
+    else:
+        spread = over_seeds(runs, units)
+        estimate = interval(rule, spread, 1 - alpha)
+        found = p_values(rule, spread)
+    has_sd = len(spread.units) > 1 and spread.error is not None
+    return spread, PartFinding(
         estimate=estimate,
-        p=p,
-        verdict=decide(rule, estimate),
+        sd=float(spread.units.std(ddof=1)) if has_sd else None,
+        df=spread.df,
+        supported_p=found.supported,
+        contradicted_p=found.contradicted,
+        not_supported_p=found.not_supported,
+        verdict=found.verdict(1.0, alpha),
+        doubts=spread.doubts if rule.centre == "mean" or general else (),
+        configurations=runs["config"].n_unique(),
+        prediction=prediction(runs, units, 1 - alpha) if general else None,
+        variance=split(runs, units) if general else {},
         decides=rule.decides,
     )
 
 
-def _unit_means(values: Sequence[tuple[Unit, float]]) -> list[float]:
-    """Average (unit, value) pairs over each unit. Return the means in the order of units."""
-    by_unit: defaultdict[Unit, list[float]] = defaultdict(list)
-    for unit, value in values:
-        by_unit[unit].append(value)
-    return [fmean(by_unit[unit]) for unit in sorted(by_unit)]
-
-
-def _over_units(rule: Part, means: Sequence[float], alpha: float) -> SpreadEstimate:
-    """Estimate the centre of a rule over the means of units."""
-    found = INTERVALS[rule.centre](means, 1 - alpha)
-    return SpreadEstimate(**vars(found), sd=stdev(means) if len(means) > 1 else None)
-
-
-def added(estimates: Sequence[Estimate], centre: str) -> Estimate:
-    """Combine intervals over several kinds of crossed units into one.
-
-    The squares of the distances from the value to the ends add up, separately for each side, as
-    variances do (Zou & Donner 2008, *Construction of confidence limits about effect measures*).
-
-    Args:
-        estimates: one for each kind of unit. The result has the value of the first.
-        centre: mean, median or share. The interval of a share stays between 0 and 1.
-    """
-    first = estimates[0]
-    value = first.value
-    if value is None or any(estimate.low is None for estimate in estimates):
-        return Estimate(seeds=first.seeds, value=value, low=None, high=None)
-    low = value - math.hypot(*(max(0.0, value - (one.low or 0.0)) for one in estimates))
-    high = value + math.hypot(*(max(0.0, (one.high or 0.0) - value) for one in estimates))
-    if centre == "share":
-        low, high = max(0.0, low), min(1.0, high)
-    return Estimate(seeds=first.seeds, value=value, low=low, high=high)
-
-
-def added_p(p_values: Sequence[float]) -> float:
-    """Combine one-sided p-values over several kinds of crossed units into one.
-
-    Each p-value is turned into a normal score, which is an effect over its standard error. The
-    variances of the kinds of units add up.
-    """
-    scores = [float(stats.norm.isf(p)) for p in p_values]
-    if min(scores) <= 0:
-        return max(p_values)
-    spread = math.sqrt(sum(score**-2 for score in scores))
-    return float(stats.norm.sf(1 / spread)) if spread else 0.0
-
-
-def course(parts: Sequence[PartFinding]) -> str | None:
+def course(claim: Claim, rows: pl.DataFrame, general: bool, alpha: float) -> str | None:
     """Say what became of a number that was supported at some step of training.
 
+    Each earlier step is compared with the last one, run by run. The error rate is divided by the
+    number of earlier steps.
+
     Args:
-        parts: the number at several steps, in the order of steps.
+        claim: its parts are the number at several steps.
+        rows: columns part, scheme, config, seed, data_seed, value; parts in the order of names.
+        general: whether schemes are units too.
+        alpha: the error rate.
 
     Returns:
-        `reversed` where the interval has the other sign at the last step, `transient` where it
-        contains 0 at the last step, else None.
+        `reversed` where the number is shown at an earlier step and its contrary at the last one,
+        `transient` where it is shown at an earlier step and shown to be smaller at the last one,
+        which does not show it. Else None.
     """
-    if not parts:
+    last = next((part for part in rows["part"].unique() if str(part).endswith("last step")), None)
+    earlier = [part for part in rows["part"].unique().sort() if part != last]
+    if last is None or not earlier:
         return None
-    *earlier, last = parts
-    if SUPPORTED not in [part.verdict for part in earlier] or last.verdict == SUPPORTED:
+    share = alpha / len(earlier)
+    at_end = rows.filter(part=last)
+    end = judge_part(claim.rule(last), at_end, general, alpha)
+    if end.verdict == SUPPORTED:
         return None
-    if last.verdict == CONTRADICTED:
-        return "reversed"
-    return None if last.estimate.low is None else "transient"
+    _, sign = only_bound(claim.rule(last))
+    run = ["config", "seed", "data_seed"]
+    for part in earlier:
+        before = rows.filter(part=part)
+        if judge_part(claim.rule(part), before, general, share).verdict != SUPPORTED:
+            continue
+        if end.verdict == CONTRADICTED:
+            return "reversed"
+        pairs = before.join(at_end.select(*run, end="value"), on=run)
+        fall = pairs.with_columns(value=sign * (pl.col("value") - pl.col("end")))
+        if fall.is_empty():
+            continue
+        falls = judge_part(Part(centre="mean", low=0.0), fall, general, share)
+        if falls.verdict == SUPPORTED:
+            return "transient"
+    return None
 
 
-def _adverse(rule: Part, values: Sequence[float]) -> float:
-    """Return the number that a diverged run counts as.
+def extreme(rule: Part, seen: pl.Series, *, holds: bool) -> float:
+    """Return the number that a run without one counts as.
 
-    It is as far against the claim as any run is for it, or further.
+    It is as far from the bound as any run is on the other side, or further.
+
+    Args:
+        rule: the rule of the part.
+        seen: the numbers of runs.
+        holds: whether it counts for the claim, or against it.
     """
     if rule.centre == "share":
-        return 0.0
+        return float(holds == (rule.low is not None))
     if rule.low is not None and rule.high is not None:
-        return 2 * rule.high - rule.low
+        return (rule.low + rule.high) / 2 if holds else 2 * rule.high - rule.low
     bound, sign = only_bound(rule)
-    seen = [sign * (value - bound) for value in values]
-    return bound + sign * min(-abs(max(seen)), min(seen))
+    if holds and rule.against is not None:
+        bound = rule.against
+    distances = [sign * (float(value) - bound) for value in seen]
+    if holds:
+        return bound + sign * max(abs(min(distances)), max(distances))
+    return bound + sign * min(-abs(max(distances)), min(distances))
 
 
 def compare(
@@ -323,8 +439,8 @@ def compare(
 ) -> dict[str, dict[str, Comparison]]:
     """Compare the numbers of a claim between schemes, in pairs of runs.
 
-    The two runs of a pair have the same seed, subset and order of data. The p-value is Student's
-    for a mean. Medians and shares come in steps, so theirs is that of the sign-flip test.
+    The two runs of a pair have the same seed, subset and order of data. The p-value is that of a
+    mean difference, whatever the centre of the claim.
 
     Args:
         claim: the claim.
@@ -340,19 +456,18 @@ def compare(
     pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
     rows_of_trials = values.join(trials, on="trial_key").select("scheme", *pair, "value")
     base = rows_of_trials.filter(scheme=reference).select(*pair, base="value")
-    seeds = (
+    pairs = (
         rows_of_trials.filter(pl.col("scheme") != reference)
         .join(base, on=pair)
-        .group_by("part", "scheme", "seed")
-        .agg(difference=(pl.col("value") - pl.col("base")).mean())
-        .sort("part", "scheme", "seed")
+        .with_columns(value=pl.col("value") - pl.col("base"), config="corpus.subset")
+        .sort("part", "scheme", "seed", "corpus.subset", "corpus.data_seed")
     )
+    rule = Part(centre="mean", low=0.0)
     found: dict[str, dict[str, Comparison]] = {}
-    for (part, scheme), rows in seeds.group_by(["part", "scheme"], maintain_order=True):
-        differences = rows["difference"].to_list()
-        one_sided = t_p if claim.rule(str(part)).centre == "mean" else sign_flip_p
-        p = 2 * min(one_sided(differences), one_sided([-value for value in differences]))
-        estimate = mean_interval(differences, 1 - alpha)
-        comparison = Comparison(**vars(estimate), p=min(1.0, p))
+    for (part, scheme), rows in pairs.group_by(["part", "scheme"], maintain_order=True):
+        rows = rows.with_columns(data_seed="corpus.data_seed")
+        spread: Spread = over_seeds(rows, unit_columns(rows))
+        estimate, two_sided = spread.interval(1 - alpha), p_values(rule, spread).two_sided
+        comparison = Comparison(**vars(estimate), p=two_sided)
         found.setdefault(str(part), {})[str(scheme)] = comparison
     return found

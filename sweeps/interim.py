@@ -48,7 +48,7 @@ def agreed_interim_plan(plan: Plan, given: int | None, store: Store) -> InterimP
             )
         return None
     seeds = list(dict.fromkeys(config.init.seed for config in plan.trials.values()))
-    wanted = plan_interim(seeds, given, list(plan.trials))
+    wanted = plan_interim(seeds, given, list(plan.trials), plan.claims)
     if sweep_run is None:
         return wanted
     other = "take another --name and seeds that it has not run"
@@ -136,7 +136,8 @@ def say_schedule(interim: InterimPlan, console: Console) -> None:
         f"interim analyses at {_sizes(interim)} seeds, alpha {alphas}; {len(interim.made)} made",
         soft_wrap=True,
     )
-    if never := [name for name in CLAIMS if name not in interim.waits_for]:
+    asked = interim.asked or CLAIMS
+    if never := [name for name in asked if name not in interim.waits_for]:
         console.print(
             f"  not waited for, because {len(interim.seeds)} seeds cannot support them: "
             + ", ".join(never),

@@ -21,6 +21,7 @@ from sweeps.estimate.arrays import check_array, check_together
 from sweeps.execution.faults import Fault, fault_of_trial, is_out_of_memory
 from sweeps.plan import (
     Plan,
+    complete_seeds,
     make_plan,
     recorded_again,
     seeds_of,
@@ -73,7 +74,7 @@ def planned(
     Raises:
         InputError: a trial cannot run.
     """
-    if args.name and not (args.preset or overrides) and args.until_decided is None:
+    if args.name and not (args.preset or overrides or args.claims) and args.until_decided is None:
         # Not at the top: MLflow takes seconds to import.
         from analysis.interim import find_sweep
         from sweeps.session import check_kind, naming_faults
@@ -103,7 +104,7 @@ def planned(
     if args.until_decided is not None:
         first_seeds = len(seeds_of(spaces))
         spaces = with_more_seeds(spaces, args.until_decided)
-    return make_plan(args.name or name, name, spaces), first_seeds
+    return make_plan(args.name or name, name, spaces, args.claims), first_seeds
 
 
 class PlainConsole(Console):
@@ -187,11 +188,19 @@ def command_line(
         help="add seeds until every claim that N seeds can support is decided, at most N seeds per "
         "configuration, with up to five interim analyses",
     )  # fmt: skip
+    parser.add_argument(
+        "--claims", nargs="+", default=[], metavar="CLAIM",
+        help="ask only these claims: the error rate and the power of the sweep are for them alone",
+    )  # fmt: skip
     add_knobs(parser, "one value, or several to sweep over [default; a preset may have others]")
     args, given = parse(parser, argv)
     if args.preset not in (None, *presets):
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
     check_array(args.array)
+    if args.claims:
+        from analysis.claims import check_claims  # not at the top: it takes seconds
+
+        check_claims(args.claims)
     return args, {key: [parse_value(key, text) for text in texts] for key, texts in given.items()}
 
 
@@ -246,8 +255,9 @@ def dry_run(
     first_seeds: int | None,
 ) -> int:
     """Say what is done, what is missing, and what that will take. Return the exit code."""
+    from analysis.claims import CLAIMS
     from analysis.decisions import ALPHA
-    from analysis.power import power
+    from analysis.power import say_power
     from sweeps.interim import agreed_interim_plan, next_analysis, say_schedule
     from sweeps.ledger import holder, read_ledger, say_how_far, to_redo, trial_table
 
@@ -267,7 +277,9 @@ def dry_run(
         for key, config in plan.trials.items()
         if key in again or not ledger[key].is_done
     }
-    for line in [*expected(missing, args, console), *power(plan.trials.values(), alpha)]:
+    asked = {name: CLAIMS[name] for name in CLAIMS if not plan.claims or name in plan.claims}
+    powers = say_power(complete_seeds(plan.trials.values()), asked, alpha)
+    for line in [*expected(missing, args, console), *powers]:
         console.print(line, soft_wrap=True)
     return 0
 

@@ -36,6 +36,7 @@ class Plan:
     trials: Mapping[str, TrialConfig]
     corpora: Mapping[str, Corpus]  # by trial key
     notes: tuple[str, ...] = ()  # what the user has to know about the plan
+    claims: tuple[str, ...] = ()  # that the sweep asks; without any, all of them
     searched: tuple[str, ...] = ()  # knobs in which trials that are added later may differ
 
     def of_seeds(self, seeds: Sequence[int]) -> Plan:
@@ -100,11 +101,34 @@ def with_more_seeds(spaces: Sequence[Space], most: int) -> list[Space]:
     return [{**space, "init.seed": [*seeds, *more]} for space in spaces]
 
 
-def make_plan(name: str, preset: str, spaces: Sequence[Space]) -> Plan:
-    """Make a plan of all trials of the spaces. Raise InputError for a trial that cannot run."""
+def make_plan(name: str, preset: str, spaces: Sequence[Space], claims: Sequence[str] = ()) -> Plan:
+    """Make a plan of all trials of the spaces.
+
+    Args:
+        name: of the sweep.
+        preset: its name.
+        spaces: the values of knobs.
+        claims: that the sweep asks; without any, all of them.
+
+    Raises:
+        InputError: a trial cannot run.
+    """
     spaces, notes = with_corpus(spaces)
     configs = itertools.chain.from_iterable(map(trials_of, spaces))
-    return Plan(name, preset, *checked(configs), notes)
+    return Plan(name, preset, *checked(configs), notes, tuple(claims))
+
+
+def complete_seeds(trials: Iterable[TrialConfig]) -> int:
+    """Return how many seeds every configuration has."""
+    configs_of: dict[int, set[str]] = {}
+    for config in trials:
+        flat = config.to_flat()
+        seed = flat.pop("init.seed")
+        if flat["corpus.data_seed"] == seed:
+            del flat["corpus.data_seed"]
+        configs_of.setdefault(int(seed), set()).add(str(flat))
+    configs = set().union(*configs_of.values())
+    return sum(some == configs for some in configs_of.values())
 
 
 def recorded_again(recorded: RecordedPlan) -> Plan:
@@ -120,7 +144,7 @@ def recorded_again(recorded: RecordedPlan) -> Plan:
             f"the trials of sweep {recorded.sweep} would be other ones now, because a text or the "
             f"experiment has changed: run its command again, {recorded.command}"
         )
-    return Plan(recorded.sweep, recorded.preset, trials, corpora, recorded.notes)
+    return Plan(recorded.sweep, recorded.preset, trials, corpora, recorded.notes, recorded.claims)
 
 
 def with_corpus(spaces: Sequence[Space]) -> tuple[Sequence[Space], tuple[str, ...]]:

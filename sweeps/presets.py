@@ -36,9 +36,19 @@ def trials_of(space: Space) -> list[TrialConfig]:
     """Return every combination of the space's values, in order; a repeated value counts once."""
     values = [dict.fromkeys(space[key]) for key in space]
     return [
-        TrialConfig.from_flat(dict(zip(space, combination, strict=True)))
+        trial_of(dict(zip(space, combination, strict=True)))
         for combination in itertools.product(*values)
     ]
+
+
+def trial_of(flat: Mapping[str, Scalar]) -> TrialConfig:
+    """Return the trial with these knobs.
+
+    Its data seed follows its seed, unless it is given: a seed stands for everything that a run
+    draws, so that other seeds show all by which runs differ.
+    """
+    follows = {"corpus.data_seed": flat.get("init.seed", TrialConfig().init.seed)}
+    return TrialConfig.from_flat({**follows, **flat})
 
 
 SEEDS_4, SEEDS_8 = list(range(4)), list(range(8))

@@ -33,6 +33,7 @@ from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.execution.faults import Fault
 from sweeps.launch import exit_code, make_console
 from sweeps.plan import checked, with_corpus
+from sweeps.presets import trial_of
 from sweeps.searching.runner import SearchRunner
 from sweeps.searching.study import (
     PARAMETERS,
@@ -231,7 +232,7 @@ def largest_trial(domains: Mapping[str, Domain]) -> TrialConfig:
                 value = max(map(str, domain), key=VOCAB_SIZES.__getitem__)
         if takes(knob, flat):
             flat[knob] = value
-    return TrialConfig.from_flat(flat)
+    return trial_of(flat)
 
 
 def each_choice(domains: Mapping[str, Domain]) -> Iterator[TrialConfig]:

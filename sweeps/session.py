@@ -42,7 +42,14 @@ from tracking.health import GO_ON, check_database
 from tracking.lease import SweepLease, sweep_lease
 from tracking.recorder import close_cut_off
 from tracking.store import Store, set_aside
-from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, RecordedTrial, SweepEnd, SweepRun
+from tracking.sweep_run import (
+    SEARCH_GOALS,
+    RecordedPlan,
+    RecordedTrial,
+    SweepEnd,
+    SweepRun,
+    read_plan,
+)
 from tracking.view import VIEW_TAG, view_of_sweep
 
 if TYPE_CHECKING:
@@ -91,6 +98,8 @@ class Session:
         self._sweep_run: SweepRun | None = None
         self._lease: SweepLease | None = None
         self._interim: JsonObject | None = None  # the contents of looks.json
+        self._stamps: dict[str, str] | None = None  # by trial key, of all that was ever planned
+        self._was_reported = False  # before this driver
         self._ended: SweepEnd = "FAILED"
         self._has_ray = False
         self._on_exit = ExitStack()
@@ -220,7 +229,7 @@ class Session:
     def record(self, plan: Plan) -> None:
         """Record the plan; the first time, open the sweep's own MLflow run."""
         self.plan = plan
-        planned = recorded(plan)
+        planned = recorded(plan, self._stamped(plan))
         if self._sweep_run:
             self._sweep_run.plans(planned)
             return
@@ -238,6 +247,24 @@ class Session:
         )
         self._on_exit.callback(self._end_sweep_run)
         self._sweep_run = sweep_run
+
+    def _stamped(self, plan: Plan) -> dict[str, str]:
+        """Return the stamp of each trial, which it keeps from when it was first planned.
+
+        A new trial gets no stamp if it has a result already, perhaps in another sweep, or if
+        results were seen when the sweep was widened: a report was built. Interim analyses are no
+        such report, because all their trials were planned before the first one.
+        """
+        if self._stamps is None:
+            self._stamps = {}
+            if before := self.store.sweep_runs().get(self.name):
+                earlier = read_plan(self.store, before)
+                self._stamps = {key: trial.stamp for key, trial in earlier.trials.items()}
+                self._was_reported = "report_of" in before.data.tags and not self._interim
+        for key in plan.trials:
+            seen = self._was_reported or (key in self.ledger and self.ledger[key].is_done)
+            self._stamps.setdefault(key, "" if seen else digest(plan.claims))
+        return {key: self._stamps[key] for key in plan.trials}
 
     def _end_sweep_run(self) -> None:
         if not (self._lease and self._lease.taken_by):  # else it is another driver's
@@ -359,7 +386,7 @@ class Session:
             key: [entry.status, dict(entry.run.info) if entry.run else {}]
             for key, entry in ledger.items()
         }
-        depends_on: list[object] = [runs, digest(), plan.tags(), self._interim]
+        depends_on: list[object] = [runs, digest(plan.claims), plan.tags(), self._interim]
         if not re.fullmatch("[0-9a-f]+", plan.tags()["git_commit"]):
             depends_on.append(time.time())  # the code is not a commit: its version is not known
         return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
@@ -370,8 +397,13 @@ def _written(file: Path) -> int:
     return file.lstat().st_ctime_ns
 
 
-def recorded(plan: Plan) -> RecordedPlan:
-    """Return what the sweep's run keeps of a plan."""
+def recorded(plan: Plan, stamps: Mapping[str, str]) -> RecordedPlan:
+    """Return what the sweep's run keeps of a plan.
+
+    Args:
+        plan: the trials of the sweep.
+        stamps: by trial key, the digest of the claims before the trial had a result.
+    """
     return RecordedPlan(
         sweep=plan.name,
         preset=plan.preset,
@@ -379,10 +411,14 @@ def recorded(plan: Plan) -> RecordedPlan:
         notes=plan.notes,
         tags=plan.tags(),
         trials={
-            key: RecordedTrial(params=config.to_flat(), corpus_digest=plan.corpora[key].digest)
+            key: RecordedTrial(
+                params=config.to_flat(),
+                corpus_digest=plan.corpora[key].digest,
+                stamp=stamps[key],
+            )
             for key, config in plan.trials.items()
         },
-        claims_digest=digest(),
+        claims=plan.claims,
     )
 
 

@@ -31,6 +31,9 @@ class RecordedTrial:
 
     params: Mapping[str, Scalar]  # every knob that there was when it was planned
     corpus_digest: str
+    stamp: str = ""
+    """The digest of the claims when the trial was planned. It is empty if a result was seen by
+    then: of the trial itself, or in a report of the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class RecordedPlan:
     notes: tuple[str, ...]  # what the user has to know
     tags: Mapping[str, str]  # of every run of the sweep
     trials: Mapping[str, RecordedTrial]  # by trial key
-    claims_digest: str
+    claims: tuple[str, ...] = ()  # that the sweep asks; without any, all of them
 
     @classmethod
     def from_json(cls, stored: JsonObject) -> RecordedPlan:
@@ -63,6 +66,7 @@ class RecordedPlan:
                     for knob, value in _object(_object(trial)["params"]).items()
                 },
                 corpus_digest=_text(_object(trial).get("corpus_digest", "")),
+                stamp=_text(_object(trial).get("stamp", "")),
             )
             for key, trial in _object(stored["trials"]).items()
         }
@@ -73,13 +77,14 @@ class RecordedPlan:
             notes=tuple(map(_text, _list(stored["notes"]))),
             tags={name: _text(value) for name, value in _object(stored.get("tags", {})).items()},
             trials=trials,
-            claims_digest=_text(stored.get("claims_digest", "")),
+            claims=tuple(map(_text, _list(stored.get("claims", [])))),
         )
 
     def to_json(self) -> JsonObject:
         """Return the contents of plan.json."""
         trials = {key: dict(vars(trial)) for key, trial in self.trials.items()}
-        return {**vars(self), "notes": list(self.notes), "trials": trials}
+        return {**vars(self), "notes": list(self.notes), "claims": list(self.claims),
+                "trials": trials}  # fmt: skip
 
 
 def read_plan(store: Store, sweep_run: Run) -> RecordedPlan:
@@ -152,9 +157,6 @@ class SweepRun:
             or client.create_run(experiment_id, run_name=f"sweep {plan.sweep}", tags=MADE_BY)
         )
         self.run_id = run.info.run_id
-        if "kind" not in run.data.tags:
-            # Claims are confirmatory only if they were fixed before the first trial.
-            store.set_tags(self.run_id, claims_digest=plan.claims_digest)
         self.plans(plan)
         if interim:
             self.keep_interim_plan(interim)

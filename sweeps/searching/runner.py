@@ -23,6 +23,7 @@ from gptcore.config import InputError, Scalar, TrialConfig
 from gptcore.corpus import Corpus
 from gptcore.files import write_atomically
 from sweeps.plan import Plan, checked, jobs_of
+from sweeps.presets import trial_of
 from sweeps.searching.study import (
     Domain,
     Range,
@@ -179,11 +180,10 @@ class SearchRunner:
 
     def fresh_seeds(self, one: FrozenTrial, seeds: int) -> list[TrialConfig]:
         """Return a trial's configuration with the seeds that follow the seed of the trial."""
-        config = TrialConfig.from_flat(one.user_attrs["params"])
-        return [
-            replace(config, init=replace(config.init, seed=config.init.seed + 1 + i))
-            for i in range(seeds)
-        ]
+        flat = dict(one.user_attrs["params"])
+        if "corpus.data_seed" not in self.domains:
+            del flat["corpus.data_seed"]
+        return [trial_of({**flat, "init.seed": flat["init.seed"] + 1 + i}) for i in range(seeds)]
 
     def add_fresh_seeds(self, contradicting: Sequence[FrozenTrial], seeds: int) -> list[str]:
         """Add trials of some configurations on fresh seeds to the plan. Return their keys."""

@@ -33,6 +33,7 @@ from gptcore.config import (
 from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from sweeps.execution.trainable import Recording
+from sweeps.presets import trial_of
 from tracking.access import share_database
 from tracking.address import sqlite_address
 from tracking.job import Job
@@ -296,9 +297,7 @@ class Suggestions(Searcher):
     def _job(self, optuna_trial: optuna.Trial) -> Job | None:
         """Return the job of a suggestion, None where its result is known."""
         try:
-            job, is_done = self.prepare(
-                TrialConfig.from_flat(suggested(optuna_trial, self.domains))
-            )
+            job, is_done = self.prepare(trial_of(suggested(optuna_trial, self.domains)))
         except InputError as error:
             self._tell(optuna_trial, TrialState.FAIL, str(error))
             return None
