@@ -22,7 +22,6 @@ from analysis.measures import (
     DRAWN,
     FIRST,
     FIRST_SHARE,
-    GROUPS,
     NEVER_100,
     ONCE,
     RARE_100,
@@ -88,7 +87,7 @@ CLAIMS: dict[str, Claim] = {
         parts={
             **dict.fromkeys(level_parts(DRAWN), Part(centre="mean", low=-0.05, high=0.05,
                                                      decides=False)),
-            **dict.fromkeys(level_parts(GROUPS), Part(centre="mean", low=-0.05, high=0.05)),
+            "*": Part(centre="mean", low=-0.05, high=0.05),  # level_parts(GROUPS)
         },
     ),
     "widening": Claim(

@@ -192,7 +192,7 @@ def _hardly_trained(sweep: RunTables) -> list[str]:
     some = ", ".join(losses["trial_key"].head(5)) + (", ..." if losses.height > 5 else "")
     return [
         f"{counted(losses.height, 'trial')} hardly trained: the last loss is above "
-        f"{1 - HARDLY:.0%} of the first one ({some}). What is found of them is about the start of training."
+        f"{1 - HARDLY:.0%} of the first one ({some}). They show the start of training."
     ]
 
 

@@ -173,7 +173,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
         + f" trials; {claims.standing} (claims {claims.digest}).",
         "",
-        say_scope(findings),
+        in_markdown(say_scope(findings)),
         *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
         *(f"\nNote: {in_markdown(note)}" for note in findings.notes),
         "",
@@ -186,7 +186,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
             for name in shown
         ),
         "",
-        *(f"- `{name}`: {say_outcome(name, claims)}" for name in shown),
+        *(f"- `{name}`: {in_markdown(say_outcome(name, claims))}" for name in shown),
     ]
     return "\n".join(lines) + "\n"
 

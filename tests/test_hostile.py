@@ -283,16 +283,15 @@ def test_a_plan_that_is_no_file_is_named(world, report):
     assert report()[0] == 2
 
 
-SPREAD = {"seeds": 2, "value": 0.5, "low": 0.25, "high": 0.75, "sd": 0.125}
 PART = {
-    "over_configs": None, "configurations": 1, "seeds_left_out": 0, "over_seeds": SPREAD,
-    "estimate": {name: SPREAD[name] for name in ("seeds", "value", "low", "high")}, "p": 0.25,
-    "verdict": "underpowered", "decides": True,
+    "estimate": {"seeds": 2, "value": 0.5, "low": 0.25, "high": 0.75}, "sd": 0.125, "df": 1.0,
+    "supported_p": 0.25, "contradicted_p": 0.9, "not_supported_p": 0.9, "verdict": "underpowered",
+    "doubts": [], "configurations": 1, "prediction": None, "variance": {}, "decides": True,
 }  # fmt: skip
 FINDING = {
-    "verdict": "underpowered", "verdict_with_diverged": "underpowered", "course": None, "p": 0.25,
-    "p_with_diverged": 0.25, "runs": 2, "diverged": 0, "seeds": 2, "seeds_left_out": 0,
-    "configurations": 1, "parts": {},
+    "verdict": "underpowered", "verdict_of_finished": "underpowered", "course": None, "p": 0.25,
+    "p_holm": 0.5, "runs": 2, "counted_against": 0, "seeds": 2, "schemes": 1, "configurations": 1,
+    "undefined_in": [], "parts": {}, "forecast": None, "depends_on": None,
 }  # fmt: skip
 
 
@@ -301,7 +300,8 @@ def interim():
     findings = {name: {**FINDING, "parts": dict.fromkeys(CLAIMS[name].parts, PART)}
                 for name in CLAIMS}  # fmt: skip
     return {
-        "seeds": [0, 1, 2], "trials": [], "claims_digest": digest(), "waits_for": list(CLAIMS),
+        "seeds": [0, 1, 2], "trials": [], "claims_digest": digest(), "asked": [],
+        "waits_for": list(CLAIMS),
         "schedule": [{"seeds": 2, "alpha": 0.03}, {"seeds": 3, "alpha": 0.02}],
         "looks": [{"seeds": 2, "alpha": 0.03, "decided": [], "findings": findings}],
     }  # fmt: skip
@@ -332,7 +332,6 @@ LOOKS = {
 @pytest.mark.full
 def test_interim_analyses_that_somebody_wrote_by_hand_are_read(world, report):
     world.tag(world.sweep_run, "until_decided", "3")
-    world.tag(world.sweep_run, "claims_digest", digest())
     (world.plan.parent / "looks.json").write_text(json.dumps(interim()))
     assert report() == (0, "")
 
@@ -340,7 +339,6 @@ def test_interim_analyses_that_somebody_wrote_by_hand_are_read(world, report):
 @pytest.mark.parametrize("change", some(LOOKS, "a verdict of its own"))
 def test_interim_analyses_that_are_none_are_named(world, report, change):
     world.tag(world.sweep_run, "until_decided", "3")
-    world.tag(world.sweep_run, "claims_digest", digest())
     stored = interim()
     LOOKS[change](stored)
     (world.plan.parent / "looks.json").write_text(json.dumps(stored))
@@ -418,11 +416,11 @@ def made_evil(world):
 
     def change(plan):
         plan.update(command=EVIL, notes=[EVIL, "[x](javascript:alert(1))"], preset=EVIL)
-        plan.update(claims_digest=EVIL, tags={"notes": EVIL})
+        plan.update(claims=[EVIL], tags={"notes": EVIL})
         for trial in plan["trials"].values():
             trial["params"]["init.scheme"] += MARKUP
             trial["params"]["corpus.name"] = MARKUP
-            trial["corpus_digest"] = EVIL
+            trial["corpus_digest"] = trial["stamp"] = EVIL
 
     world.edit_plan(change)
     for run_id in [*world.trials(), world.sweep_run]:

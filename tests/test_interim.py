@@ -11,7 +11,7 @@ import pytest
 from test_verdicts import null_numbers, trials, values
 
 from analysis.claims import CLAIMS
-from analysis.decisions import ALPHA, SUPPORTED, UNDERPOWERED, p_value
+from analysis.decisions import ALPHA, CONTRADICTED, SUPPORTED, UNDERPOWERED
 from analysis.interim import (
     MAX_ANALYSES,
     InterimPlan,
@@ -21,9 +21,10 @@ from analysis.interim import (
     spent,
     supportable,
 )
+from analysis.power import Forecast
 from analysis.report import main as report
-from analysis.stats import Estimate, SpreadEstimate, holm
-from analysis.verdicts import Finding, PartFinding, judge
+from analysis.stats import Estimate
+from analysis.verdicts import Finding, judge
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start
 from helpers.store import make_sweep
@@ -68,19 +69,7 @@ def test_spending_is_lan_and_demets_function_after_pocock():
     assert cumulative == pytest.approx([0.0148, 0.0262, 0.0354, 0.0432, 0.05], abs=5e-5)
 
 
-NO_NUMBERS = Finding(
-    verdict=UNDERPOWERED,
-    verdict_with_diverged=UNDERPOWERED,
-    course=None,
-    p=None,
-    p_with_diverged=None,
-    runs=0,
-    diverged=0,
-    seeds=0,
-    seeds_left_out=0,
-    configurations=0,
-    parts={},
-)
+NO_NUMBERS = Finding.without_numbers(UNDERPOWERED)
 
 
 def found(**verdicts):
@@ -110,7 +99,7 @@ def test_a_decided_claim_keeps_its_verdict_and_undecided_ones_go_on():
 
 def test_a_sweep_does_not_wait_for_a_claim_that_its_maximum_cannot_support():
     plan = plan_interim(range(4), 2, [])
-    assert "order" not in plan.waits_for
+    assert "depth_gradient" not in plan.waits_for
     assert plan.with_findings(found(**dict.fromkeys(plan.waits_for, SUPPORTED))).is_over
 
 
@@ -133,41 +122,38 @@ def test_other_verdicts_have_the_alpha_that_the_interim_analyses_leave():
 def test_what_is_stored_of_interim_analyses_is_read_as_it_was():
     """looks.json keeps its keys and their order, for sweeps that are older than this code."""
     estimate = {"seeds": 2, "value": 1.0, "low": None, "high": None}
-    spread = {**estimate, "sd": 0.5}
     part = {
-        "over_configs": None, "configurations": 1, "seeds_left_out": 0, "over_seeds": spread,
-        "estimate": estimate, "p": 0.25, "verdict": UNDERPOWERED, "decides": True,
+        "estimate": estimate, "sd": 0.5, "df": 1.0, "supported_p": 0.25, "contradicted_p": 0.9,
+        "not_supported_p": 0.9, "verdict": UNDERPOWERED, "doubts": ["equal numbers"],
+        "configurations": 1, "prediction": None, "variance": {}, "decides": True,
     }  # fmt: skip
     finding = {
-        "verdict": UNDERPOWERED, "verdict_with_diverged": UNDERPOWERED, "course": None, "p": 0.25,
-        "p_with_diverged": 0.25, "runs": 2, "diverged": 0, "seeds": 2, "seeds_left_out": 0,
-        "configurations": 1, "parts": {"tau": part}, "p_holm": 0.5, "p_holm_with_diverged": 0.5,
-        "seeds_needed": 5, "would_be": SUPPORTED,
+        "verdict": UNDERPOWERED, "verdict_of_finished": UNDERPOWERED, "course": None, "p": 0.25,
+        "p_holm": 0.5, "runs": 2, "counted_against": 0, "seeds": 2, "schemes": 1,
+        "configurations": 1, "undefined_in": [], "parts": {"tau": part},
+        "forecast": {"half": 5, "most": None, "would_be": SUPPORTED}, "depends_on": None,
     }  # fmt: skip
     stored = {
-        "seeds": [0, 1, 2], "trials": ["a", "b"], "claims_digest": "d",
+        "seeds": [0, 1, 2], "trials": ["a", "b"], "claims_digest": "d", "asked": ["order"],
         "waits_for": ["depth_gradient"],
         "schedule": [{"seeds": 2, "alpha": 0.03}, {"seeds": 3, "alpha": 0.02}],
         "looks": [
             {"seeds": 2, "alpha": 0.03, "decided": ["order"],
              "findings": {"depth_gradient": finding,
-                          "order": {**finding, "parts": {"o": {**part, "over_configs": spread}}}}}
+                          "order": {**finding, "parts": {"o": {**part, "prediction": estimate}}}}}
         ],
     }  # fmt: skip
     plan = InterimPlan.from_json(stored)
     assert json.dumps(plan.to_json()) == json.dumps(stored)
-    found = plan.made[0].findings["order"].parts["o"]
-    assert found == PartFinding(
-        over_configs=SpreadEstimate(**spread), configurations=1, seeds_left_out=0,
-        over_seeds=SpreadEstimate(**spread), estimate=Estimate(**estimate), p=0.25,
-        verdict=UNDERPOWERED, decides=True,
-    )  # fmt: skip
+    found = plan.made[0].findings["order"]
+    assert found.parts["o"].prediction == Estimate(**estimate)
+    assert found.forecast == Forecast(half=5, most=None, would_be=SUPPORTED)
 
 
 @pytest.mark.full
-def test_null_sweeps_with_all_interim_analyses_seldom_support_anything(capsys):
-    """All claims at once, 1,000 sweeps of up to 60 seeds, all five analyses: at most 5% have any
-    claim supported, at any analysis, that is not true."""
+def test_null_sweeps_with_all_interim_analyses_seldom_decide_anything(capsys):
+    """All claims at once, each at its bound, 1,000 sweeps of up to 60 seeds, all five analyses: at
+    most 5% have any claim supported or contradicted at any analysis."""
     rng, sweeps, wrong, naive = np.random.default_rng(0), 1000, 0, 0
     runs, planned = trials(60), plan_interim(range(60), 2, [])
     assert len(planned.schedule) == MAX_ANALYSES
@@ -180,22 +166,14 @@ def test_null_sweeps_with_all_interim_analyses_seldom_support_anything(capsys):
             name: pl.concat([values(runs, some, part) for part, some in parts.items()])
             for name, parts in numbers.items()
         }
-        supported = below = False
+        decided = below = False
         for one in planned.schedule:
-            p_values = [
-                max(
-                    p_value(CLAIMS[name].rule(part), some[: one.seeds].tolist())
-                    for part, some in parts.items()
-                    if CLAIMS[name].rule(part).decides
-                )
-                for name, parts in numbers.items()
-            ]
-            least = min(holm(p_values))
-            below |= least < ALPHA
-            if least < one.alpha:  # or no claim can be supported
-                judged = judge(CLAIMS, frames, runs.head(one.seeds), alpha=one.alpha)
-                supported |= SUPPORTED in [finding.verdict for finding in judged.values()]
-        wrong += supported
+            seen = runs.head(one.seeds)
+            found = judge(CLAIMS, frames, seen, general=False, alpha=one.alpha)
+            verdicts = [finding.verdict for finding in found.values()]
+            decided |= SUPPORTED in verdicts or CONTRADICTED in verdicts
+            below |= min(finding.p_holm for finding in found.values()) < ALPHA
+        wrong += decided
         naive += below
     with capsys.disabled():
         print(f"\n{wrong} of {sweeps} null sweeps over five analyses; {naive} had p < 0.05 at one")
@@ -226,7 +204,8 @@ def test_planted_effects_are_found_before_the_maximum_of_seeds(capsys):
         plan = plan_interim(range(most), 2, [])
         while not plan.is_over:
             one = plan.schedule[len(plan.made)]
-            plan = plan.with_findings(judge(CLAIMS, frames, runs.head(one.seeds), alpha=one.alpha))
+            seen = runs.head(one.seeds)
+            plan = plan.with_findings(judge(CLAIMS, frames, seen, general=False, alpha=one.alpha))
         taken.append(plan.made[-1].seeds)
         supported += sum(one.verdict == SUPPORTED for one in plan.current_findings().values())
     share = supported / (sweeps * len(CLAIMS))

@@ -36,7 +36,6 @@ def recorder(store, experiment_id, tiny):
 def plan_of(trials):
     return RecordedPlan(
         sweep="sweep", preset="", command="", notes=(), tags={"notes": ""}, trials=trials,
-        claims_digest="d",
     )  # fmt: skip
 
 
@@ -167,10 +166,10 @@ def test_closing_asks_the_store_once_however_many_trials_have_ended_well(
 
 
 def test_plan_json_keeps_its_keys_and_their_order_for_sweeps_older_than_this_code():
-    trial = {"params": {"init.seed": 0}, "corpus_digest": "c"}
+    trial = {"params": {"init.seed": 0}, "corpus_digest": "c", "stamp": "s"}
     stored = {
         "sweep": "sweep", "preset": "quick", "command": "python", "notes": ["a note"],
-        "tags": {"notes": "a note"}, "trials": {"key": trial}, "claims_digest": "d",
+        "tags": {"notes": "a note"}, "trials": {"key": trial}, "claims": ["order"],
     }  # fmt: skip
     assert json.dumps(RecordedPlan.from_json(stored).to_json()) == json.dumps(stored)
     oldest = {"command": "python", "notes": [], "trials": {"key": {"params": trial["params"]}}}

@@ -9,6 +9,7 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.decisions import NOT_MEASURED, UNDERPOWERED
 from analysis.figures import FIGURES
+from analysis.measures import NEVER_100, UNUSED
 from analysis.report import SECTIONS, main
 from analysis.runs import READ
 from gptcore.records import PRIMARY
@@ -60,27 +61,27 @@ def test_findings_count_every_trial_and_give_each_scheme_its_numbers(report):
 
 ESTIMATE = ["seeds", "value", "low", "high"]
 FINDING = [
-    "verdict", "verdict_with_diverged", "course", "p", "p_with_diverged", "runs", "diverged",
-    "seeds", "seeds_left_out", "configurations", "parts", "p_holm", "p_holm_with_diverged",
-    "seeds_needed", "would_be",
+    "verdict", "verdict_of_finished", "course", "p", "p_holm", "runs", "counted_against", "seeds",
+    "schemes", "configurations", "undefined_in", "parts", "forecast", "depends_on",
 ]  # fmt: skip
 KEYS = {
     "": [
-        "sweep", "notes", "trials", "looks", "claims", "depth_gradient", "rare_tokens",
+        "sweep", "notes", "trials", "scope", "looks", "claims", "depth_gradient", "rare_tokens",
         "comparisons", "specifications", "runs",
     ],
     "trials": ["finished", "diverged", "failed", "unreadable", "unfinished"],
-    "claims": ["digest", "standing", "alpha", "here", "in_general", "by"],
+    "claims": [
+        "digest", "standing", "exploratory_trials", "alpha", "asked", "here", "in_general", "by"
+    ],
     "claims.here.*": FINDING,
     "claims.in_general.*": FINDING,
     "claims.by.*.*.*": FINDING,
     "claims.here.*.parts.*": [
-        "over_configs", "configurations", "seeds_left_out", "over_seeds", "estimate", "p",
-        "verdict", "decides",
+        "estimate", "sd", "df", "supported_p", "contradicted_p", "not_supported_p", "verdict",
+        "doubts", "configurations", "prediction", "variance", "decides",
     ],
-    "claims.here.*.parts.*.over_seeds": [*ESTIMATE, "sd"],
     "claims.here.*.parts.*.estimate": ESTIMATE,
-    "claims.in_general.*.parts.*.over_configs": [*ESTIMATE, "sd"],
+    "claims.in_general.*.parts.*.prediction": ESTIMATE,
     "depth_gradient.*": [
         "runs", "tau", "tau_of_runs", "first_layer_widest", "widest_layer_of_runs",
         "median_growth_by_layer", "median_growth",
@@ -168,25 +169,21 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
         (line,) = (line for line in summary.splitlines() if line.startswith(f"- `{name}`: "))
         assert f"| `{name}`: {claim.says} | " in summary
         assert findings["here"][name]["verdict"] in line.lower()
-    # Two seeds cannot decide on medians and shares, and the report says how many would.
-    assert {
-        found["verdict"] for name, found in findings["here"].items()
-        if {rule.centre for rule in CLAIMS[name].parts.values()} <= {"median", "share"}
-    } == {UNDERPOWERED, NOT_MEASURED}  # fmt: skip
-    assert re.search(
-        r"\d+ seeds would decide it: (not )?supported. In general, from 2 conf", summary
-    )
+    # Two seeds cannot decide on a median, and the report says how many would.
+    assert findings["here"]["depth_gradient"]["verdict"] == UNDERPOWERED
+    assert re.search(r"\d+ seeds in half of all cases", summary)
+    assert "In general: too few schemes or seeds to say (2 schemes; it takes 3" in summary
     assert list(findings["by"]) == ["scheme"]
 
 
 def test_claims_that_changed_after_the_first_trial_are_exploratory(
     finished_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("analysis.findings.digest", lambda: "another")
+    monkeypatch.setattr("analysis.findings.digest", lambda asked=(): "another")
     assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path)]) == 0
     findings = json.loads((tmp_path / "findings.json").read_text())["claims"]
     assert findings["standing"] == "exploratory"
-    assert "Exploratory: the claims" in (tmp_path / "report.html").read_text()
+    assert "Exploratory: these trials were planned after" in (tmp_path / "report.html").read_text()
 
 
 def test_a_report_can_be_of_some_trials(finished_sweep, tmp_path):
@@ -312,8 +309,8 @@ def test_schemes_are_compared_seed_by_seed(two_sweeps, tmp_path):
     assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), *names]) == 0
     compared = json.loads((tmp_path / "findings.json").read_text())["comparisons"]
     assert compared["reference"] == "model5"
-    found = compared["claims"]["never_suppressed"]["never"]["gpt2"]
-    changes = pl.read_parquet(tmp_path / "group_changes.parquet").filter(group="never_100")
+    found = compared["claims"]["never_suppressed"][UNUSED]["gpt2"]
+    changes = pl.read_parquet(tmp_path / "group_changes.parquet").filter(group="never_used")
     by_scheme = changes.pivot("scheme", index="subset", values="change")
     assert found["value"] == pytest.approx((by_scheme["gpt2"] - by_scheme["model5"]).mean())
     assert (found["seeds"], found["low"], found["p_holm"]) == (1, None, 1.0)  # one seed says little
@@ -363,9 +360,9 @@ def test_a_sweep_over_bytes_says_what_cannot_be_measured(tmp_path, capsys):
     folder = tmp_path / "reports" / "over-bytes"
     found = json.loads((folder / "findings.json").read_text())["claims"]["here"]
     without = {name for name, one in found.items() if one["verdict"] == NOT_MEASURED}
-    assert without == {"order", "rare_falls", "rare_flips"}  # few bytes of a text are rare
-    assert list(found["never_suppressed"]["parts"]) == ["never"]
-    assert found["depth_gradient"]["parts"]["tau"]["over_seeds"]["seeds"] == 2
-    assert (
-        "Not measured: no seed has all the numbers for it" in (folder / "report.html").read_text()
-    )
+    # Few bytes of a text are rare.
+    assert without == {"order", "rare_falls", "rare_flips", "never_suppressed"}
+    assert list(found["never_suppressed"]["parts"]) == [NEVER_100, UNUSED]
+    assert found["depth_gradient"]["parts"]["tau"]["estimate"]["seeds"] == 2
+    page = (folder / "report.html").read_text()
+    assert "Not measured: no finished run has the numbers for it" in page

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.claims import CLAIMS
 from analysis.frames import trials_to_judge, with_scheme
+from analysis.measures import ONCE, UNUSED
 from analysis.runs import read_sweeps
 from analysis.specifications import SPECIFIED, specifications
 from helpers.store import store_in
@@ -39,11 +40,11 @@ def test_every_combination_of_choices_is_there_once(claim, specified):
     [
         ("depth_gradient", "tau",
          {"weight": "qkv", "measure": "d(log std)", "step": "the last"}),
-        ("rare_falls", "rare",
-         {"mask": "sequence", "group": "100 rarest, drawn", "step": "the last",
+        ("rare_falls", ONCE,
+         {"mask": "sequence", "group": "all that occur once", "step": "the last",
           "baseline": "its own start"}),
-        ("never_suppressed", "never",
-         {"mask": "sequence", "group": "100 unused, drawn", "step": "the last",
+        ("never_suppressed", UNUSED,
+         {"mask": "sequence", "group": "all unused", "step": "the last",
           "baseline": "its own start"}),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from gptcore.init_schemes import INIT_SCHEMES
 from gptcore.optimizers import OPTIMIZERS
 from helpers.trials import TINY
 from sweeps.execution.trainable import Recording
+from sweeps.presets import trial_of
 from sweeps.searching.study import (
     PARAMETERS,
     Range,
@@ -125,10 +126,7 @@ def test_a_study_continues_and_first_runs_suggestions_without_a_result(tmp_path)
 
 def test_a_trial_that_has_been_run_is_answered_without_another_run(tmp_path):
     domains = {"init.scheme": ["gpt2"], "init.seed": [0, 1]}
-    done = [
-        TrialConfig.from_flat({"init.scheme": "gpt2", "init.seed": seed}).key("digest")
-        for seed in (0, 1)
-    ]
+    done = [trial_of({"init.scheme": "gpt2", "init.seed": seed}).key("digest") for seed in (0, 1)]
     asked = suggestions(study_in(tmp_path), trials=6, done=done, answer=done.index, domains=domains)
     assert asked.suggest("a") == Searcher.FINISHED
     assert asked.jobs == []

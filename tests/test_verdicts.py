@@ -1,12 +1,11 @@
 """Verdicts on planted numbers: effects are found, and nothing is found where there is none."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
 
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import (
@@ -15,11 +14,11 @@ from analysis.decisions import (
     NOT_SUPPORTED,
     SUPPORTED,
     UNDERPOWERED,
-    decide,
-    p_value,
+    p_values,
 )
-from analysis.power import detectable, least_seeds
-from analysis.stats import Estimate, holm, mean_interval, sign_flip_p
+from analysis.power import MAX_SEEDS, detectable, forecast, least_seeds
+from analysis.stats import holm, sign_p
+from analysis.variance import SKEW, TIES, over_units
 from analysis.verdicts import compare, judge, judge_part
 
 NUMBERS = [0.02, -0.01, 0.05, 0.03, 0.01, 0.04]
@@ -59,32 +58,44 @@ def values(runs, numbers, part="x"):
     return pl.DataFrame({"trial_key": finished, "part": part, "value": list(map(float, numbers))})
 
 
+def rows(numbers, config="only"):
+    """Runs of one configuration, as judge_part takes them."""
+    return pl.DataFrame(
+        {"scheme": config, "config": config, "seed": range(len(numbers)), "data_seed": 0,
+         "value": [float(number) for number in numbers]}
+    )  # fmt: skip
+
+
+def spread(numbers):
+    return over_units(rows(numbers))
+
+
 def verdict_of(rule, numbers):
     runs = trials(len(numbers))
     return judge({"it": claim(x=rule)}, {"it": values(runs, numbers)}, runs, general=False)["it"]
 
 
 @pytest.mark.parametrize(
-    ("rule", "low", "high", "verdict"),
+    ("rule", "mean", "verdict"),
     [
-        (ABOVE, 1.1, 3.0, SUPPORTED),
-        (ABOVE, 0.9, 3.0, UNDERPOWERED),
-        (ABOVE, 0.1, 0.9, NOT_SUPPORTED),
-        (ABOVE, -0.5, 0.9, NOT_SUPPORTED),
-        (ABOVE, -0.5, -0.1, CONTRADICTED),
-        (BELOW, -3.0, -1.1, SUPPORTED),
-        (BELOW, -3.0, -0.9, UNDERPOWERED),
-        (BELOW, -0.9, 0.5, NOT_SUPPORTED),
-        (BELOW, 0.1, 0.5, CONTRADICTED),
-        (WITHIN, -0.09, 0.05, SUPPORTED),
-        (WITHIN, -0.2, 0.05, UNDERPOWERED),
-        (WITHIN, 0.2, 0.3, CONTRADICTED),
-        (Part(centre="mean", low=0.0), -0.2, -0.1, CONTRADICTED),
-        (Part(centre="mean", low=0.0), -0.2, 0.1, UNDERPOWERED),
+        (ABOVE, 2.0, SUPPORTED),
+        (ABOVE, 1.1, UNDERPOWERED),
+        (ABOVE, 0.5, NOT_SUPPORTED),
+        (ABOVE, 0.1, NOT_SUPPORTED),
+        (ABOVE, -1.0, CONTRADICTED),
+        (BELOW, -2.0, SUPPORTED),
+        (BELOW, -0.5, NOT_SUPPORTED),
+        (BELOW, 1.0, CONTRADICTED),
+        (WITHIN, 0.0, UNDERPOWERED),
+        (replace(WITHIN, low=-1.0, high=1.0), 0.0, SUPPORTED),
+        (WITHIN, 2.0, CONTRADICTED),
+        (Part(centre="mean", low=0.0), -1.0, CONTRADICTED),
+        (Part(centre="mean", low=0.0), -0.05, UNDERPOWERED),
     ],
 )
-def test_a_verdict_says_where_the_interval_lies(rule, low, high, verdict):
-    assert decide(rule, Estimate(seeds=9, value=(low + high) / 2, low=low, high=high)) == verdict
+def test_a_verdict_says_where_the_centre_is_shown_to_lie(rule, mean, verdict):
+    noise = np.array([-0.2, -0.1, -0.05, 0.0, 0.04, 0.09, 0.22])
+    assert judge_part(rule, rows(mean + noise), general=False).verdict == verdict
 
 
 def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
@@ -93,29 +104,45 @@ def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
     assert verdict_of(ABOVE, 0.5 + noise).verdict == NOT_SUPPORTED
     assert verdict_of(ABOVE, -2 + noise).verdict == CONTRADICTED
     assert verdict_of(WITHIN, 0.1 * noise).verdict == SUPPORTED
-    assert verdict_of(Part(centre="share", low=0.8, null=0.5), np.ones(30)).verdict == SUPPORTED
+    assert verdict_of(Part(centre="share", low=0.8), np.ones(30)).verdict == SUPPORTED
 
 
-def test_too_few_seeds_are_called_so_with_the_number_that_would_do():
+def test_too_few_seeds_are_called_so_with_the_numbers_that_would_do():
     found = verdict_of(replace(ABOVE, centre="median"), [2.0, 2.1, 1.9])
     assert found.verdict == UNDERPOWERED  # three seeds that agree have p = 1 / 8
-    assert found.p == 1 / 8
-    assert found.seeds_needed == 5  # 2^-5 < 0.05
-    assert found.would_be == SUPPORTED
+    assert found.p == 2 / 8
+    assert found.forecast.half in range(6, 9)  # 2 * 2^-6 < 0.05, if all further seeds agree
+    assert found.forecast.would_be == SUPPORTED
     wide = verdict_of(ABOVE, [3.0, 0.5, 1.2, 2.6, -0.4, 1.9])
     assert wide.verdict == UNDERPOWERED
-    mean, sd = (
-        np.mean([3.0, 0.5, 1.2, 2.6, -0.4, 1.9]),
-        np.std([3, 0.5, 1.2, 2.6, -0.4, 1.9], ddof=1),
-    )
-    assert wide.seeds_needed == pytest.approx((2.04 * sd / (mean - 1)) ** 2, rel=0.05)
+    assert wide.forecast.half > 6
+    assert wide.forecast.most is None or wide.forecast.half < wide.forecast.most <= MAX_SEEDS
+
+
+@pytest.mark.parametrize("effect", [0.6, 1.0])
+def test_a_forecast_comes_true_about_as_often_as_it_says(effect):
+    """Where eight seeds leave a claim undecided, so many more decide it in most sweeps."""
+    rng, rule, came, said = np.random.default_rng(0), Part(centre="mean", low=0.0), [], 0
+    for _ in range(300):
+        numbers = rng.normal(effect, 1, 1200)
+        first = spread(numbers[:8])
+        if p_values(rule, first).verdict(1.0, 0.05) != UNDERPOWERED:
+            continue
+        found = forecast([(rule, first)], 0.05)
+        if found is None or found.most is None:
+            continue
+        said += 1
+        then = p_values(rule, spread(numbers[: found.most]))
+        came.append(then.verdict(1.0, 0.05) != UNDERPOWERED)
+    assert said > 50
+    assert np.mean(came) > 0.6  # 0.8, over effects that are as likely as the sweep makes them
 
 
 def test_many_claims_need_more_seeds_than_one():
-    runs = trials(6)
-    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 6)
+    runs = trials(8)
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     rule = replace(ABOVE, centre="median")
-    alone = judge({"it": claim(x=rule)}, {"it": values(runs, numbers)}, runs)
+    alone = judge({"it": claim(x=rule)}, {"it": values(runs, numbers)}, runs, general=False)
     names = [f"claim {i}" for i in range(10)]
     among = judge(
         dict.fromkeys(names, claim(x=rule)),
@@ -124,62 +151,107 @@ def test_many_claims_need_more_seeds_than_one():
         general=False,
     )
     assert alone["it"].verdict == SUPPORTED
-    assert {found.verdict for found in among.values()} == {UNDERPOWERED}
-    assert {found.seeds_needed for found in among.values()} == {8}  # 10 * 2^-8 < 0.05
+    assert {found.verdict for found in among.values()} == {UNDERPOWERED}  # 20 * 2^-8 > 0.05
 
 
-def test_what_holds_for_one_configuration_of_two_does_not_hold_in_general():
-    runs = trials(10, configs=("a", "b"))
+def test_headline_claims_are_asked_first():
+    """Six seeds that agree decide the first one, among claims that they cannot decide."""
+    runs = trials(6)
+    numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 6))
+    names = ["depth_gradient", *(f"claim {i}" for i in range(12))]
+    rule = claim(x=replace(ABOVE, centre="median"))
+    found = judge(dict.fromkeys(names, rule), dict.fromkeys(names, numbers), runs, general=False)
+    assert {name for name, one in found.items() if one.verdict == SUPPORTED} == {names[0]}
+
+
+def test_what_holds_for_one_configuration_of_three_does_not_hold_in_general():
+    runs = trials(10, configs=("a", "b", "c"))
     rng = np.random.default_rng(0)
-    numbers = np.concatenate([rng.normal(6, 0.1, 10), rng.normal(0, 0.1, 10)])
-    found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
-    assert found.parts["x"].over_seeds.low > 1  # for these two, on average, it does
+    numbers = np.concatenate([rng.normal(centre, 0.1, 10) for centre in (9, 0, 0)])
+    given = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs
+    assert judge(*given, general=False)["it"].verdict == SUPPORTED  # for these three, on average
+    found = judge(*given)["it"]
     assert found.verdict == UNDERPOWERED
-    assert found.configurations == 2
+    assert (found.schemes, found.configurations) == (3, 3)
+    prediction = found.parts["x"].prediction
+    assert prediction.low < 0 < 9 < prediction.high
 
 
 def test_every_part_of_a_claim_has_to_hold():
     runs = trials(8)
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
-    found = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": both}, runs)["it"]
+    found = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": both}, runs, general=False)["it"]
     assert [found.parts[part].verdict for part in "xy"] == [SUPPORTED, CONTRADICTED]
     assert found.verdict == CONTRADICTED
 
 
-def test_a_diverged_run_counts_against_the_claim_in_the_worst_case():
+def test_a_diverged_run_counts_against_any_verdict():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 9)
-    found = verdict_of(ABOVE, numbers[:8])
-    assert (found.verdict, found.verdict_with_diverged) == (SUPPORTED, SUPPORTED)
+    assert verdict_of(ABOVE, numbers[:8]).verdict == SUPPORTED
     runs = trials(11, diverged=[("only", seed) for seed in (3, 8, 10)])
-    found = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers[:8])}, runs)["it"]
-    assert (found.verdict, found.diverged) == (SUPPORTED, 3)
-    assert found.verdict_with_diverged == UNDERPOWERED
+    given = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers[:8])}, runs
+    found = judge(*given, general=False)["it"]
+    assert (found.verdict, found.verdict_of_finished) == (UNDERPOWERED, SUPPORTED)
+    assert found.counted_against == 3
+    assert found.parts["x"].estimate.value == pytest.approx(numbers[:8].mean())
+    down = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers[:8] - 4)}, runs
+    found = judge(*down, general=False)["it"]
+    assert (found.verdict, found.verdict_of_finished) == (UNDERPOWERED, CONTRADICTED)
 
 
-def test_the_worst_case_is_corrected_with_its_own_p():
-    """Eight medians that agree pass among 12 claims; with one diverged run they do not."""
-    runs = trials(9, diverged=[("only", 8)])
-    rule = Part(centre="median", low=0.0)
-    numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 8))
-    names = [f"claim {i}" for i in range(12)]
-    found = judge(dict.fromkeys(names, claim(x=rule)), dict.fromkeys(names, numbers), runs)
-    assert {one.verdict for one in found.values()} == {SUPPORTED}
-    assert {one.verdict_with_diverged for one in found.values()} == {UNDERPOWERED}
+def test_a_run_that_failed_has_nothing_to_do_with_its_number():
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
+    runs = trials(9, configs=("a", "b")).with_columns(
+        status=pl.when(pl.col("seed") == 4).then(pl.lit("failed")).otherwise("status")
+    )
+    found = judge(
+        {"it": claim(x=ABOVE)}, {"it": values(runs, [*numbers, *numbers])}, runs, general=False
+    )["it"]
+    assert (found.verdict, found.counted_against) == (SUPPORTED, 0)
 
 
-def test_seeds_that_not_every_configuration_has_are_left_out():
-    runs = trials(12, configs=("a", "b")).filter((pl.col("config") == "a") | (pl.col("seed") < 1))
-    value = pl.when(pl.col("config") == "a").then(1.0).otherwise(-9.0)
-    numbers = runs.select("trial_key", part=pl.lit("x"), value=value)
-    rule = Part(centre="mean", low=0.0)
-    found = judge({"it": claim(x=rule)}, {"it": numbers}, runs, general=False)["it"]
-    assert found.parts["x"].estimate.value == -4.0  # of both, and not of a alone
-    assert (found.seeds, found.seeds_left_out) == (1, 11)
-    assert found.verdict == UNDERPOWERED
-    disjoint = runs.filter((pl.col("config") == "b") | (pl.col("seed") > 0))
-    found = judge({"it": claim(x=rule)}, {"it": numbers}, disjoint, general=False)["it"]
-    assert found.verdict == NOT_MEASURED
+def test_a_scheme_of_which_nothing_finished_counts_against_the_others():
+    numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
+    runs = trials(8, configs=("a", "b")).with_columns(
+        status=pl.when(pl.col("config") == "b").then(pl.lit("failed")).otherwise("status")
+    )
+    given = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs
+    found = judge(*given, general=False)["it"]
+    assert (found.verdict, found.verdict_of_finished) == (UNDERPOWERED, SUPPORTED)
+    assert found.counted_against == 8
+
+
+def test_a_configuration_without_the_number_is_named():
+    runs = trials(6, configs=("a", "b"))
+    numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 12))
+    only = numbers.filter(pl.col("trial_key").str.starts_with("a"))
+    found = judge({"it": claim(x=ABOVE)}, {"it": only}, runs, general=False)["it"]
+    assert (found.verdict, found.undefined_in) == (SUPPORTED, ("b",))
+
+
+@pytest.mark.parametrize("lacks", ["one seed in each", "half of one"])
+def test_what_is_there_is_used_where_runs_are_missing(lacks):
+    rng, configs = np.random.default_rng(0), [f"config {i}" for i in range(8)]
+    runs = trials(8, configs=configs)
+    gone = (
+        pl.col("seed") == pl.col("config").str.tail(1).cast(int)
+        if lacks == "one seed in each"
+        else (pl.col("config") == configs[0]) & (pl.col("seed") < 4)
+    )
+    shared = 0.1 * rng.normal(size=8)
+    of_config = 5.0 * np.arange(8)
+    numbers = runs.select(
+        "trial_key",
+        part=pl.lit("x"),
+        value=pl.Series(np.add.outer(of_config, shared).ravel() + 0.01 * rng.normal(size=64)),
+    )
+    there = runs.filter(~gone)
+    found = judge({"it": claim(x=ABOVE)}, {"it": numbers}, there, general=False)["it"]
+    assert (found.verdict, found.seeds, found.configurations) == (SUPPORTED, 8, 8)
+    # Configurations differ by far more than seeds: a mean over those that a seed has would show it.
+    assert found.parts["x"].estimate.value == pytest.approx(of_config.mean(), abs=0.2)
+    assert found.parts["x"].sd < 0.5
 
 
 def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
@@ -189,22 +261,24 @@ def test_a_claim_without_numbers_is_not_measured_and_costs_the_others_nothing():
         {"it": claim(x=ABOVE), "other": claim(x=ABOVE)},
         {"it": values(runs, numbers), "other": values(runs, numbers).head(0)},
         runs,
+        general=False,
     )
     assert found["other"].verdict == NOT_MEASURED
     assert found["it"].p_holm == found["it"].p
     assert found["it"].verdict == SUPPORTED
 
 
-def test_a_claim_is_not_supported_by_some_of_its_parts():
+def test_a_claim_with_a_part_that_is_not_measured_is_not_decided_by_the_others():
     """Over bytes, for example, no token is rare, so unused minus rare tokens is not known."""
     runs = trials(6)
     numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 6))
-    judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
+    given = {"it": numbers}, runs
+    judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, *given, general=False)["it"]
     assert judged.parts["x"].verdict == SUPPORTED
-    assert judged.verdict == judged.verdict_with_diverged == NOT_MEASURED
+    assert judged.verdict == judged.verdict_of_finished == NOT_MEASURED
     assert judged.p is judged.p_holm is None  # so it costs the other claims nothing
     reported = claim(x=ABOVE, y=replace(ABOVE, decides=False))
-    assert judge({"it": reported}, {"it": numbers}, runs)["it"].verdict == SUPPORTED
+    assert judge({"it": reported}, *given, general=False)["it"].verdict == SUPPORTED
 
 
 def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured():
@@ -223,7 +297,8 @@ def test_a_claim_that_has_numbers_only_for_what_does_not_decide_is_not_measured(
 def test_a_claim_fails_by_one_of_its_parts_whatever_the_others():
     runs = trials(6)
     numbers = values(runs, -2 + np.random.default_rng(0).normal(0, 0.1, 6))
-    judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": numbers}, runs)["it"]
+    both = pl.concat([numbers, numbers.with_columns(part=pl.lit("y"), value=pl.lit(0.5))])
+    judged = judge({"it": claim(x=ABOVE, y=ABOVE)}, {"it": both}, runs, general=False)["it"]
     assert judged.verdict == CONTRADICTED
 
 
@@ -236,14 +311,14 @@ def test_the_order_of_runs_does_not_matter():
 
 
 def null_numbers(part, rng, n_configs, n_seeds):
-    """Numbers of runs for which a part's null holds, with effects that seeds and configs share."""
-    null = next(bound for bound in (part.null, part.low, part.high) if bound is not None)
+    """Numbers of runs at a part's bound, with effects that seeds and configurations share."""
+    bound = part.low if part.low is not None else part.high
     if part.centre == "share":
-        return (rng.random((n_configs, n_seeds)) < null).astype(float).ravel()
+        return (rng.random((n_configs, n_seeds)) < bound).astype(float).ravel()
     shared = rng.normal(0, 0.7, (1, n_seeds))
     if n_configs > 1:  # with one configuration, an effect that it has would not be a null
         shared = shared + rng.normal(0, 0.7, (n_configs, 1))
-    return (null + shared + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
+    return (bound + shared + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
 
 
 @pytest.mark.parametrize(
@@ -254,8 +329,8 @@ def null_numbers(part, rng, n_configs, n_seeds):
         pytest.param(12, 12, 1000, marks=pytest.mark.full),
     ],
 )
-def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seeds, sweeps, capsys):
-    """All claims at once: at most 5% of sweeps have any claim supported that is not true."""
+def test_sweeps_in_which_nothing_holds_seldom_decide_anything(n_configs, n_seeds, sweeps, capsys):
+    """All claims at once, each at its bound: at most 5% of sweeps have any verdict."""
     runs = trials(n_seeds, configs=[f"config {i}" for i in range(n_configs)])
     rng = np.random.default_rng(0)
     wrong = 0
@@ -269,43 +344,11 @@ def test_sweeps_in_which_nothing_holds_seldom_support_anything(n_configs, n_seed
             )
             for name, one in CLAIMS.items()
         }
-        found = judge(CLAIMS, numbers, runs)
-        wrong += any(one.verdict == SUPPORTED for one in found.values())
+        found = judge(CLAIMS, numbers, runs, general=n_configs > 1)
+        wrong += any(one.verdict in (SUPPORTED, CONTRADICTED) for one in found.values())
     with capsys.disabled():
         print(f"\n{n_configs} configurations x {n_seeds} seeds: {wrong} of {sweeps} null sweeps")
     assert wrong <= 0.05 * sweeps
-
-
-@pytest.mark.parametrize(("n_configs", "n_seeds"), [(6, 8), (8, 20)])
-def test_the_interval_in_general_covers_at_its_nominal_rate(n_configs, n_seeds, capsys):
-    """Seeds, configurations and runs each have a random effect. The truth is the mean over all."""
-    rng, rule, sweeps, covered = np.random.default_rng(0), Part(centre="mean", low=0.0), 1000, 0
-    names = [(seed, f"config {i}") for i in range(n_configs) for seed in range(n_seeds)]
-    for _ in range(sweeps):
-        effects = rng.normal(0, 0.7, (n_configs, 1)) + rng.normal(0, 0.7, (1, n_seeds))
-        numbers = (2 + effects + rng.normal(0, 0.5, (n_configs, n_seeds))).ravel()
-        runs = [(*name, number) for name, number in zip(names, numbers.tolist(), strict=True)]
-        estimate = judge_part(rule, runs, general=True).estimate
-        covered += estimate.low <= 2 <= estimate.high
-    with capsys.disabled():
-        print(f"\n{n_configs} x {n_seeds}: {covered / sweeps:.3f} of intervals in general cover")
-    # Four standard errors. The effect of a run counts for both units, so intervals are a bit wide.
-    assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / sweeps) <= covered / sweeps <= 0.99
-
-
-def test_an_interval_in_general_stays_where_its_number_can_be():
-    """Seeds agree on a share and a median that configurations do not share."""
-    runs = trials(8, configs=[f"config {i}" for i in range(4)])
-    config = pl.col("config").str.tail(1).cast(int)
-    for centre, numbers in (("share", config >= 3), ("median", 2.0 * (config >= 3) - 1)):
-        numbers = runs.select("trial_key", part=pl.lit("x"), value=numbers.cast(float))
-        rule = claim(x=Part(centre=centre, low=0.8))
-        found = judge({"it": rule}, {"it": numbers}, runs)["it"].parts["x"]
-        low, high = found.estimate.low, found.estimate.high
-        if centre == "share":
-            assert 0 <= low < 0.25 < high <= 1
-        else:  # four configurations are too few for a median's interval
-            assert (low, high) == (None, None)
 
 
 def test_schemes_are_compared_on_the_same_seed_and_subset():
@@ -322,39 +365,29 @@ def test_schemes_are_compared_on_the_same_seed_and_subset():
     numbers = runs.select("trial_key", "value", part=pl.lit("x"))
     trials = runs.drop("value").with_columns(pl.lit(0).alias("corpus.data_seed"))
     found = compare(claim(x=ABOVE), numbers, trials, "a")
-    differences = [0.5, 1.0, 1.5, 2.0]  # seeds differ by 10, schemes within a seed by little
-    assert found["x"]["b"].value == pytest.approx(np.mean(differences))
+    # Seeds differ by 10, schemes within a seed by little. One subset lacks the last difference.
+    differences = [0.5, 1.0, 1.5, 2.0]
+    means = np.mean(differences), np.mean(differences[:3])
+    assert found["x"]["b"].value == pytest.approx(np.mean(means))
     assert found["x"]["b"].seeds == 4
-    assert found["x"]["b"].p == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    students = ttest_1samp(differences, 0).pvalue
+    assert students < found["x"]["b"].p < 10 * students
     assert list(found["x"]) == ["b"]
-    # Shares and medians come in steps, and differences of a few of them are soon all alike.
-    ranks = compare(claim(x=replace(ABOVE, centre="share")), numbers, trials, "a")
-    assert ranks["x"]["b"].p == 2 * 2**-4
+    # Differences of ranks and shares come in steps, and a few of them are soon all alike.
     alike = numbers.with_columns(value=pl.col("trial_key").str.starts_with("b").cast(float))
     assert compare(claim(x=ABOVE), alike, trials, "a")["x"]["b"].p == 2 * 2**-4
 
 
-def test_planted_effects_are_found_with_the_power_that_the_seeds_have(capsys):
-    """The power that theory gives a t-test at these sizes."""
-    from scipy import stats
-
-    rng = np.random.default_rng(0)
-    runs, rule, sweeps = trials(8), Part(centre="mean", low=0.0), 400
-    lines = []
-    for effect in (0.0, 1.0, 2.0):
+def test_planted_effects_are_found_with_the_power_that_is_promised():
+    rng, rule = np.random.default_rng(0), Part(centre="mean", low=0.0)
+    for seeds in (4, 8):
+        effect = detectable(seeds)
         found = sum(
-            judge({"it": claim(x=rule)}, {"it": values(runs, rng.normal(effect, 1, 8))}, runs)[
-                "it"
-            ].verdict
-            == SUPPORTED
-            for _ in range(sweeps)
+            judge_part(rule, rows(rng.normal(effect, 1, seeds)), False).verdict == SUPPORTED
+            for _ in range(600)
         )
-        t = stats.t.ppf(0.975, 7)
-        power = 1 - stats.nct.cdf(t, 7, effect * math.sqrt(8)) if effect else 0.025
-        lines.append(f"effect {effect} sd: power {found / sweeps:.2f}, of a t-test {power:.2f}")
-        assert found / sweeps == pytest.approx(power, abs=0.08)
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
+        assert found / 600 == pytest.approx(0.8, abs=0.07)
+    assert detectable(8, 0.001) > detectable(8) > detectable(20)
 
 
 def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
@@ -369,7 +402,7 @@ def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
                 best = 0.0 if rule.low is not None and rule.high is not None else (
                     rule.low + 1 if rule.low is not None else rule.high - 1
                 )  # fmt: skip
-                noise = best + 1e-9 * rng.normal(size=n_seeds)
+                noise = best + 1e-12 * rng.normal(size=n_seeds)
                 share = np.ones(n_seeds)
                 parts.append(values(runs, share if rule.centre == "share" else noise, label))
             numbers[name] = pl.concat(parts)
@@ -377,51 +410,70 @@ def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
         return {name for name, one in found.items() if one.verdict == SUPPORTED}
 
     least = least_seeds(CLAIMS)
-    assert set(least.values()) == {2, 8, 16}
-    for n_seeds in (2, 7, 8, 15, 16):
+    assert least["depth_gradient"] == 6
+    assert set(least.values()) == {2, 6}
+    for n_seeds in (2, 5, 6):
         assert supported(n_seeds) == {name for name in CLAIMS if least[name] <= n_seeds}, n_seeds
 
 
-def test_what_is_detectable_is_found_four_times_of_five():
-    rng, rule = np.random.default_rng(0), Part(centre="mean", low=0.0)
-    effect = detectable(8, 1)
-    found = sum(p_value(rule, rng.normal(effect, 1, 8).tolist()) < 0.05 for _ in range(2000))
-    assert found / 2000 == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / 2000))
-    assert detectable(8, 14) > effect > detectable(20, 1)
-
-
-def test_sign_flips_are_exact_and_one_sided():
-    assert sign_flip_p([1.0] * 8) == 2**-8
-    assert sign_flip_p([-1.0] * 8) == 1.0
-    assert sign_flip_p([3.0, -1.0]) == 0.5  # 4, 2, -2, -4: two of four are at least 2
-    assert sign_flip_p([1.0] * 30) == pytest.approx(1 / 4001)
-    assert sign_flip_p([0.1, 0.2, -0.3]) == pytest.approx(5 / 8)  # sums that are equal but rounded
+def test_the_sign_test_is_exact_and_one_sided():
+    assert sign_p([1.0] * 8) == 2**-8
+    assert sign_p([-1.0] * 8) == 1.0
+    assert sign_p([3.0, -1.0]) == 0.75
+    assert sign_p([0.0] * 8) == 1.0  # a zero is not above
+    for above, n in ((3, 5), (9, 12)):
+        expected = binomtest(above, n, 0.5, alternative="greater").pvalue
+        assert sign_p([1.0] * above + [-1.0] * (n - above)) == pytest.approx(expected)
 
 
 def test_holm_is_holms():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03])[0] == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9])[0] == pytest.approx([1.0, 1.0])
+    assert holm([])[0] == []
+    # With weights 3 and 1: 0.02 / 0.75, then 0.04 alone.
+    assert holm([0.02, 0.04], [3.0, 1.0])[0] == pytest.approx([0.02 / 0.75, 0.04])
 
 
-def test_p_of_a_region_with_two_bounds_is_the_larger_of_both():
-    low, high = (ttest_1samp(NUMBERS, bound, alternative=side).pvalue
-                 for bound, side in ((-0.1, "greater"), (0.1, "less")))  # fmt: skip
-    assert p_value(WITHIN, NUMBERS) == pytest.approx(max(low, high))
-    assert low != high
-    assert p_value(replace(WITHIN, centre="median"), [0.0] * 8) == 2**-8
-    assert p_value(WITHIN, [0.09] * 7 + [0.3]) > 0.3
+def test_p_and_interval_test_the_same_sentence():
+    """On normal numbers p is at most 0.025 only where the 95% interval lies beyond the bound."""
+    rng = np.random.default_rng(0)
+    for centre in ("mean", "median"):
+        rule = Part(centre=centre, low=0.3, against=0.0)
+        for _ in range(200):
+            part = judge_part(rule, rows(rng.normal(0.2, 0.3, 9)), general=False)
+            low, high = part.estimate.low, part.estimate.high
+            assert part.supported_p > 0.025 or low > 0.3
+            assert part.not_supported_p > 0.025 or high < 0.3
+            assert part.contradicted_p > 0.025 or high < 0.0
+            assert part.contradicted_p >= part.not_supported_p
 
 
-def test_p_of_a_mean_is_students_and_agrees_with_its_interval():
+def test_support_of_a_region_takes_both_of_its_bounds():
+    numbers = spread(NUMBERS)
+    each = [p_values(Part(centre="mean", **bound), numbers).supported
+            for bound in ({"low": -0.1}, {"high": 0.1})]  # fmt: skip
+    assert p_values(WITHIN, numbers).supported == max(each)
+    outside = [p_values(Part(centre="mean", **bound), numbers).supported
+               for bound in ({"high": -0.1}, {"low": 0.1})]  # fmt: skip
+    assert p_values(WITHIN, numbers).contradicted == min(1.0, 2 * min(outside))
+
+
+def test_p_of_a_mean_is_students_guarded_against_skew():
     rule = Part(centre="mean", low=0.0)
-    assert p_value(rule, NUMBERS) == pytest.approx(
-        ttest_1samp(NUMBERS, 0, alternative="greater").pvalue
-    )
-    assert (p_value(rule, NUMBERS) < 0.025) == (mean_interval(NUMBERS).low > 0)
-    assert p_value(rule, [1.0]) == 1.0
-    assert p_value(rule, [1.0, 1.0]) == 0.25  # equal values do not show how they vary
-    assert p_value(rule, [0.0, 0.0]) == 1.0
+    students = ttest_1samp(NUMBERS, 0, alternative="greater").pvalue
+    guarded = p_values(rule, spread(NUMBERS)).supported
+    assert students < guarded < 5 * students
+    assert p_values(rule, spread([1.0])).supported == 1.0
+
+
+def test_in_doubt_the_exact_test_has_to_agree():
+    rule = Part(centre="mean", low=0.0)
+    ties = judge_part(rule, rows([1.0, 1.0, 1.001, 0.999]), general=False)
+    assert ties.doubts == (TIES,)
+    assert ties.supported_p == 2**-4  # and not as small as the t-test's
+    assert judge_part(rule, rows([1.0] * 4), general=False).supported_p == 2**-4
+    skewed = judge_part(rule, rows([*np.linspace(1, 1.1, 11), 9.0]), general=False)
+    assert SKEW in skewed.doubts
 
 
 def test_a_part_that_does_not_decide_is_reported_and_decides_nothing():
@@ -429,9 +481,9 @@ def test_a_part_that_does_not_decide_is_reported_and_decides_nothing():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     both = pl.concat([values(runs, numbers, "x"), values(runs, -numbers, "y")])
     rules = {"x": ABOVE, "y": replace(ABOVE, decides=False)}
-    found = judge({"it": claim(**rules)}, {"it": both}, runs)["it"]
+    found = judge({"it": claim(**rules)}, {"it": both}, runs, general=False)["it"]
     assert found.parts["y"].verdict == CONTRADICTED
-    alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs)["it"]
+    alone = judge({"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs, general=False)["it"]
     assert (found.verdict, found.p_holm) == (SUPPORTED, alone.p_holm)
 
 
@@ -440,8 +492,24 @@ def test_a_part_that_does_not_decide_is_reported_and_decides_nothing():
     [(1, 1, None), (1, 0, "transient"), (1, -1, "reversed"), (0, 0, None), (-1, -1, None)],
 )
 def test_what_was_there_and_is_gone_is_transient_or_reversed(first, last, says):
-    runs, noise = trials(8), np.random.default_rng(0).normal(0, 0.1, 8)
-    numbers = pl.concat([values(runs, first + noise, "at 1"), values(runs, last + noise, "last")])
-    rule = Part(centre="median", low=0.0)
-    found = judge({"it": replace(claim(**{"*": rule}), course=True)}, {"it": numbers}, runs)
-    assert found["it"].course == says
+    runs, rng = trials(10), np.random.default_rng(0)
+    steps = {"at 1": first, "at the last step": last}
+    numbers = pl.concat(
+        [values(runs, at + rng.normal(0, 0.1, 10), part) for part, at in steps.items()]
+    )
+    rule = replace(claim(**{"*": Part(centre="mean", low=0.0)}), course=True)
+    assert judge({"it": rule}, {"it": numbers}, runs, general=False)["it"].course == says
+
+
+def test_a_number_that_is_only_no_longer_significant_is_not_called_transient():
+    """The same mean at every step, once with little noise and at the end with much."""
+    runs, rng, called = trials(8), np.random.default_rng(0), 0
+    rule = replace(claim(**{"*": Part(centre="mean", low=0.0)}), course=True)
+    for _ in range(100):
+        steps = {"at 1": 0.1, "at the last step": 0.7}
+        numbers = pl.concat(
+            [values(runs, rng.normal(0.4, sd, 8), part) for part, sd in steps.items()]
+        )
+        judged = judge({"it": rule}, {"it": numbers}, runs, general=False)
+        called += judged["it"].course is not None
+    assert called <= 5

@@ -167,10 +167,9 @@ def make_sweep(
         notes=("made by a test <b>&</b>",),
         tags={},
         trials={
-            key: RecordedTrial(params=config.to_flat(), corpus_digest="")
+            key: RecordedTrial(params=config.to_flat(), corpus_digest="", stamp=digest())
             for key, config in trials.items()
         },
-        claims_digest=digest(),
     )
     SweepRun(store, experiment_id, plan, launched=time.time()).end("FINISHED")
 
