@@ -27,7 +27,7 @@ from analysis.measures import Values
 from analysis.power import shares_of_error
 from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
-from analysis.specifications import SPECIFIED, Specification, specifications
+from analysis.specifications import Curve, Specification, specifications
 from analysis.stats import Estimate, holm, mean_interval, median_interval, share_interval
 from analysis.verdicts import Comparison, Finding, adjusted, compare, judge, judge_one
 from gptcore.config import Scalar, spelling, varying_knobs
@@ -113,6 +113,7 @@ class CountedSpecifications:
 
     verdicts: Mapping[str, int]
     by_choice: Mapping[str, Mapping[str, Mapping[str, int]]]  # choice, option, verdict
+    joint_p: float | None  # how often they would agree so well by chance, all together
     all: Sequence[Specification]
 
 
@@ -166,8 +167,8 @@ def find(sweep: RunTables, by_run: RunFrames) -> Findings:
         rare_tokens={scheme: _token_finding(by_run, scheme) for scheme in schemes},
         comparisons=comparisons(sweep, values, alpha),
         specifications={
-            claim: _counted(SPECIFIED[claim].choices, every)
-            for claim, every in specifications(sweep, trials_to_judge(sweep), alpha).items()
+            claim: _counted(curve)
+            for claim, curve in specifications(sweep, trials_to_judge(sweep), alpha).items()
         },
         runs=runs(sweep, by_run),
     )
@@ -399,8 +400,10 @@ def comparisons(
     )
 
 
-def _counted(choices: Sequence[str], every: Sequence[Specification]) -> CountedSpecifications:
+def _counted(curve: Curve) -> CountedSpecifications:
     """Count the verdicts of specifications: of all, and of each option of each choice."""
+    every = curve.all
+    choices = list(every[0].choices) if every else []
     options = {choice: dict.fromkeys(one.choices[choice] for one in every) for choice in choices}
     return CountedSpecifications(
         verdicts=Counter(one.verdict for one in every),
@@ -411,6 +414,7 @@ def _counted(choices: Sequence[str], every: Sequence[Specification]) -> CountedS
             }
             for choice in choices
         },
+        joint_p=curve.joint_p,
         all=every,
     )
 

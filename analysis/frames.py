@@ -43,7 +43,7 @@ def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
     """
     return sweep.trials.select(
         "trial_key", "status", "scheme", "init.scheme", "corpus.subset", "corpus.data_seed",
-        "optim.name",
+        "optim.name", "optim.lr",
         config=pl.concat_str("scheme", "corpus.subset", separator=", "), seed="init.seed",
     )  # fmt: skip
 

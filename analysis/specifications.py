@@ -8,19 +8,22 @@ are a specification curve (Simonsohn, Simmons & Nelson 2020).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from analysis.claims import CLAIMS
-from analysis.decisions import ALPHA
+from analysis.claims import CLAIMS, Part
+from analysis.decisions import ALPHA, only_bound
 from analysis.depth_gradient import at_report_steps, gradient_tau
 from analysis.jsonable import FLAT
 from analysis.measures import ONCE, UNUSED, closed_form, growth_of
 from analysis.runs import RunTables
 from analysis.stats import Estimate
-from analysis.verdicts import judge_part, with_units
+from analysis.variance import Spread
+from analysis.verdicts import judge_units, with_units
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,19 @@ class Specification:
     verdict: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """All specifications of one claim."""
+
+    all: list[Specification]
+    joint_p: float | None
+    """How often specifications would agree with the claim so well by chance, all taken together.
+    None where no seed has all of them."""
+
+
 def specifications(
     sweep: RunTables, trials: pl.DataFrame, alpha: float = ALPHA
-) -> dict[str, list[Specification]]:
+) -> dict[str, Curve]:
     """Judge every specification of the claims in SPECIFIED.
 
     A run that has no number under a specification is left out of it. A specification for which no
@@ -52,22 +65,91 @@ def specifications(
 
     Args:
         sweep: the runs.
-        trials: as for verdicts.judge.
+        trials: as for verdicts.judge, and the columns of ACROSS_TRIALS.
         alpha: the error rate. Intervals are of 1 - alpha.
     """
-    found: dict[str, list[Specification]] = {}
+    found: dict[str, Curve] = {}
+    units = with_units(trials).join(trials.select("trial_key", *ACROSS_TRIALS), on="trial_key")
     for claim, specified in SPECIFIED.items():
-        choices, rule = specified.choices, CLAIMS[claim].rule(specified.part)
-        values = specified.measure(sweep).drop_nulls("value")
-        rows_of_trials = values.join(with_units(trials), on="trial_key").sort(*choices, "trial_key")
-        found[claim] = []
-        for key, rows in rows_of_trials.group_by(choices, maintain_order=True):
-            one = judge_part(rule, rows, general=False, alpha=alpha)
+        rule = CLAIMS[claim].rule(specified.part)
+        values = specified.measure(sweep).drop_nulls("value").join(units, on="trial_key")
+        choices, rows_of_trials = _across_trials(specified.choices, values)
+        every: list[Specification] = []
+        spreads: list[Spread] = []
+        for key, rows in rows_of_trials.sort(*choices, "trial_key").group_by(
+            choices, maintain_order=True
+        ):
+            spread, one = judge_units(rule, rows, general=False, alpha=alpha)
             chosen = dict(zip(choices, map(str, key), strict=True))
-            found[claim].append(
-                Specification(choices=chosen, estimate=one.estimate, verdict=one.verdict)
-            )
+            every.append(Specification(choices=chosen, estimate=one.estimate, verdict=one.verdict))
+            spreads.append(spread)
+        found[claim] = Curve(all=every, joint_p=joint_p(rule, spreads))
     return found
+
+
+ACROSS_TRIALS = {"corpus.subset": "text", "optim.lr": "rate"}
+"""Knobs of which a specification may take one value alone, and the name of the choice."""
+
+
+def _across_trials(
+    choices: tuple[str, ...], values: pl.DataFrame
+) -> tuple[tuple[str, ...], pl.DataFrame]:
+    """Add a choice for each knob of ACROSS_TRIALS that differs: every value together, or one."""
+    for knob, choice in ACROSS_TRIALS.items():
+        if values[knob].n_unique() > 1:
+            choices = (*choices, choice)
+            together = values.with_columns(pl.lit("every value").alias(choice))
+            alone = values.with_columns(pl.col(knob).cast(pl.String).alias(choice))
+            values = pl.concat([together, alone])
+    return choices, values
+
+
+def joint_p(rule: Part, spreads: Sequence[Spread]) -> float | None:
+    """Return how often so many specifications would agree with a rule by chance.
+
+    Specifications of one sweep agree with each other whatever holds, because they measure the same
+    seeds. Therefore all of them are tested at once (Simonsohn, Simmons & Nelson 2020): under the
+    null hypothesis each seed lies as often above the bound as below it, and flipping the signs of a
+    seed's numbers flips those of all specifications together. The test compares the median over
+    specifications of their t with that after all flips.
+
+    Args:
+        rule: the rule of the claim's part.
+        spreads: the units of each specification. Those with fewer seeds than others are left out.
+    """
+    bound, sign = only_bound(rule)
+    n = max((len(one.units) for one in spreads if one.error is not None), default=0)
+    known = [one.units for one in spreads if one.error is not None and len(one.units) == n]
+    if n < 2:
+        return None
+    units = sign * (np.stack(known) - bound)
+    squares = (units**2).sum(1, keepdims=True)
+
+    def medians(signs: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean = units @ signs / n
+        variance = np.maximum(squares / n - mean**2, 1e-300) / (n - 1)
+        found: NDArray[np.float64] = np.median(mean / np.sqrt(variance), axis=0)
+        return found
+
+    seen = float(medians(np.ones((n, 1)))[0])
+    reached = medians(_flips(n)) >= seen - 1e-9 * abs(seen)
+    return float(reached.mean())
+
+
+EXACT_FLIPS = 12
+"""Up to this many seeds all ways to flip signs are taken."""
+FLIPS = 4001
+"""For more seeds this many, drawn at random."""
+
+
+@functools.lru_cache(maxsize=4)
+def _flips(n: int) -> NDArray[np.float64]:
+    """Return ways to give signs to n seeds, one column for each, the unflipped one first."""
+    if n <= EXACT_FLIPS:
+        return np.array(1 - 2 * (np.arange(2**n) >> np.arange(n)[:, None] & 1), dtype=np.float64)
+    draws = np.random.default_rng(n).integers(0, 2, size=(n, FLIPS))
+    draws[:, 0] = 0
+    return np.array(1 - 2 * draws, dtype=np.float64)
 
 
 STEP = pl.when("is_last").then(pl.lit("the last")).otherwise(pl.col("step").cast(pl.String))

@@ -212,7 +212,7 @@ def judge_one(
     undefined: dict[str, None] = {}
     for (part,), rows in rows_of_trials.group_by("part", maintain_order=True):
         rule = claim.rule(str(part))
-        spread, found = _judge_part(rule, rows, general, alpha)
+        spread, found = judge_units(rule, rows, general, alpha)
         parts[str(part)] = found
         if rule.decides:
             deciding_spreads.append((rule, spread))
@@ -330,10 +330,10 @@ def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALP
         general: whether schemes are units too.
         alpha: the error rate. Intervals are of 1 - alpha.
     """
-    return _judge_part(rule, runs, general, alpha)[1]
+    return judge_units(rule, runs, general, alpha)[1]
 
 
-def _judge_part(
+def judge_units(
     rule: Part, runs: pl.DataFrame, general: bool, alpha: float
 ) -> tuple[Spread, PartFinding]:
     """Judge a part as judge_part does. Return its units, too."""

@@ -98,8 +98,10 @@ KEYS = {
     "rare_tokens.*.never_below_rare_below_common": ESTIMATE,
     "comparisons": ["reference", "claims"],
     "comparisons.claims.*.*.*": [*ESTIMATE, "p", "p_holm"],
-    "specifications.*": ["verdicts", "by_choice", "all"],
-    "specifications.depth_gradient.all.*": ["weight", "measure", "step", *ESTIMATE, "verdict"],
+    "specifications.*": ["verdicts", "by_choice", "joint_p", "all"],
+    "specifications.depth_gradient.all.*": [
+        "weight", "measure", "step", *ESTIMATE, "verdict"
+    ],
     "specifications.rare_falls.all.*": [
         "mask", "group", "step", "baseline", *ESTIMATE, "verdict"
     ],
