@@ -29,6 +29,7 @@ from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
 from analysis.specifications import Curve, Specification, specifications
 from analysis.stats import Estimate, holm, mean_interval, median_interval, share_interval
+from analysis.variance import over_units
 from analysis.verdicts import Comparison, Finding, adjusted, compare, judge, judge_one
 from gptcore.config import Scalar, spelling, varying_knobs
 from gptcore.records import PRIMARY
@@ -481,15 +482,17 @@ def _token_finding(by_run: RunFrames, scheme: str) -> TokenFinding:
 
 
 def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
-    """Average a column over the runs of each seed, because they are not independent.
-
-    A seed that not every subset has is left out.
+    """Return one number for each seed, because the runs of a seed are not independent.
 
     Args:
         runs: columns seed, subset and the column that is averaged. Nulls are left out.
         column: the name of that column.
     """
-    known = runs.drop_nulls(column).sort("seed")
-    complete = known.filter(pl.col("subset").n_unique().over("seed") == known["subset"].n_unique())
-    means = complete.group_by("seed", maintain_order=True).agg(pl.col(column).cast(float).mean())
-    return means[column].to_list()
+    known = runs.drop_nulls(column).select(
+        "seed", config="subset", value=pl.col(column).cast(pl.Float64)
+    )
+    if known.is_empty():
+        return []
+    spread = over_units(known)
+    units: list[float] = spread.units.tolist()
+    return units if spread.error is not None else [spread.mean]

@@ -45,6 +45,7 @@ from analysis.sentences import (
     say_scope,
     say_standing,
     say_where_it_holds,
+    short,
 )
 from gptcore.config import KNOBS, InputError, spelling, varying_knobs
 from tracking.access import private_files, write_for
@@ -210,7 +211,7 @@ def render(
     )
     environment.filters["spelled"] = spelling
     environment.filters["estimate"] = format_estimate
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
+    environment.filters["number"] = lambda value: "–" if value is None else short(value)
     environment.filters["p"] = lambda value: (
         "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
     )

@@ -37,7 +37,10 @@ def say_outcome(name: str, claims: ClaimFindings) -> str:
             "diverged or nothing of their configuration finished."
         )
     if finding.undefined_in:
-        sentences.append(f"Without this number: {', '.join(finding.undefined_in)}.")
+        sentences.append(
+            f"Not defined for {', '.join(finding.undefined_in)}, for example because a weight "
+            "starts at 0 there or a group has too few tokens."
+        )
     sentences += _doubts(finding)
     if contrast := _contrast(finding):
         sentences.append(contrast)

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -249,22 +249,18 @@ class Session:
         self._sweep_run = sweep_run
 
     def _stamped(self, plan: Plan) -> dict[str, str]:
-        """Return the stamp of each trial, which it keeps from when it was first planned.
-
-        A new trial gets no stamp if it has a result already, perhaps in another sweep, or if
-        results were seen when the sweep was widened: a report was built. Interim analyses are no
-        such report, because all their trials were planned before the first one.
-        """
+        """Return the stamp of each trial of a plan, and keep the stamps of earlier plans."""
         if self._stamps is None:
             self._stamps = {}
             if before := self.store.sweep_runs().get(self.name):
                 earlier = read_plan(self.store, before)
                 self._stamps = {key: trial.stamp for key, trial in earlier.trials.items()}
+                # All trials of interim analyses were planned before the first one.
                 self._was_reported = "report_of" in before.data.tags and not self._interim
-        for key in plan.trials:
-            seen = self._was_reported or (key in self.ledger and self.ledger[key].is_done)
-            self._stamps.setdefault(key, "" if seen else digest(plan.claims))
-        return {key: self._stamps[key] for key in plan.trials}
+        seen = {key for key, entry in self.ledger.items() if entry.is_done}
+        stamps = stamps_of(plan.trials, self._stamps, seen, self._was_reported, digest(plan.claims))
+        self._stamps |= stamps
+        return stamps
 
     def _end_sweep_run(self) -> None:
         if not (self._lease and self._lease.taken_by):  # else it is another driver's
@@ -395,6 +391,28 @@ class Session:
 def _written(file: Path) -> int:
     """Return when a file came to be here, which nobody can choose who made a copy of it."""
     return file.lstat().st_ctime_ns
+
+
+def stamps_of(
+    keys: Iterable[str],
+    earlier: Mapping[str, str],
+    seen: Collection[str],
+    reported: bool,
+    current: str,
+) -> dict[str, str]:
+    """Return the stamp of each trial, which it keeps from when it was first planned.
+
+    A new trial gets an empty stamp, so that it can confirm nothing, if a result was seen before:
+    its own, or those of the sweep in a report.
+
+    Args:
+        keys: of the trials.
+        earlier: the stamps of all that was planned before.
+        seen: keys of trials that have a result, perhaps in another sweep.
+        reported: whether the sweep had a report before.
+        current: the digest of the claims and rules.
+    """
+    return {key: earlier.get(key, "" if reported or key in seen else current) for key in keys}
 
 
 def recorded(plan: Plan, stamps: Mapping[str, str]) -> RecordedPlan:

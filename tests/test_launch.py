@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from helpers.trials import TINY, WORDS, flags, key_of, undisturbed_tables
 from sweeps.launch import main
 from sweeps.plan import complete_seeds, make_plan
-from sweeps.presets import PRESETS
+from sweeps.presets import PRESETS, trials_of
 from tracking.address import StoreAddress
 
 
@@ -353,3 +353,15 @@ def test_help_and_debug_wait_for_no_import_that_they_do_not_need():
         [sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout == "set()\n"
+
+
+def test_a_claim_that_there_is_not_is_refused(runs_dir, capsys):
+    assert run("--runs-dir", str(runs_dir), "--claims", "orders") == 2
+    assert "there is no claim orders: did you mean order?" in capsys.readouterr().err
+    assert not runs_dir.exists()
+
+
+def test_the_data_seed_follows_the_seed_unless_it_is_given():
+    assert [one.corpus.data_seed for one in trials_of({"init.seed": [0, 3]})] == [0, 3]
+    given = trials_of({"init.seed": [0, 3], "corpus.data_seed": [5]})
+    assert [one.corpus.data_seed for one in given] == [5, 5]

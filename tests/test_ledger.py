@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from analysis.claims import CLAIMS, digest
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrialConfig
 from helpers.driving import outcome, start
@@ -16,8 +17,10 @@ from helpers.trials import TINY, WORDS, flags
 from sweeps.launch import main
 from sweeps.ledger import holder, read_ledger, sweep_lock, to_redo
 from sweeps.presets import PRESETS
+from sweeps.session import stamps_of
 from tracking.recorder import close_cut_off
 from tracking.store import set_aside
+from tracking.sweep_run import read_plan
 
 
 @pytest.fixture
@@ -162,3 +165,53 @@ def test_a_wider_sweep_runs_the_difference_and_redo_what_it_names(tmp_path):
     assert "9 trials, 8 done, 1 missing, 1 of them to be run again" in said
     again = started()
     assert {name for name in again if again[name] != wider[name]} == {key}
+
+
+def test_a_trial_keeps_its_first_stamp_and_gets_none_after_a_result():
+    first = stamps_of(["a", "b"], {}, seen=set(), reported=False, current="old")
+    assert first == {"a": "old", "b": "old"}
+    wider = stamps_of(
+        ["a", "b", "c", "d"], first, seen={"a", "b", "c"}, reported=False, current="new"
+    )
+    assert wider == {**first, "c": "", "d": "new"}  # c was run by another sweep
+    assert stamps_of(["a", "e"], first, seen={"a"}, reported=True, current="old") == {
+        "a": "old",
+        "e": "",
+    }
+
+
+def plan_of(tmp_path, name):
+    store = store_in(tmp_path)
+    store.open()
+    return read_plan(store, store.sweep_runs()[name])
+
+
+@pytest.mark.full  # five sweeps through Ray
+def test_trials_are_confirmatory_only_if_planned_before_any_result(tmp_path):
+    """The first seeds are; those that are added after a report, or known already, are not."""
+    tiny = [*flags(TrialConfig.from_flat(TINY)), "--no-estimate", "--runs-dir", str(tmp_path)]
+    assert main("doc", PRESETS, [*tiny, "--name", "one", "--init.seed", "0", "1"]) == 0
+    first = plan_of(tmp_path, "one")
+    assert {trial.stamp for trial in first.trials.values()} == {digest()}
+    assert main("doc", PRESETS, [*tiny, "--name", "one", "--init.seed", "0", "1", "2"]) == 0
+    wider = plan_of(tmp_path, "one").trials
+    assert {key: wider[key].stamp for key in first.trials} == dict.fromkeys(first.trials, digest())
+    assert [wider[key].stamp for key in wider.keys() - first.trials.keys()] == [""]
+    found = json.loads((tmp_path / "reports" / "one" / "findings.json").read_text())["claims"]
+    assert found["standing"] == "confirmatory for 2 of 3 trials"
+    assert found["exploratory_trials"] == list(wider.keys() - first.trials.keys())
+    # Under another name, all these trials have been seen.
+    assert main("doc", PRESETS, [*tiny, "--name", "two", "--init.seed", "0", "1"]) == 0
+    assert {trial.stamp for trial in plan_of(tmp_path, "two").trials.values()} == {""}
+
+
+@pytest.mark.full
+def test_a_sweep_may_ask_some_claims_alone(tmp_path):
+    tiny = [*flags(TrialConfig.from_flat(TINY)), "--no-estimate", "--runs-dir", str(tmp_path)]
+    asked = ["--claims", "order", "widening"]
+    assert main("doc", PRESETS, [*tiny, "--name", "some", "--init.seed", "0", "1", *asked]) == 0
+    found = json.loads((tmp_path / "reports" / "some" / "findings.json").read_text())["claims"]
+    assert found["asked"] == ["widening", "order"]
+    assert found["standing"] == "confirmatory"
+    not_asked = {name for name, one in found["here"].items() if one["verdict"] == "not asked"}
+    assert not_asked == set(CLAIMS) - {"order", "widening"}
