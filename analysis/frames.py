@@ -139,7 +139,7 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
         trains on), log_prob (at its last step). And by trial key, why a run cannot be read.
     """
     some = runs_of_lowest_seeds(sweep, SEEDS_OF_LARGE_TABLES)
-    some = some.filter(pl.col("scheme") == some["scheme"].first())
+    some = some.filter(pl.col("scheme") == pl.col("scheme").first())
     if some["corpus.subset"].n_unique() < 2:
         return pl.DataFrame(schema={"trial_key": pl.String}), {}
     keys = some["trial_key"].to_list()

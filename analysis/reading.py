@@ -60,6 +60,20 @@ def read_tables(
     return {table: read_table(table, rows, readable) for table, rows in what.items()}, unreadable
 
 
+def empty_tables(what: Mapping[str, Rows]) -> dict[str, pl.DataFrame]:
+    """Return tables without rows, for a sweep of which no trial has finished."""
+    empty = {
+        table: pl.DataFrame(schema={**schema_of(TABLES[table]), "file": pl.String})
+        for table in what
+    }
+    return {
+        table: rows(empty[table].lazy())
+        .select(pl.col("file").alias("trial_key"), pl.exclude("file"))
+        .collect()
+        for table, rows in what.items()
+    }
+
+
 def read_table(table: str, rows: Rows, folders: Mapping[str, Path]) -> pl.DataFrame:
     """Read one table of many trials, as read_tables does."""
     keys = {str(folder / f"{table}.parquet"): key for key, folder in folders.items()}

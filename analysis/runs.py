@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from analysis.depth_gradient import STEPS
-from analysis.reading import UNREADABLE, Rows, read_tables
+from analysis.reading import UNREADABLE, Rows, empty_tables, read_tables
 from gptcore.config import (
     COMPARED_KNOBS,
     KNOBS,
@@ -57,6 +57,10 @@ class RunTables:
     store: Store
     cache: Path
     sweep_runs: tuple[Run, ...]  # the own MLflow runs of the sweeps
+
+
+ENDED = ("finished", "diverged", "failed")
+"""A sweep can be reported from its first trial with one of these."""
 
 
 class ReadTables(dict[str, pl.DataFrame]):
@@ -125,9 +129,9 @@ def read_sweeps(
     if keys is not None:
         trials = trials.filter(pl.col("trial_key").is_in(list(keys)))
     finished = trials.filter(pl.col("status") == "finished")["trial_key"].to_list()
-    if not finished:
+    if not trials["status"].is_in(ENDED).any():
         condition = f" for which {where}" if where else ""
-        raise InputError(f"sweep {name} has no finished trials yet{condition}")
+        raise InputError(f"sweep {name} has no trials with a result yet{condition}")
     folders: dict[str, Path] = {}
     unreadable: dict[str, str] = {}
     for key in finished:
@@ -136,7 +140,7 @@ def read_sweeps(
         except InputError as error:
             unreadable[key] = str(error)
     _fetch_all(store, cache, READ, folders)
-    tables, damaged = read_tables(READ, folders)
+    tables, damaged = read_tables(READ, folders) if finished else (empty_tables(READ), {})
     unreadable |= damaged
     if not tables:
         key, why = next(iter(unreadable.items()))

@@ -20,6 +20,7 @@ from rich.console import Console
 from analysis.claims import digest
 from analysis.interim import InterimPlan
 from analysis.report import build_report
+from analysis.runs import ENDED
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrainConfig, TrialConfig
 from gptcore.corpus import NO_TEXTS, Texts
@@ -362,8 +363,8 @@ class Session:
         assert self.plan
         file = self.runs_dir / "reports" / self.name / "report.html"
         ledger = read_ledger(self.plan.trials, self.name, self.store, self.runs_dir)
-        if not any(entry.status == "finished" for entry in ledger.values()):
-            self.console.print("no trial finished, so there is nothing to report")
+        if not any(entry.status in ENDED for entry in ledger.values()):
+            self.console.print("no trial has ended, so there is nothing to report")
             return
         made_of = self._report_digest(self.plan, ledger)
         if file.is_file() and self.sweep_run.report_of() == f"{made_of} {_written(file)}":

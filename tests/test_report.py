@@ -229,7 +229,7 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
         (["--where", "corpus.name = '/tmp/my.txt'"], "is true of none of the 6 trials"),
         (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
         (["--where", "drop ("], "takes a condition on knobs such as"),
-        (["--where", "init.seed > 2"], "has no finished trials yet for which init.seed > 2"),
+        (["--where", "init.seed > 2"], "has no trials with a result yet for which init.seed > 2"),
         (["--nmae", "x"], "unrecognized arguments: --nmae x"),
         (["--out", "/proc/report"], "the report folder /proc/report cannot be written"),
     ],
@@ -368,3 +368,56 @@ def test_a_sweep_over_bytes_says_what_cannot_be_measured(tmp_path, capsys):
     assert found["depth_gradient"]["parts"]["tau"]["estimate"]["seeds"] == 2
     page = (folder / "report.html").read_text()
     assert "Not measured: no finished run has the numbers for it" in page
+
+
+def of(**knobs):
+    return {knob.replace("__", "."): value for knob, value in knobs.items()}
+
+
+ODD_SWEEPS = {
+    "all runs diverged": [of(init__seed=seed, optim__lr=1e30) for seed in (0, 1)],
+    "Q starts at 0": [
+        of(init__scheme="mup", model__tied=False, init__seed=seed) for seed in (0, 1)
+    ],
+    "one seed": [of(init__scheme=scheme) for scheme in ("gpt2", "model5")],
+    "one scheme": [of(init__scheme="gpt2", init__seed=seed) for seed in range(3)],
+    "a scheme that diverged": [
+        *(of(init__scheme="gpt2", init__seed=seed) for seed in (0, 1)),
+        *(of(init__scheme="model5", init__seed=seed, optim__lr=1e30) for seed in (0, 1)),
+    ],
+    "one seed missing in each configuration": [
+        of(init__scheme=scheme, init__seed=seed)
+        for number, scheme in enumerate(("gpt2", "model5", "normal"))
+        for seed in range(3)
+        if seed != number
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(odd, marks=() if odd in list(ODD_SWEEPS)[:2] else pytest.mark.full)
+        for odd in ODD_SWEEPS
+    ],
+)
+def test_every_sweep_with_a_result_gives_a_report_in_which_nothing_is_missing(odd, tmp_path):
+    make_sweep(store_address(tmp_path).uri, tmp_path, "odd", ODD_SWEEPS[odd], base=TINY)
+    assert main(["--runs-dir", str(tmp_path), "--name", "odd"]) == 0
+    folder = tmp_path / "reports" / "odd"
+    found = json.loads((folder / "findings.json").read_text())
+    assert set(found["claims"]["here"]) == set(CLAIMS)
+    assert len(found["runs"]) == len(ODD_SWEEPS[odd])
+    verdicts = {name: one["verdict"] for name, one in found["claims"]["here"].items()}
+    if odd == "all runs diverged":
+        assert set(verdicts.values()) == {NOT_MEASURED}
+        assert found["trials"]["diverged"] == 2
+    if odd == "Q starts at 0":
+        assert verdicts["widening"] == NOT_MEASURED
+        assert "tau of q" not in found["claims"]["here"]["depth_gradient"]["parts"]
+    if odd == "a scheme that diverged":
+        assert not set(verdicts.values()) & {"supported", "contradicted"}
+    if odd == "one seed missing in each configuration":
+        assert found["claims"]["here"]["mask_matters"]["seeds"] == 3
+    page = (folder / "report.html").read_text()
+    assert all(f'id="claim-{name}"' in page for name in CLAIMS)

@@ -112,7 +112,7 @@ def test_a_sweep_without_finished_trials_is_refused(tmp_path, capsys):
     )
     SweepRun(store, store.open_experiment("empty", tmp_path), plan, launched=1)
     assert main(["--runs-dir", str(tmp_path)]) == 2
-    assert "sweep empty has no finished trials yet" in capsys.readouterr().err
+    assert "sweep empty has no trials with a result yet" in capsys.readouterr().err
 
 
 def tables_of(runs_dir, table, sweep):
