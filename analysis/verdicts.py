@@ -209,7 +209,7 @@ def judge_one(
     parts: dict[str, PartFinding] = {}
     tested: list[tuple[PValues, PValues]] = []  # without and with the runs counted against it
     deciding_spreads: list[tuple[Part, Spread]] = []
-    undefined: dict[str, None] = {}
+    defined: set[str] = set()  # configurations with a number for some part that decides
     for (part,), rows in rows_of_trials.group_by("part", maintain_order=True):
         rule = claim.rule(str(part))
         spread, found = judge_units(rule, rows, general, alpha)
@@ -218,7 +218,7 @@ def judge_one(
             deciding_spreads.append((rule, spread))
             of_finished = _tests_of(found)
             tested.append((of_finished, _strict(rule, rows, against, general, of_finished)))
-            undefined |= dict.fromkeys(one for one in finished if one not in set(rows["config"]))
+            defined |= set(rows["config"])
     missing = any(
         part != "*" and rule.decides and part not in parts for part, rule in claim.parts.items()
     )
@@ -236,7 +236,7 @@ def judge_one(
             seeds=max((part.estimate.seeds for part in deciding), default=0),
             schemes=rows["init.scheme"].n_unique(),
             configurations=max((part.configurations for part in deciding), default=0),
-            undefined_in=tuple(undefined),
+            undefined_in=tuple(one for one in finished if one not in defined) if parts else (),
             parts=parts,
         ),
         tests=strict,
