@@ -235,7 +235,8 @@ def judge_sweep(sweep: RunTables, alpha: float) -> dict[str, Finding]:
     """Judge the claims that a sweep asks for its configurations, at an error rate alpha."""
     claims = {name: CLAIMS[name] for name in asked_of(sweep)}
     values = {name: claim.measure(sweep) for name, claim in claims.items()}
-    return judge(claims, values, trials_to_judge(sweep), general=False, alpha=alpha)
+    trials = trials_to_judge(sweep)
+    return judge(claims, values, trials, general=False, alpha=alpha, forecasts=True)
 
 
 def asked_of(sweep: RunTables) -> list[str]:
@@ -270,7 +271,7 @@ def claim_findings(
         if trials[knob].n_unique() > 1
     }
     current: Mapping[str, Finding] = plan.current_findings() if plan else {}
-    here = current or judge(claims, values, trials, general=False, alpha=alpha)
+    here = current or judge(claims, values, trials, general=False, alpha=alpha, forecasts=True)
     general = (
         judge(claims, values, trials, alpha=alpha) if trials["init.scheme"].n_unique() > 1 else None
     )

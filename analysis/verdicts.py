@@ -114,6 +114,8 @@ def judge(
     trials: pl.DataFrame,
     general: bool = True,
     alpha: float = ALPHA,
+    *,
+    forecasts: bool = False,
 ) -> dict[str, Finding]:
     """Judge claims on some trials. They share one error rate.
 
@@ -127,12 +129,14 @@ def judge(
             only.
         alpha: the error rate. Intervals are of 1 - alpha, and an adjusted p-value has to be below
             alpha.
+        forecasts: whether to forecast the seeds that would decide each underpowered claim, which
+            takes a third of the time.
     """
     unadjusted = {
         name: judge_one(claim, values[name], trials, general, alpha)
         for name, claim in claims.items()
     }
-    return adjusted(unadjusted, shares_of_error(list(claims)), alpha)
+    return adjusted(unadjusted, shares_of_error(list(claims)), alpha, forecasts=forecasts)
 
 
 Name = TypeVar("Name", str, tuple[str, str])
@@ -140,7 +144,11 @@ Name = TypeVar("Name", str, tuple[str, str])
 
 
 def adjusted(
-    unadjusted: Mapping[Name, Unadjusted], shares: Mapping[Name, float], alpha: float
+    unadjusted: Mapping[Name, Unadjusted],
+    shares: Mapping[Name, float],
+    alpha: float,
+    *,
+    forecasts: bool = False,
 ) -> dict[Name, Finding]:
     """Correct findings for their number (Holm) and give them their verdicts.
 
@@ -148,6 +156,7 @@ def adjusted(
         unadjusted: the findings that share one error rate.
         shares: the share of the error rate that each has at first.
         alpha: the error rate.
+        forecasts: as for judge.
     """
     strict = _verdicts({name: one.tests for name, one in unadjusted.items()}, shares, alpha)
     mild = _verdicts({name: one.of_finished for name, one in unadjusted.items()}, shares, alpha)
@@ -161,7 +170,7 @@ def adjusted(
                 verdict_of_finished=mild[name].verdict,
                 p_holm=strict[name].p,
             )
-            if found.verdict == UNDERPOWERED and one.deciding:
+            if forecasts and found.verdict == UNDERPOWERED and one.deciding:
                 found = replace(found, forecast=forecast(one.deciding, strict[name].alpha))
         findings[name] = found
     return findings

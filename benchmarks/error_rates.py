@@ -1,0 +1,280 @@
+"""How often are verdicts false, how often are effects found, and do intervals cover?
+
+    python benchmarks/error_rates.py [--sweeps 1000] [errors] [power] [coverage]
+
+Simulates the numbers of runs: every claim at its bound under noise of several kinds, effects of
+several sizes, and sweeps whose variance lies between schemes, between seeds, or both. Takes about
+an hour for 1,000 sweeps of everything. No run is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+if __name__ == "__main__":
+    # Import from the root of the checkout, also where a package of that name is installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from analysis.claims import CLAIMS, Part
+from analysis.decisions import CONTRADICTED, SUPPORTED
+from analysis.depth_gradient import gradient_tau
+from analysis.stats import Estimate
+from analysis.verdicts import judge, judge_part
+
+SEEDS = (4, 8, 12, 20, 40)
+Numbers = NDArray[np.float64]
+Draw = Callable[[np.random.Generator, int], Numbers]
+
+
+def lognormal(sd: float, sign: int) -> Draw:
+    """Return a draw of lognormal numbers with the mean 0, skewed to the side of `sign`."""
+    return lambda rng, n: sign * (np.exp(sd * rng.standard_normal(n)) - np.exp(sd**2 / 2))
+
+
+def taus(rng: np.random.Generator, n: int) -> Numbers:
+    """Draw taus of six layers that grow in any order."""
+    layers = pl.DataFrame({"run": np.repeat(np.arange(n), 6), "layer": np.tile(np.arange(6), n)})
+    growth = layers.with_columns(growth=pl.Series(rng.random(6 * n)))
+    return gradient_tau(growth, ["run"])["tau"].to_numpy()
+
+
+NOISE: dict[str, Draw] = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "t2": lambda rng, n: rng.standard_t(2, n),
+    "t3": lambda rng, n: rng.standard_t(3, n),
+    "lognormal .5": lognormal(0.5, 1),
+    "-lognormal .5": lognormal(0.5, -1),
+    "lognormal 1": lognormal(1.0, 1),
+    "-lognormal 1": lognormal(1.0, -1),
+    "taus": taus,
+}
+MEDIANS = {
+    f"{sign}lognormal {name}": (1 if not sign else -1) * (1 - np.exp(sd**2 / 2))
+    for sign in ("", "-")
+    for name, sd in ((".5", 0.5), ("1", 1.0))
+}
+"""The medians of noise whose median is not 0."""
+
+
+def bound_of(part: Part, at: str) -> float:
+    """Return the number at which a rule is neither shown nor contradicted: a bound of it."""
+    if at == "against" and part.against is not None:
+        return part.against
+    bound = part.high if part.low is None else part.low
+    assert bound is not None, "a rule has a bound"
+    return bound
+
+
+def null_sweep(
+    noise: str, n: int, rng: np.random.Generator, share: float, at: str
+) -> tuple[dict[str, pl.DataFrame], Numbers]:
+    """Draw the numbers of every claim at its bound.
+
+    Args:
+        noise: a key of NOISE.
+        n: the number of seeds.
+        rng: draws.
+        share: the correlation between claims.
+        at: `bound`, or `against` for the bound of contradiction.
+
+    Returns:
+        By claim the numbers of its measure; and what all claims share of each seed.
+    """
+    shared = NOISE[noise](rng, n)
+    values: dict[str, pl.DataFrame] = {}
+    for name, claim in CLAIMS.items():
+        own = np.sqrt(share) * shared + np.sqrt(1 - share) * NOISE[noise](rng, n)
+        frames = []
+        for label, part in claim.parts.items():
+            bound = bound_of(part, at)
+            if part.centre == "share":
+                numbers = (rng.random(n) < bound).astype(float)
+            else:
+                centre = MEDIANS.get(noise, 0.0) if part.centre == "median" else 0.0
+                numbers = bound + 0.3 * (own - centre)
+            frames.append(numbers_of(label, numbers))
+        values[name] = pl.concat(frames)
+    return values, shared
+
+
+def numbers_of(part: str, numbers: Numbers) -> pl.DataFrame:
+    """Return the numbers of a part, run by run, as a measure gives them."""
+    keys = [str(seed) for seed in range(len(numbers))]
+    return pl.DataFrame({"trial_key": keys, "part": part, "value": numbers})
+
+
+def trials_of(status: Sequence[str]) -> pl.DataFrame:
+    """Return the trials of one configuration that ended so."""
+    seeds = list(range(len(status)))
+    return pl.DataFrame(
+        {"trial_key": list(map(str, seeds)), "status": status, "config": "only", "seed": seeds}
+    )
+
+
+def false_verdicts(
+    noise: str,
+    n: int,
+    sweeps: int,
+    share: float = 0.0,
+    at: str = "bound",
+    missing: float = 0.0,
+    diverging: float = 0.0,
+) -> float:
+    """Return the share of sweeps in which any claim is supported or contradicted, all at a bound.
+
+    Args:
+        noise, n, share, at: as for null_sweep.
+        sweeps: how many.
+        missing: the share of runs that failed, at random.
+        diverging: the share of runs that diverged, those with the lowest numbers.
+    """
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(sweeps):
+        values, shared = null_sweep(noise, n, rng, share, at)
+        status = np.where(rng.random(n) < missing, "failed", "finished")
+        status[np.argsort(shared)[: int(np.ceil(diverging * n))]] = "diverged"
+        trials = trials_of(status.tolist())
+        seen = trials.filter(status="finished").select("trial_key")
+        kept = {name: one.join(seen, on="trial_key", how="semi") for name, one in values.items()}
+        found = judge(CLAIMS, kept, trials, general=False)
+        wrong += any(one.verdict in (SUPPORTED, CONTRADICTED) for one in found.values())
+    return wrong / sweeps
+
+
+CASES: dict[str, Mapping[str, float | str]] = {
+    "at the bounds": {},
+    "at the bounds against": {"at": "against"},
+    "correlation 0.5": {"share": 0.5},
+    "correlation 0.95": {"share": 0.95},
+    "10% of runs missing": {"missing": 0.1},
+    "the worst 10% diverge, all claims alike": {"diverging": 0.1, "share": 0.95},
+}
+
+
+def errors(sweeps: int) -> None:
+    """Print how often any verdict is false, in percent."""
+    print("any false verdict, % of sweeps, by number of seeds", *SEEDS)
+    for case, options in CASES.items():
+        for noise in NOISE if case.startswith("at") else ("normal", "lognormal .5", "taus"):
+            rates = [100 * false_verdicts(noise, n, sweeps, **options) for n in SEEDS]  # type: ignore[arg-type]
+            print(f"| {case} | {noise} | " + " | ".join(f"{one:.1f}" for one in rates), flush=True)
+
+
+def power(sweeps: int) -> None:
+    """Print how often claims are supported whose numbers all lie beyond their bounds."""
+    print("supported, %: depth_gradient / never_suppressed / mean of all others")
+    sizes = (4, 6, 8, 12, 20)
+    for effect in (0.5, 1.0, 2.0, 4.0, 8.0):
+        cells = []
+        for n in sizes:
+            rng, counts = np.random.default_rng(0), np.zeros(3)
+            for _ in range(sweeps):
+                values = {
+                    name: pl.concat(
+                        [
+                            numbers_of(label, beyond(part, effect, rng, n))
+                            for label, part in claim.parts.items()
+                        ]
+                    )
+                    for name, claim in CLAIMS.items()
+                }
+                found = judge(CLAIMS, values, trials_of(["finished"] * n), general=False)
+                held = {name: one.verdict == SUPPORTED for name, one in found.items()}
+                headline = held.pop("depth_gradient"), held.pop("never_suppressed")
+                counts += [*headline, np.mean(list(held.values()))]
+            cells.append(" / ".join(f"{100 * one / sweeps:.0f}" for one in counts))
+        print(f"| {effect} sd | " + " | ".join(cells), flush=True)
+
+
+def beyond(part: Part, effect: float, rng: np.random.Generator, n: int) -> Numbers:
+    """Draw numbers whose centre is so many standard deviations on the claim's side of the bound."""
+    noise = rng.standard_normal(n)
+    if part.centre == "share":
+        return np.ones(n)
+    if part.low is not None and part.high is not None:
+        return (part.low + part.high) / 2 + (part.high - part.low) / 2 / effect * noise
+    if part.low is not None:
+        return part.low + 0.1 * (effect + noise)
+    assert part.high is not None
+    return part.high - 0.1 * (effect + noise)
+
+
+SPLITS = {
+    "schemes": (1.0, 0.1, 0.05, 0.15),
+    "seeds": (0.05, 0.05, 1.0, 0.3),
+    "even": (0.2, 0.2, 0.2, 0.4),
+}
+"""Variances of schemes, of configurations in a scheme, of seeds, and of runs."""
+
+
+def coverage(sweeps: int) -> None:
+    """Print how often 95% intervals cover what they are about."""
+    print("covered, %: here / one scheme / in general / another scheme, for 2, 4, 8, 16 seeds")
+    for name, variances in SPLITS.items():
+        for n_schemes in (2, 6, 12, 22):
+            for n_configs in (1, 3, 9):
+                cells = [
+                    covered((n_schemes, n_configs, n), np.sqrt(variances), sweeps)
+                    for n in (2, 4, 8, 16)
+                ]
+                print(f"| {name} | {n_schemes} x {n_configs} | " + " | ".join(cells), flush=True)
+
+
+def covered(shape: tuple[int, int, int], sds: Numbers, sweeps: int) -> str:
+    """Return the coverage of the four intervals for sweeps of one shape."""
+    rng, rule, hits, few = np.random.default_rng(0), Part(centre="mean", low=0.0), *np.zeros((2, 4))
+    n_schemes, n_configs, n_seeds = shape
+    scheme, config, seed = (one.ravel() for one in np.indices(shape))
+    for _ in range(sweeps):
+        base = rng.normal(0, sds[0], (n_schemes, 1)) + rng.normal(0, sds[1], shape[:2])
+        runs = base[:, :, None] + rng.normal(0, sds[2], n_seeds) + rng.normal(0, sds[3], shape)
+        another = rng.normal(0, sds[0]) + rng.normal(0, sds[1], n_configs).mean()
+        frame = pl.DataFrame(
+            {"scheme": scheme, "config": scheme * n_configs + config, "seed": seed,
+             "data_seed": seed, "value": runs.ravel()}
+        )  # fmt: skip
+        general = judge_part(rule, frame, general=True)
+        assert general.prediction is not None
+        about: list[tuple[Estimate, float]] = [
+            (judge_part(rule, frame, general=False).estimate, base.mean()),
+            (judge_part(rule, frame.filter(scheme=0), general=False).estimate, base[0].mean()),
+            (general.estimate, 0.0),
+            (general.prediction, another),
+        ]
+        for i, (estimate, truth) in enumerate(about):
+            if estimate.low is None or estimate.high is None:
+                few[i] += 1
+            else:
+                hits[i] += estimate.low <= truth <= estimate.high
+    known = np.maximum(1, sweeps - few)
+    return " / ".join(
+        "too few" if missing == sweeps else f"{100 * hit / of:.1f}"
+        for hit, of, missing in zip(hits, known, few, strict=True)
+    )
+
+
+STUDIES = {"errors": errors, "power": power, "coverage": coverage}
+
+
+def main() -> int:
+    """Run the command. Return its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="[all of them]")
+    parser.add_argument("--sweeps", type=int, default=1000, help="of each kind [1000]")
+    args = parser.parse_args()
+    for name in args.studies or STUDIES:
+        STUDIES[name](args.sweeps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
