@@ -120,7 +120,7 @@ def drawn(rng, shape, variances):
     ],
 )
 def test_intervals_cover_the_truth_that_they_are_about(shape, missing, sweeps, variances, capsys):
-    rng, covered = np.random.default_rng(0), np.zeros(4)
+    rng, covered, known = np.random.default_rng(0), np.zeros(4), np.zeros(4)
     for _ in range(sweeps):
         numbers, truths = drawn(rng, shape, SHARES[variances])
         runs = frame(numbers, rng.random(shape) >= missing)
@@ -131,9 +131,12 @@ def test_intervals_cover_the_truth_that_they_are_about(shape, missing, sweeps, v
             general.estimate,
             general.prediction,
         )
-        covered += [one.low <= truth <= one.high
+        # A single scheme of four seeds may have lost all but one.
+        known += [one.low is not None for one in estimates]
+        covered += [one.low is not None and one.low <= truth <= one.high
                     for one, truth in zip(estimates, truths, strict=True)]  # fmt: skip
-    rates = covered / sweeps
+    assert known.min() > 0.95 * sweeps
+    rates = covered / known
     with capsys.disabled():
         said = ", ".join(f"{rate:.1%}" for rate in rates)
         print(

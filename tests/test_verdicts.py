@@ -327,7 +327,7 @@ def null_numbers(part, rng, n_configs, n_seeds):
     [
         (6, 12, 40),
         pytest.param(1, 12, 1000, marks=pytest.mark.full),
-        pytest.param(12, 12, 150, marks=pytest.mark.full),
+        pytest.param(12, 12, 100, marks=pytest.mark.full),
     ],
 )
 def test_sweeps_in_which_nothing_holds_seldom_decide_anything(n_configs, n_seeds, sweeps, capsys):
