@@ -114,14 +114,16 @@ def detectable(n_seeds: int, alpha: float = ALPHA) -> float:
     Returns:
         The distance of a mean from its bound, in standard deviations between seeds.
     """
-    t = critical_t(n_seeds - 1.0, alpha)
+    t, df = critical_t(n_seeds - 1.0, alpha), n_seeds - 1
+    # scipy's noncentral t has no numbers for the large t of few seeds. The sd that is estimated, in
+    # units of the true one, takes each of these values equally often.
+    sds = np.sqrt(stats.chi2.ppf((np.arange(1000) + 0.5) / 1000, df) / df)
 
     def excess_misses(effect: float) -> float:
-        misses = float(stats.nct.cdf(t, n_seeds - 1, effect * math.sqrt(n_seeds)))
-        return misses - (1 - POWER)
+        misses = stats.norm.cdf(t * sds - effect * math.sqrt(n_seeds)).mean()
+        return float(misses) - (1 - POWER)
 
-    highest = 2 * t / math.sqrt(n_seeds) + 10
-    return float(optimize.brentq(excess_misses, 0.0, highest))
+    return float(optimize.brentq(excess_misses, 0.0, 10 + 10 * t))
 
 
 @functools.lru_cache(maxsize=4096)

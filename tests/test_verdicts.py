@@ -389,6 +389,7 @@ def test_planted_effects_are_found_with_the_power_that_is_promised():
         )
         assert found / 600 == pytest.approx(0.8, abs=0.07)
     assert detectable(8, 0.001) > detectable(8) > detectable(20)
+    assert detectable(2, 1e-9) > 1e6  # and it is a number
 
 
 def test_the_least_seeds_of_a_claim_can_support_it_and_one_fewer_cannot():
