@@ -210,8 +210,9 @@ def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
     ]
 
 
+TEXT = "text"
 SCOPE = {
-    "corpus.name": "on",
+    "corpus.name": TEXT,
     "model.d_model": "d_model",
     "model.n_layer": "n_layer",
     "optim.lr": "lr",
@@ -320,7 +321,10 @@ def judge_by(
             unadjusted[label, name] = judge_one(claim, numbers, some, False, alpha)
     shares = shares_of_error(list(claims))
     found = adjusted(
-        unadjusted, {(label, name): shares[name] / len(labels) for label, name in unadjusted}, alpha
+        unadjusted,
+        {(label, name): shares[name] / len(labels) for label, name in unadjusted},
+        alpha,
+        forecasts=True,
     )
     return {label: {name: found[label, name] for name in claims} for label in labels}
 

@@ -42,9 +42,9 @@ from analysis.sentences import (
     say_forecast,
     say_interim,
     say_outcome,
-    say_scope,
     say_standing,
     say_where_it_holds,
+    scope_of,
     short,
 )
 from gptcore.config import KNOBS, InputError, spelling, varying_knobs
@@ -174,7 +174,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
         ", ".join(f"{count} {status}" for status, count in findings.trials.items() if count)
         + f" trials; {claims.standing} (claims {claims.digest}).",
         "",
-        in_markdown(say_scope(findings)),
+        in_markdown(f"Every verdict is about training {scope_of(findings)}."),
         *([f"\n{say_interim(findings.interim)}"] if findings.interim else []),
         *(f"\nNote: {in_markdown(note)}" for note in findings.notes),
         "",
@@ -187,7 +187,7 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
             for name in shown
         ),
         "",
-        *(f"- `{name}`: {in_markdown(say_outcome(name, claims))}" for name in shown),
+        *(f"- `{name}`: {in_markdown(say_outcome(name, findings))}" for name in shown),
     ]
     return "\n".join(lines) + "\n"
 
@@ -229,7 +229,7 @@ def render(
         claims={name: CLAIMS[name] for name in shown},
         say_forecast=say_forecast,
         say_outcome=say_outcome,
-        say_scope=say_scope,
+        scope_of=scope_of,
         say_standing=say_standing,
         say_where_it_holds=say_where_it_holds,
         say_interim=say_interim,

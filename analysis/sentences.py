@@ -6,7 +6,7 @@ from collections import Counter
 
 from analysis.claims import CLAIMS, Claim
 from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED
-from analysis.findings import ClaimFindings, Findings, InterimSummary
+from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
 from analysis.interim import InterimFinding
 from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
@@ -18,12 +18,13 @@ CLEAR_TAU = 0.2
 """Two taus of opposite signs contradict each other where both are larger than this."""
 
 
-def say_outcome(name: str, claims: ClaimFindings) -> str:
-    """Say the verdict on a claim as a paper would: with its numbers, by scheme, and in general."""
+def say_outcome(name: str, findings: Findings) -> str:
+    """Say the verdict on a claim as a paper would: with its scope, by scheme, and in general."""
+    claims = findings.claims
     claim, finding = CLAIMS[name], claims.here[name]
     if finding.verdict == NOT_ASKED:
         return "Not asked: the sweep was started with --claims, without this one."
-    sentences = [_verdict_and_numbers(claim, finding)]
+    sentences = [_verdict_and_numbers(claim, finding, scope_of(findings))]
     if finding.depends_on:
         sentences.append(say_dependence(finding))
     if held := say_where_it_holds(name, claims):
@@ -49,7 +50,7 @@ def say_outcome(name: str, claims: ClaimFindings) -> str:
     return " ".join(sentences)
 
 
-def _verdict_and_numbers(claim: Claim, finding: Finding) -> str:
+def _verdict_and_numbers(claim: Claim, finding: Finding, scope: str) -> str:
     if finding.verdict == NOT_MEASURED:
         return "Not measured: " + (
             "these runs have only some of the numbers that it needs."
@@ -69,7 +70,7 @@ def _verdict_and_numbers(claim: Claim, finding: Finding) -> str:
     p = "" if finding.p_holm is None else f", adjusted p = {finding.p_holm:.2g}"
     verdict = finding.verdict.capitalize()
     verdict += f", {finding.course}" if finding.course else ""
-    return f"{verdict}: {numbers} ({claim.unit}; {over}{p})."
+    return f"{verdict} {scope}: {numbers} ({claim.unit}; {over}{p})."
 
 
 def say_dependence(finding: Finding) -> str:
@@ -169,10 +170,12 @@ def say_standing(claims: ClaimFindings) -> str:
     return f"{claims.standing.capitalize()}; the others {why}: {some}."
 
 
-def say_scope(findings: Findings) -> str:
-    """Say what all verdicts are about: size, learning rate, steps and text."""
-    parts = (f"{name} {' and '.join(values)}" for name, values in findings.scope.items())
-    return f"All verdicts are about this: {', '.join(parts)}."
+def scope_of(findings: Findings) -> str:
+    """Say what a verdict is about: `at d_model 64, n_layer 6, lr 0.001, steps 200, on gulliver`."""
+    sizes = [
+        f"{name} {' and '.join(values)}" for name, values in findings.scope.items() if name != TEXT
+    ]
+    return f"at {', '.join(sizes)}, on {' and '.join(findings.scope[TEXT])}"
 
 
 def say_interim(interim: InterimSummary) -> str:
