@@ -39,6 +39,7 @@ from analysis.reading import UNREADABLE
 from analysis.runs import RunTables, read_sweeps
 from analysis.sentences import (
     format_estimate,
+    holds_in,
     say_forecast,
     say_interim,
     say_outcome,
@@ -202,6 +203,8 @@ def render(
     """Return the page: one HTML file that needs no other file."""
     charts = drawn(frames)
     differ = varying_knobs(sweep.trials.to_dicts())
+    if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
+        differ = [knob for knob in differ if knob != "corpus.data_seed"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -231,7 +234,7 @@ def render(
         say_outcome=say_outcome,
         scope_of=scope_of,
         say_standing=say_standing,
-        say_where_it_holds=say_where_it_holds,
+        holds_in=holds_in,
         say_interim=say_interim,
         mlflow_commands=dict.fromkeys(
             sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])

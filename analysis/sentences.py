@@ -82,6 +82,12 @@ def say_dependence(finding: Finding) -> str:
     return " ".join(sentences)
 
 
+def holds_in(name: str, claims: ClaimFindings) -> str:
+    """Return in how many schemes a claim holds: `2 of 4 schemes`."""
+    verdicts = [found[name].verdict for found in claims.by.get("scheme", {}).values()]
+    return f"{verdicts.count(SUPPORTED)} of {counted(len(verdicts), 'scheme')}"
+
+
 def say_where_it_holds(name: str, claims: ClaimFindings) -> str:
     """Say in how many schemes a claim holds; nothing where there is one scheme."""
     schemes = claims.by.get("scheme", {})
@@ -91,19 +97,15 @@ def say_where_it_holds(name: str, claims: ClaimFindings) -> str:
     others = ", ".join(
         f"{verdict} in {n}" for verdict, n in verdicts.items() if verdict != SUPPORTED
     )
-    held = f"Holds in {verdicts[SUPPORTED]} of {counted(len(schemes), 'scheme')}"
+    held = f"Holds in {holds_in(name, claims)}"
     return f"{held}{f' ({others})' if others else ''}."
 
 
 def say_forecast(forecast: Forecast) -> str:
     """Say how many seeds would decide a claim, and how often that comes true."""
-    most = f"{forecast.most} in {POWER:.0%}" if forecast.most else f"over {MAX_SEEDS} in most"
-    half = f"{forecast.half} seeds in half of all cases" if forecast.half else ""
-    sizes = " and ".join(part for part in (half, most) if part)
-    return (
-        f"If more seeds are like these, {sizes} would decide it, most likely as "
-        f"{forecast.would_be}."
-    )
+    half = f"{forecast.half or f'over {MAX_SEEDS}'} seeds would decide it in half of all cases"
+    most = f"{forecast.most or f'over {MAX_SEEDS}'} in {POWER:.0%} of them"
+    return f"If more seeds are like these, {half} and {most}, most likely as {forecast.would_be}."
 
 
 def _doubts(finding: Finding) -> list[str]:

@@ -173,7 +173,7 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
         assert findings["here"][name]["verdict"] in line.lower()
     # Two seeds cannot decide on a median, and the report says how many would.
     assert findings["here"]["depth_gradient"]["verdict"] == UNDERPOWERED
-    assert re.search(r"\d+ seeds in half of all cases", summary)
+    assert re.search(r"\d+ seeds would decide it in half of all cases", summary)
     assert "In general: too few schemes or seeds to say (2 schemes; it takes 3" in summary
     assert list(findings["by"]) == ["scheme"]
 
