@@ -58,7 +58,7 @@ class Claim:
     unit: str  # of the number
     parts: Mapping[str, Part]  # the name `*` means: all parts that the measure names
     measure: Callable[[RunTables], Values]
-    section: str  # a key of analysis.report.SECTIONS; a new section also needs a figure
+    section: str  # a key of analysis.page.SECTIONS; a new section also needs a figure
     course: bool = False  # the parts are one number at several steps, in the order of steps
     over_subsets: bool = False  # the number of a run needs runs on other subsets
 

@@ -2,64 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 import polars.selectors as cs
 
 from analysis import plots
+from analysis.claims import CLAIMS
+from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
+
+FIRST_SCREEN, ALL_CLAIMS, RECORDED = "first screen", "all claims", "recorded"
+"""Sections that are no subject of claims."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """One figure of the report."""
 
-    section: str  # a key of analysis.report.SECTIONS
+    section: str  # a key of analysis.page.SECTIONS, or one of those above
     frame: str  # the name of the frame that is drawn, and of its Parquet file
     draw: Callable[[pl.DataFrame], plots.Chart | None]  # None where there is nothing to show
     caption: str
 
 
-BAND = "Line: mean over the seeds of a scheme and subset. Band: smallest to largest."
+LINES = "Thick: mean over seeds. Thin: one seed."
+BY_SCHEME = (
+    f"A panel is a scheme, of the first {plots.MOST_PANELS} where there are more; the file has all."
+)
+ONE_RUN = "In one run of each scheme; MLflow has the table of every run."
+
+
+def _of_claim(name: str) -> Callable[[pl.DataFrame], plots.Chart | None]:
+    """Return what draws the figure of one claim."""
+
+    def draw(rows: pl.DataFrame) -> plots.Chart | None:
+        some = plots.first_schemes(rows.filter(pl.col("decides"), claim=name))
+        return plots.fig_claim(some) if some.height else None
+
+    return draw
+
 
 FIGURES: dict[str, Figure] = {
+    "qkv_std": Figure(
+        FIRST_SCREEN, "layer_growth", plots.fig_qkv_std,
+        "Do attention weights widen, and where? Standard deviation of the merged QKV weight of "
+        f"each layer over steps. {LINES} {BY_SCHEME}",
+    ),
+    "group_log_probs": Figure(
+        FIRST_SCREEN, "group_log_probs", plots.fig_group_log_probs,
+        "What happens to common, rare and unused tokens? Mean log-probability of token groups over "
+        "steps. Dashed grey: an untrained model, -(ln V + d std^2 / 2). Dotted: the smoothed "
+        f"unigram model of the text. {LINES} {BY_SCHEME}",
+    ),
+    "forest": Figure(
+        ALL_CLAIMS, "forest", plots.fig_forest,
+        "Every claim under every scheme: the centre over seeds and its interval, coloured by the "
+        "verdict. A tall grey tick: what the number has to be above or below. A short one: beyond "
+        "it the claim is contradicted. Of a claim with several numbers, the one that is furthest "
+        "from support.",
+    ),
+    "losses": Figure(
+        "trained", "losses", plots.fig_losses,
+        f"Did it train? Loss over steps, on the batches and on two fixed texts. {LINES}",
+    ),
     "init_errors": Figure(
         "start", "init_errors", plots.fig_init_errors,
         "Standard deviation of each kind of weight at step 0, relative to that of the init scheme. "
         "A dot is one run. Dashed: the claim's margin.",
     ),
-    "qkv_std": Figure(
-        "widening", "layer_growth", plots.fig_qkv_std,
-        f"Standard deviation of the merged QKV weight of each layer over steps. {BAND}",
-    ),
     "growth_by_layer": Figure(
-        "widening", "layer_growth", plots.fig_growth_by_layer,
-        f"Growth at the last step against depth. {BAND}",
+        "widening", "growth_of_kinds", plots.fig_growth_by_layer,
+        "Q, K and V of each layer at the last step: how much their std has grown, how far they "
+        f"have moved, and their std at the start, which growth depends on. {LINES}",
     ),
-    "tau_of_runs": Figure(
-        "depth", "depth_gradient", plots.fig_tau_of_runs,
-        f"tau of every run at its last step. Bar: median. Dashed: 0, and {plots.TAU}: the interval "
-        "of the median has to lie above it.",
+    "law": Figure(
+        "widening", "growth_of_kinds", plots.fig_law,
+        "Growth of Q, K and V against how far they have moved. A dot is a layer, as a mean over "
+        "runs. Dashed: 1/2 ln(1 + x^2), the growth of a weight that moves in random directions.",
     ),
     "tau_over_steps": Figure(
         "depth", "tau_over_steps", plots.fig_tau_over_steps,
-        f"tau over the steps of training. {BAND}",
+        f"tau over the steps of training. {LINES}",
+    ),
+    "tau_by_rate": Figure(
+        "depth", "depth_gradient", plots.fig_tau_by_rate,
+        "tau at the last step against the learning rate. A dot is one run. Line: median of runs.",
     ),
     "histograms": Figure(
         "tails", "histograms", plots.fig_histograms,
         "Distribution of the QKV weights of each layer at one step, in one run of each scheme. "
         "Choose the step with the slider. A normal distribution is a parabola here.",
     ),
-    "group_log_probs": Figure(
-        "tokens", "group_log_probs", plots.fig_group_log_probs,
-        "Mean log-probability of each group of tokens over steps. Dotted: an untrained model, "
-        f"-(ln V + d std^2 / 2). Dashed: the smoothed unigram model of the text. {BAND}",
-    ),
     "rare_by_size": Figure(
         "rare", "rare_by_size", plots.fig_rare_by_size,
-        "Change of the source's rare tokens from step 0 to the last step, against the number of "
+        "Change of the tokens that occur once from step 0 to the last step, against the number of "
         "tokens that a run trains on. A dot is one run. Dashed: the change to ln(1 / N), which a "
         "calibrated model gives to a token that occurs once in N tokens.",
     ),
@@ -87,18 +126,89 @@ FIGURES: dict[str, Figure] = {
             ("never_suppressed", "unused", "Last log-prob of unused tokens above the baseline"),
         )
     },
+    **{
+        f"claim_{name}": Figure(
+            claim.section, "claims", _of_claim(name),
+            f"{claim.says} A grey mark is one run. The coloured one is the centre over seeds with "
+            "its interval, and its colour is the verdict on this number alone. A tall grey tick: "
+            "what it has to be above or below. A short one: beyond it the claim is contradicted.",
+        )
+        for name, claim in CLAIMS.items()
+    },
+    "variance": Figure(
+        RECORDED, "variance", plots.fig_variance,
+        "How the variance of each claim's number splits over what differs between runs.",
+    ),
+    "updates": Figure(
+        RECORDED, "updates",
+        functools.partial(plots.fig_by_kind, value="ratio", title="update / weight (log scale)"),
+        f"RMS of an update over the RMS of its weight, mean over layers. {ONE_RUN}",
+    ),
+    "spectra": Figure(
+        RECORDED, "spectra",
+        functools.partial(plots.fig_by_kind, value="stable_rank", title="stable rank (log scale)"),
+        f"Stable rank of weight matrices, mean over layers. {ONE_RUN}",
+    ),
+    "activations": Figure(
+        RECORDED, "activations", plots.fig_activations,
+        f"RMS of the residual stream behind each block, on the probe text. {ONE_RUN}",
+    ),
+    "attention": Figure(
+        RECORDED, "attention",
+        functools.partial(plots.fig_by_layer, value="entropy_share", title="entropy / its maximum"),
+        "Entropy of attention, as a share of that of uniform attention, mean over heads. "
+        f"{ONE_RUN}",
+    ),
 }  # fmt: skip
 
 
-def drawn(frames: Mapping[str, pl.DataFrame]) -> dict[str, JsonObject]:
-    """Draw the figures for which there are numbers. Return their Vega-Lite by name."""
+def check_figures(names: Sequence[str]) -> None:
+    """Raise InputError for a name that is no figure."""
+    for name in names:
+        if name not in FIGURES:
+            raise InputError(
+                f"there is no figure {name}: {did_you_mean(name, FIGURES)}the figures are "
+                f"{', '.join(FIGURES)}"
+            )
+
+
+def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict[str, JsonObject]:
+    """Draw figures for which there are numbers.
+
+    Args:
+        frames: by name.
+        names: of figures; without names, all.
+
+    Returns:
+        Their Vega-Lite by name.
+    """
     specs = {}
-    for name, figure in FIGURES.items():
+    for name in names or FIGURES:
+        figure = FIGURES[name]
         frame = frames.get(figure.frame)
         if frame is None or frame.is_empty():
             continue
         # More digits cannot be seen, and the page holds many numbers.
-        chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(5)))
+        chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
         if chart is not None:
-            specs[name] = chart.properties(description=figure.caption).to_dict()
+            chart = chart.properties(description=figure.caption)
+            specs[name] = {**chart.to_dict(validate=False), "config": STYLE}
     return specs
+
+
+STYLE: JsonObject = {
+    "background": None,
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": plots.INK,
+        "titleColor": plots.INK,
+        "titleFontWeight": "normal",
+        "domainColor": plots.GREY,
+        "tickColor": plots.GREY,
+        "gridColor": "#80808040",
+    },
+    "legend": {"labelColor": plots.INK, "titleColor": plots.INK, "titleFontWeight": "normal"},
+    "header": {"labelColor": plots.INK, "titleColor": plots.INK},
+    "title": {"color": plots.INK, "fontSize": 11, "anchor": "start"},
+}
+"""How all figures look. Their text has the colour of the page's text, also on a dark page."""

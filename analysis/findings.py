@@ -139,17 +139,17 @@ class Findings:
     runs: Sequence[RunRow]
 
 
-def find(sweep: RunTables, by_run: RunFrames) -> Findings:
+def find(sweep: RunTables, by_run: RunFrames, values: Mapping[str, Values]) -> Findings:
     """Compute the findings of a sweep.
 
     Args:
         sweep: the runs; its trials have the column of with_scheme.
         by_run: their statistics.
+        values: the numbers of every claim.
     """
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
     schemes = sweep.trials["scheme"].unique(maintain_order=True)
-    values = measured(sweep)
     plans = interim_plans(sweep)
     own, alpha = own_plan(sweep, plans), remaining_alpha(plans)
     notes = list(sweep.notes)

@@ -56,7 +56,9 @@ class RunFrames:
     files, and figures choose a frame by the same name.
     """
 
+    losses: pl.DataFrame
     layer_growth: pl.DataFrame
+    growth_of_kinds: pl.DataFrame
     depth_gradient: pl.DataFrame
     tau_over_steps: pl.DataFrame
     group_changes: pl.DataFrame
@@ -66,6 +68,10 @@ class RunFrames:
     rare_by_size: pl.DataFrame
     histograms: pl.DataFrame
     same_tokens: pl.DataFrame
+    updates: pl.DataFrame
+    spectra: pl.DataFrame
+    activations: pl.DataFrame
+    attention: pl.DataFrame
     left_out: pl.DataFrame  # runs whose large tables cannot be read, and why
 
     def by_name(self) -> dict[str, pl.DataFrame]:
@@ -77,9 +83,14 @@ def frames_of_runs(sweep: RunTables) -> RunFrames:
     """Compute all statistics of runs."""
     growth, changes = growth_of(sweep, "qkv"), changes_of(sweep)
     log_probs = primary(sweep.tables["token_groups"].lazy()).collect()
+    rates = sweep.trials.select("trial_key", lr="optim.lr", init_scheme="init.scheme")
     frames = {
+        "losses": losses(sweep),
         "layer_growth": growth,
-        "depth_gradient": depth_gradient(growth),
+        "growth_of_kinds": growth_of_kinds(sweep),
+        "depth_gradient": depth_gradient(growth).join(
+            rates, on="trial_key", maintain_order="left", how="left"
+        ),
         "tau_over_steps": gradient_tau(growth.filter(pl.col("step") > 0), ["trial_key", "step"]),
         "group_changes": changes,
         "group_orders": orders_hold(changes),
@@ -89,11 +100,69 @@ def frames_of_runs(sweep: RunTables) -> RunFrames:
     }
     frames["histograms"], no_histograms = histograms(sweep)
     frames["same_tokens"], no_tokens = same_tokens(sweep)
+    one = runs_of_lowest_seeds(sweep, 1).unique("scheme", keep="first", maintain_order=True)
+    frames |= {
+        name: read_some(name, sweep, one["trial_key"].to_list(), *columns)[0]
+        for name, columns in RECORDED.items()
+    }
     left_out = [*no_histograms.items(), *no_tokens.items()]
     frames["left_out"] = pl.DataFrame(
         left_out, schema={"trial_key": pl.String, "why": pl.String}, orient="row"
     )
     return RunFrames(**{name: with_trial(frame, sweep) for name, frame in frames.items()})
+
+
+RECORDED = {
+    "updates": ("step", "kind", "layer", "ratio"),
+    "spectra": ("step", "kind", "layer", "spectral_norm", "stable_rank"),
+    "activations": ("step", "site", "layer", "rms"),
+    "attention": ("step", "layer", "head", "entropy_share"),
+}
+"""Tables that no claim needs, and what a figure shows of them, in one run of each scheme."""
+MOST_STEPS = 60
+"""A figure of losses shows no more steps."""
+
+
+def losses(sweep: RunTables) -> pl.DataFrame:
+    """Put the losses of training beside those on the fixed texts.
+
+    Returns:
+        One row for each run, text and step, of evenly spaced steps and the last one: trial_key,
+        text, step, loss (nats per token).
+    """
+    names = {"probe": "probe text", "held_out": "held-out text"}
+    train = sweep.tables["training"].select(
+        "trial_key", "step", "loss", text=pl.lit("training batches")
+    )
+    fixed = sweep.tables["text_losses"].select(
+        "trial_key", "step", "loss", text=pl.col("text").replace(names)
+    )
+    last = pl.col("step").max().over("trial_key", "text")
+    each = (last // MOST_STEPS).clip(lower_bound=1)
+    rows = pl.concat([train, fixed]).filter(
+        (pl.col("text") != "training batches") | (pl.col("step") % each == 0)
+        | (pl.col("step") == last)
+    )  # fmt: skip
+    return rows.select("trial_key", "text", "step", "loss")
+
+
+def growth_of_kinds(sweep: RunTables) -> pl.DataFrame:
+    """Compute the growth of Q, K and V at the last step of each run.
+
+    Returns:
+        One row for each run, kind and layer: trial_key, kind, layer, growth, displacement, start
+        (the std at step 0).
+    """
+    frames = [
+        last_steps(growth_of(sweep, kind)).select(
+            "trial_key", "layer", "growth", "displacement", kind=pl.lit(kind),
+            start=pl.col("std") / pl.col("growth").exp(),
+        )
+        for kind in "qkv"
+    ]  # fmt: skip
+    return pl.concat(frames).with_columns(
+        pl.when(pl.col("growth").is_finite()).then("growth"), pl.col("start").fill_nan(0.0)
+    )
 
 
 def runs_of_lowest_seeds(sweep: RunTables, seeds: int) -> pl.DataFrame:

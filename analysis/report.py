@@ -12,60 +12,43 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 if __name__ == "__main__":
     # Import from the root of the checkout, also where a package of that name is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import jinja2
 import polars as pl
-import vl_convert
 
+from analysis.claim_table import estimates, of_claims, weakest
 from analysis.claims import CLAIMS, check_claims
-from analysis.figures import FIGURES, drawn
-from analysis.findings import Findings, find
+from analysis.figures import FIGURES, check_figures, drawn
+from analysis.findings import Findings, find, measured
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
-from analysis.rare_tokens import ORDERS, shuffled_labels
+from analysis.page import render
+from analysis.papers import FORMATS, tables_of, write_figure, write_tables
+from analysis.rare_tokens import shuffled_labels
 from analysis.reading import UNREADABLE
-from analysis.runs import RunTables, read_sweeps
+from analysis.runs import read_sweeps
 from analysis.sentences import (
-    format_estimate,
-    holds_in,
-    say_forecast,
     say_interim,
     say_outcome,
-    say_standing,
     say_where_it_holds,
     scope_of,
-    short,
 )
-from gptcore.config import KNOBS, InputError, spelling, varying_knobs
+from gptcore.config import InputError
 from tracking.access import private_files, write_for
 from tracking.address import store_address
 from tracking.arguments import Parser, give_up_output, prepare_output, print_error
 from tracking.health import store_fault
 from tracking.store import Store
 from tracking.untrusted import check_no_link, in_markdown, one_line, printable
-
-SECTIONS = {
-    "start": "Do weights and probabilities start as they should?",
-    "widening": "Do attention weights widen, and in which block most?",
-    "depth": "Is there a gradient over depth, and does it last?",
-    "tails": "Do the tails of attention weights get longer?",
-    "tokens": "What happens to common, rare and unused tokens?",
-    "rare": "Do rare tokens fall, and is it their frequency?",
-    "unused": "Are unused tokens pushed down, and by what?",
-}
-"""The sections of the report. Every claim and every figure is in one."""
 
 
 def build_report(
@@ -77,6 +60,8 @@ def build_report(
     where: str | None = None,
     claims: Sequence[str] = (),
     shuffle: int | None = None,
+    figures: Sequence[str] = (),
+    formats: Sequence[str] = FORMATS,
 ) -> Path:
     """Write the report of one sweep or of several, and return its folder.
 
@@ -90,12 +75,17 @@ def build_report(
         where: report only the trials for which this SQL expression over the knobs is true.
         claims: show only the verdicts on these claims, corrected for the number of all claims.
         shuffle: a seed. With it, the names of token groups are shuffled within each run.
+        figures: write these figures as files into the folder `figures`, and nothing else. The one
+            name `all` means all.
+        formats: of the files of figures, from FORMATS.
 
     Raises:
         InputError: there is nothing to report, or the folder cannot be written. An earlier report
             in the folder is then left unchanged.
     """
     check_claims(claims)
+    some = [] if list(figures) == ["all"] else figures
+    check_figures(some)
     sweep = read_sweeps(store, names, where, runs_dir / "cache")
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     if shuffle is not None:
@@ -113,36 +103,85 @@ def build_report(
         check_no_link(folder, runs_dir)
     with naming_contradictions(sweep.name):
         by_run = frames_of_runs(sweep)
-        findings = find(sweep, by_run)
-        specified = {
-            f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
-            for claim, found in findings.specifications.items()
+        values = measured(sweep)
+        findings = find(sweep, by_run, values)
+        by_scheme = estimates(findings)
+        frames = {
+            **sweep.tables,
+            **by_run.by_name(),
+            **specified(findings),
+            "claims": of_claims(sweep, values, by_scheme),
+            "variance": variance(findings),
+            "trials": sweep.trials,
         }
-        frames = {**sweep.tables, **by_run.by_name(), **specified, "trials": sweep.trials}
-        page = render(sweep, frames, findings, shown, runs_dir)
+        charts = drawn({**frames, "forest": weakest(by_scheme, findings, shown)}, some)
+        groups = frames["group_changes"]["group"].unique(maintain_order=True).to_list()
+        page = render(sweep, charts, groups, by_run, findings, shown, runs_dir)
         contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
-            (new / "report.html").write_text(page, encoding="utf-8")
-            (new / "findings.json").write_text(contents)
-            (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
-            for table, frame in frames.items():
-                frame.write_parquet(new / f"{table}.parquet")
-            for file in new.iterdir():
-                if (folder / file.name).is_dir():
-                    raise InputError(
-                        f"the report folder {folder} has a folder {file.name} in it, where a file "
-                        "of the report has to be: remove it, or give another --out"
-                    )
-            for file in list(new.iterdir()):
-                file.replace(folder / file.name)
+            for name in charts if figures else ():
+                write_figure(charts[name], new / "figures", name, formats)
+            if not figures:
+                (new / "report.html").write_text(page, encoding="utf-8")
+                (new / "findings.json").write_text(contents)
+                (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
+                write_tables(tables_of(findings, by_scheme), new / "tables")
+                for table, frame in frames.items():
+                    frame.write_parquet(new / f"{table}.parquet")
+            put_in_place(new, folder)
     except OSError as error:
         raise InputError(
             f"the report folder {folder} cannot be written: {error.strerror}"
         ) from error
     return folder
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Move the files of a folder, and of its subfolders, into another one, over earlier files.
+
+    Raises:
+        InputError: there is a folder in the place of a file, or a file in that of a folder. Nothing
+            is then moved.
+    """
+    files = sorted(file.relative_to(new) for file in new.rglob("*") if file.is_file())
+    for file in files:
+        if (folder / file).is_dir():
+            raise InputError(
+                f"the report folder {folder} has a folder {file} in it, where a file of the report "
+                "has to be: remove it, or give another --out"
+            )
+        check_no_link(folder / file.parent, folder.parent)
+    for file in files:
+        (folder / file.parent).mkdir(exist_ok=True)
+        (new / file).replace(folder / file)
+
+
+def specified(findings: Findings) -> dict[str, pl.DataFrame]:
+    """Return the specifications of each claim that has them, as a frame for its figure."""
+    return {
+        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+        for claim, found in findings.specifications.items()
+    }
+
+
+def variance(findings: Findings) -> pl.DataFrame:
+    """Return how the variance of each number that decides a claim splits, where schemes vary.
+
+    Returns:
+        Columns number (`claim: part`), source, share.
+    """
+    general = findings.claims.in_general or {}
+    rows = [
+        (f"{claim}: {part}", source, share)
+        for claim, found in general.items()
+        for part, numbers in found.parts.items()
+        if numbers.decides
+        for source, share in numbers.variance.items()
+    ]
+    return pl.DataFrame(rows, schema=["number", "source", "share"], orient="row")
 
 
 @contextlib.contextmanager
@@ -193,63 +232,6 @@ def summary(findings: Findings, shown: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(
-    sweep: RunTables,
-    frames: Mapping[str, pl.DataFrame],
-    findings: Findings,
-    shown: Sequence[str],
-    runs_dir: Path,
-) -> str:
-    """Return the page: one HTML file that needs no other file."""
-    charts = drawn(frames)
-    differ = varying_knobs(sweep.trials.to_dicts())
-    if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
-        differ = [knob for knob in differ if knob != "corpus.data_seed"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["spelled"] = spelling
-    environment.filters["estimate"] = format_estimate
-    environment.filters["number"] = lambda value: "–" if value is None else short(value)
-    environment.filters["p"] = lambda value: (
-        "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-    )
-    return environment.get_template("report.html.jinja").render(
-        sweep=sweep,
-        findings=findings,
-        charts=charts,
-        figures=FIGURES,
-        sections=SECTIONS,
-        vega=javascript_of_figures(),
-        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
-        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1},
-        groups=frames["group_changes"]["group"].unique(maintain_order=True).to_list(),
-        orders=ORDERS,
-        claims={name: CLAIMS[name] for name in shown},
-        say_forecast=say_forecast,
-        say_outcome=say_outcome,
-        scope_of=scope_of,
-        say_standing=say_standing,
-        holds_in=holds_in,
-        say_interim=say_interim,
-        mlflow_commands=dict.fromkeys(
-            sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])
-            for run in sweep.sweep_runs
-        ),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-
-
-@functools.cache
-def javascript_of_figures() -> str:
-    """Return the JavaScript that draws figures. It is made once, which takes more than a second."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
 def whole_number(text: str) -> int:
     """Parse a seed from the command line."""
     if not text.isdecimal():
@@ -293,6 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shuffle-labels", type=whole_number, metavar="SEED",
         help="as a control, shuffle the names of token groups within each run",
     )  # fmt: skip
+    parser.add_argument(
+        "--figure", nargs="+", default=[], metavar="NAME",
+        help=f"write these figures as files, in place of the page: all, {', '.join(FIGURES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", nargs="+", default=FORMATS, choices=FORMATS, dest="formats",
+        help="of the files of figures [svg pdf png]",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the report [RUNS_DIR/reports/NAME]")
     try:
         args = parser.parse_args(argv)
@@ -306,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = build_report(
                 store, args.name, args.out, args.runs_dir,
                 where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+                figures=args.figure, formats=args.formats,
             )  # fmt: skip
     except InputError as error:
         print_error(error)
@@ -314,7 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     try:
-        print(f"report: {printable(str(folder / 'report.html'))}", flush=True)
+        what = "figures" if args.figure else "report.html"
+        print(f"report: {printable(str(folder / what))}", flush=True)
     except OSError as error:
         give_up_output()
         print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)

@@ -29,7 +29,7 @@ from gptcore.records import PRIMARY
 from tracking.store import Store, named_runs, trial_status
 from tracking.sweep_run import SEARCH_GOALS, RecordedPlan, read_plan
 from tracking.tags import say_incomplete
-from tracking.untrusted import check_no_link
+from tracking.untrusted import check_no_link, one_line
 
 DOWNLOADS = 16
 """How many tables are fetched from a server at the same time."""
@@ -54,9 +54,15 @@ class RunTables:
     gptcore.records that READ keeps."""
     folders: Mapping[str, Path]
     """By trial key the folder of its tables: that of its run, or a folder of the cache."""
+    made_with: Mapping[str, tuple[str, ...]]
+    """By each of PROVENANCE, what the runs of trials say of it."""
     store: Store
     cache: Path
     sweep_runs: tuple[Run, ...]  # the own MLflow runs of the sweeps
+
+
+PROVENANCE = ("git_commit", "versions", "device", "corpus_digest")
+"""Tags of the runs of trials that say what their numbers were made with."""
 
 
 ENDED = ("finished", "diverged", "failed")
@@ -178,6 +184,16 @@ def read_sweeps(
         ),
         tables=ReadTables(tables),
         folders={key: folder for key, folder in folders.items() if key not in unreadable},
+        made_with={
+            tag: tuple(
+                dict.fromkeys(
+                    one_line(runs[key].data.tags[tag])
+                    for key in trials["trial_key"]
+                    if key in runs and runs[key].data.tags.get(tag)
+                )
+            )
+            for tag in PROVENANCE
+        },
         store=store,
         cache=cache,
         sweep_runs=tuple(sweeps),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from analysis.claims import CLAIMS, Claim
-from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED
+from analysis.claims import CLAIMS, Claim, Part
+from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED, only_bound
 from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
 from analysis.interim import InterimFinding
 from analysis.power import MAX_SEEDS, POWER, Forecast
@@ -190,6 +190,17 @@ def say_interim(interim: InterimSummary) -> str:
         f"are decided and {len(interim.undecided)} are undecided. Each analysis spends a part of "
         f"the error rate {ALPHA:.2g} (Lan & DeMets 1983)."
     )
+
+
+def rule_in_words(rule: Part) -> str:
+    """Say where a number has to lie: `> 0.3 (contradicted below 0)`."""
+    if rule.low is not None and rule.high is not None:
+        return f"between {short(rule.low)} and {short(rule.high)}"
+    bound, sign = only_bound(rule)
+    says = f"{'>' if sign > 0 else '<'} {short(bound)}"
+    if rule.against in (None, bound):
+        return says
+    return f"{says} (contradicted {'below' if sign > 0 else 'above'} {short(rule.against)})"
 
 
 def format_estimate(estimate: Estimate) -> str:

@@ -127,7 +127,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
 
 def time_phases(folder: Path) -> dict[str, float]:
     """Measure the seconds of reading a sweep, and of its statistics and verdicts."""
-    from analysis.findings import find
+    from analysis.findings import find, measured
     from analysis.frames import frames_of_runs, with_scheme
     from analysis.runs import read_sweeps
 
@@ -135,7 +135,7 @@ def time_phases(folder: Path) -> dict[str, float]:
     sweep = read_sweeps(store_in(folder), ["scale"], None, Path("unused"))
     read = time.perf_counter()
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
-    find(sweep, frames_of_runs(sweep))
+    find(sweep, frames_of_runs(sweep), measured(sweep))
     return {"reading": read - start, "statistics": time.perf_counter() - read}
 
 

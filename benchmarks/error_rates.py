@@ -3,15 +3,19 @@
     python benchmarks/error_rates.py [--sweeps 1000] [errors] [power] [coverage]
 
 Simulates the numbers of runs: every claim at its bound under noise of several kinds, effects of
-several sizes, and sweeps whose variance lies between schemes, between seeds, or both. Takes about
-an hour for 1,000 sweeps of everything. No run is trained.
+several sizes, and sweeps whose variance lies between schemes, between seeds, or both. Takes some
+hours for 1,000 sweeps of everything. No run is trained. Each line is printed as it is known, in the
+order of the table, and one process works for each --core.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import multiprocessing
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ if __name__ == "__main__":
     # Import from the root of the checkout, also where a package of that name is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis.claims import CLAIMS, Part
+from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import CONTRADICTED, SUPPORTED
 from analysis.depth_gradient import gradient_tau
 from analysis.stats import Estimate
@@ -92,7 +96,7 @@ def null_sweep(
     for name, claim in CLAIMS.items():
         own = np.sqrt(share) * shared + np.sqrt(1 - share) * NOISE[noise](rng, n)
         frames = []
-        for label, part in claim.parts.items():
+        for label, part in deciding(claim).items():
             bound = bound_of(part, at)
             if part.centre == "share":
                 numbers = (rng.random(n) < bound).astype(float)
@@ -102,6 +106,11 @@ def null_sweep(
             frames.append(numbers_of(label, numbers))
         values[name] = pl.concat(frames)
     return values, shared
+
+
+def deciding(claim: Claim) -> dict[str, Part]:
+    """Return the parts that decide a claim. Others do not change a verdict."""
+    return {label: part for label, part in claim.parts.items() if part.decides}
 
 
 def numbers_of(part: str, numbers: Numbers) -> pl.DataFrame:
@@ -158,39 +167,54 @@ CASES: dict[str, Mapping[str, float | str]] = {
 }
 
 
-def errors(sweeps: int) -> None:
-    """Print how often any verdict is false, in percent."""
-    print("any false verdict, % of sweeps, by number of seeds", *SEEDS)
-    for case, options in CASES.items():
+Line = Callable[[], str]
+"""Computes a line of a table. It can be sent to another process."""
+
+
+def errors(sweeps: int) -> Iterator[Line]:
+    """Yield the lines of how often any verdict is false, in percent."""
+    yield functools.partial(str, f"any false verdict, % of sweeps, by number of seeds {SEEDS}")
+    for case in CASES:
         for noise in NOISE if case.startswith("at") else ("normal", "lognormal .5", "taus"):
-            rates = [100 * false_verdicts(noise, n, sweeps, **options) for n in SEEDS]  # type: ignore[arg-type]
-            print(f"| {case} | {noise} | " + " | ".join(f"{one:.1f}" for one in rates), flush=True)
+            yield functools.partial(errors_of, case, noise, sweeps)
 
 
-def power(sweeps: int) -> None:
-    """Print how often claims are supported whose numbers all lie beyond their bounds."""
-    print("supported, %: depth_gradient / never_suppressed / mean of all others")
-    sizes = (4, 6, 8, 12, 20)
+def errors_of(case: str, noise: str, sweeps: int) -> str:
+    """Return the line of one case and noise."""
+    rates = [100 * false_verdicts(noise, n, sweeps, **CASES[case]) for n in SEEDS]  # type: ignore[arg-type]
+    return f"| {case} | {noise} | " + " | ".join(f"{one:.1f}" for one in rates)
+
+
+def power(sweeps: int) -> Iterator[Line]:
+    """Yield the lines of how often claims are supported whose numbers lie beyond their bounds."""
+    yield functools.partial(
+        str, "supported, %: depth_gradient / never_suppressed / mean of all others, 4 to 20 seeds"
+    )
     for effect in (0.5, 1.0, 2.0, 4.0, 8.0):
-        cells = []
-        for n in sizes:
-            rng, counts = np.random.default_rng(0), np.zeros(3)
-            for _ in range(sweeps):
-                values = {
-                    name: pl.concat(
-                        [
-                            numbers_of(label, beyond(part, effect, rng, n))
-                            for label, part in claim.parts.items()
-                        ]
-                    )
-                    for name, claim in CLAIMS.items()
-                }
-                found = judge(CLAIMS, values, trials_of(["finished"] * n), general=False)
-                held = {name: one.verdict == SUPPORTED for name, one in found.items()}
-                headline = held.pop("depth_gradient"), held.pop("never_suppressed")
-                counts += [*headline, np.mean(list(held.values()))]
-            cells.append(" / ".join(f"{100 * one / sweeps:.0f}" for one in counts))
-        print(f"| {effect} sd | " + " | ".join(cells), flush=True)
+        yield functools.partial(power_of, effect, sweeps)
+
+
+def power_of(effect: float, sweeps: int) -> str:
+    """Return the line of one effect, in standard deviations."""
+    cells = []
+    for n in (4, 6, 8, 12, 20):
+        rng, counts = np.random.default_rng(0), np.zeros(3)
+        for _ in range(sweeps):
+            values = {
+                name: pl.concat(
+                    [
+                        numbers_of(label, beyond(part, effect, rng, n))
+                        for label, part in deciding(claim).items()
+                    ]
+                )
+                for name, claim in CLAIMS.items()
+            }
+            found = judge(CLAIMS, values, trials_of(["finished"] * n), general=False)
+            held = {name: one.verdict == SUPPORTED for name, one in found.items()}
+            headline = held.pop("depth_gradient"), held.pop("never_suppressed")
+            counts += [*headline, np.mean(list(held.values()))]
+        cells.append(" / ".join(f"{100 * one / sweeps:.0f}" for one in counts))
+    return f"| {effect} sd | " + " | ".join(cells)
 
 
 def beyond(part: Part, effect: float, rng: np.random.Generator, n: int) -> Numbers:
@@ -214,17 +238,20 @@ SPLITS = {
 """Variances of schemes, of configurations in a scheme, of seeds, and of runs."""
 
 
-def coverage(sweeps: int) -> None:
-    """Print how often 95% intervals cover what they are about."""
-    print("covered, %: here / one scheme / in general / another scheme, for 2, 4, 8, 16 seeds")
-    for name, variances in SPLITS.items():
-        for n_schemes in (2, 6, 12, 22):
-            for n_configs in (1, 3, 9):
-                cells = [
-                    covered((n_schemes, n_configs, n), np.sqrt(variances), sweeps)
-                    for n in (2, 4, 8, 16)
-                ]
-                print(f"| {name} | {n_schemes} x {n_configs} | " + " | ".join(cells), flush=True)
+def coverage(sweeps: int) -> Iterator[Line]:
+    """Yield the lines of how often 95% intervals cover what they are about."""
+    yield functools.partial(
+        str, "covered, %: here / one scheme / in general / another scheme, for 2, 4, 8, 16 seeds"
+    )
+    for name, n_schemes, n_configs in itertools.product(SPLITS, (2, 6, 12, 22), (1, 3, 9)):
+        yield functools.partial(coverage_of, name, n_schemes, n_configs, sweeps)
+
+
+def coverage_of(name: str, n_schemes: int, n_configs: int, sweeps: int) -> str:
+    """Return the line of one split of the variance and one number of configurations."""
+    sds = np.sqrt(SPLITS[name])
+    cells = [covered((n_schemes, n_configs, n), sds, sweeps) for n in (2, 4, 8, 16)]
+    return f"| {name} | {n_schemes} x {n_configs} | " + " | ".join(cells)
 
 
 def covered(shape: tuple[int, int, int], sds: Numbers, sweeps: int) -> str:
@@ -263,6 +290,11 @@ def covered(shape: tuple[int, int, int], sds: Numbers, sweeps: int) -> str:
 STUDIES = {"errors": errors, "power": power, "coverage": coverage}
 
 
+def computed(line: Line) -> str:
+    """Return a line, in the process that computes it."""
+    return line()
+
+
 def main() -> int:
     """Run the command. Return its exit code."""
     parser = argparse.ArgumentParser(
@@ -270,9 +302,13 @@ def main() -> int:
     )
     parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="[all of them]")
     parser.add_argument("--sweeps", type=int, default=1000, help="of each kind [1000]")
+    parser.add_argument("--cores", type=int, default=2, help="processes at work [2]")
     args = parser.parse_args()
-    for name in args.studies or STUDIES:
-        STUDIES[name](args.sweeps)
+    lines = itertools.chain(*(STUDIES[name](args.sweeps) for name in args.studies or STUDIES))
+    # Polars has threads, which a forked process would lack.
+    with multiprocessing.get_context("spawn").Pool(args.cores) as pool:
+        for line in pool.imap(computed, lines):
+            print(line, flush=True)
     return 0
 
 

@@ -54,13 +54,13 @@ def replay(trials: Sequence[Trial], texts: Any) -> None:
         trial.recorder.close(whole.result)
 
 
-def run_batch(config: dict[str, Any], texts: Any) -> None:
+def run_batch(config: dict[str, Any], **given: Any) -> None:
     """In place of sweeps.execution.trainable.run_batch, which it calls, on a worker."""
     from sweeps.execution import trainable
 
     trainable.run_trials = replay
     begun = time.perf_counter()
-    trainable.run_batch(config, texts)
+    trainable.run_batch(config, **given)
     with Path(config["recording"].runs_dir, BUSY).open("a") as file:
         file.write(f"{time.perf_counter() - begun}\n")
 

@@ -1,0 +1,152 @@
+"""Render the page of a report: one HTML file that needs no other file and no network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+import vl_convert
+
+from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, replication
+from analysis.claims import CLAIMS
+from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN, RECORDED
+from analysis.findings import Findings
+from analysis.frames import RunFrames
+from analysis.papers import bibtex, methods, provenance
+from analysis.plots import MOST_PANELS
+from analysis.rare_tokens import ORDERS
+from analysis.runs import RunTables
+from analysis.sentences import (
+    format_estimate,
+    holds_in,
+    rule_in_words,
+    say_forecast,
+    say_interim,
+    say_outcome,
+    say_standing,
+    scope_of,
+    short,
+)
+from gptcore.config import KNOBS, spelling, varying_knobs
+from gptcore.files import Json, JsonObject
+
+SECTIONS = {
+    "trained": "Did it train?",
+    "start": "Do weights and probabilities start as they should?",
+    "widening": "Do attention weights widen, and in which block most?",
+    "depth": "Is there a gradient over depth, and does it last?",
+    "tails": "Do the tails of attention weights get longer?",
+    "tokens": "What happens to common, rare and unused tokens?",
+    "rare": "Do rare tokens fall, and is it their frequency?",
+    "unused": "Are unused tokens pushed down, and by what?",
+    RECORDED: "What else was recorded?",
+}
+"""The sections of the report behind its first screen. Every claim is in one, and every figure that
+is not on the first screen."""
+MOST_TRIALS = 500
+"""The page lists no more trials; the file trials.csv has all."""
+
+
+def render(
+    sweep: RunTables,
+    charts: Mapping[str, JsonObject],
+    groups: Sequence[str],
+    by_run: RunFrames,
+    findings: Findings,
+    shown: Sequence[str],
+    runs_dir: Path,
+) -> str:
+    """Return the page.
+
+    Args:
+        sweep: the runs.
+        charts: the Vega-Lite of the figures, by name.
+        groups: of tokens, in the order of tables.
+        by_run: the statistics of runs.
+        findings: of the sweep.
+        shown: the claims.
+        runs_dir: for the commands that the page shows.
+    """
+    differ = varying_knobs(sweep.trials.to_dicts())
+    if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
+        differ = [knob for knob in differ if knob != "corpus.data_seed"]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["spelled"] = spelling
+    environment.filters["estimate"] = format_estimate
+    environment.filters["rule"] = rule_in_words
+    environment.filters["number"] = lambda value: "–" if value is None else short(value)
+    environment.filters["p"] = lambda value: (
+        "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    )
+    specs, datasets = shared_data(charts)
+    return environment.get_template("report.html.jinja").render(
+        sweep=sweep,
+        findings=findings,
+        question=question(sweep, findings),
+        answer=answer(findings),
+        matrix=matrix(findings, shown, MOST_PANELS),
+        replication=replication(sweep, findings, by_run),
+        next_steps=next_steps(sweep, findings),
+        methods=methods(sweep, findings),
+        bibtex=bibtex(sweep, findings),
+        provenance=provenance(sweep, findings),
+        symbols=SYMBOLS,
+        charts=specs,
+        datasets=datasets,
+        figures={name: FIGURES[name] for name in charts},
+        first_screen=FIRST_SCREEN,
+        all_claims=ALL_CLAIMS,
+        sections=SECTIONS,
+        vega=javascript_of_figures(),
+        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
+        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1},
+        schemes=list(findings.depth_gradient)[:MOST_PANELS],
+        groups=groups,
+        orders=ORDERS,
+        claims={name: CLAIMS[name] for name in shown},
+        trials=findings.runs[:MOST_TRIALS],
+        say_forecast=say_forecast,
+        say_outcome=say_outcome,
+        scope_of=scope_of,
+        say_standing=say_standing,
+        holds_in=holds_in,
+        say_interim=say_interim,
+        mlflow_commands=dict.fromkeys(
+            sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])
+            for run in sweep.sweep_runs
+        ),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def shared_data(
+    charts: Mapping[str, JsonObject],
+) -> tuple[dict[str, JsonObject], dict[str, dict[str, list[Json]]]]:
+    """Take the data out of figures, so that the page has each set once, column by column.
+
+    Returns:
+        The figures without data; and by the name of a data set its columns.
+    """
+    specs, datasets = {}, {}
+    for name, spec in charts.items():
+        specs[name] = {key: part for key, part in spec.items() if key != "datasets"}
+        for label, rows in spec.get("datasets", {}).items():
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            datasets[label] = {column: [row.get(column) for row in rows] for column in columns}
+        specs[name]["sets"] = list(spec.get("datasets", {}))
+    return specs, datasets
+
+
+@functools.cache
+def javascript_of_figures() -> str:
+    """Return the JavaScript that draws figures. It is made once, which takes more than a second."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

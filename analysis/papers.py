@@ -1,0 +1,200 @@
+"""What a paper needs of a sweep: figures as files, tables, a paragraph on methods, a citation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+import vl_convert
+
+from analysis.claims import CLAIMS
+from analysis.decisions import ALPHA
+from analysis.findings import Findings
+from analysis.runs import RunTables
+from analysis.sentences import scope_of, short
+from gptcore.config import spelling
+from gptcore.files import JsonObject
+from gptcore.units import counted
+
+FORMATS = ("svg", "pdf", "png")
+COLUMN, PAGE = 85, 170
+"""Millimetres: the width of a column of a paper, and of its text."""
+WIDEST_IN_A_COLUMN = 420
+"""Pixels: a wider figure is printed over both columns, so that its type stays readable."""
+DPI = 300
+"""Of a PNG."""
+
+PRINTED = {
+    "background": "white",
+    "axis": {"labelFontSize": 13, "titleFontSize": 14, "labelLimit": 200},
+    "legend": {"labelFontSize": 13, "titleFontSize": 14},
+    "header": {"labelFontSize": 14},
+    "title": {"fontSize": 14},
+}
+"""The type of a figure in a file, which is made smaller to fit into a column: at least 7 points."""
+
+
+def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    """Write a figure as files, as wide as a column of a paper or as its text.
+
+    Args:
+        spec: the figure's Vega-Lite.
+        folder: of the files, made if needed.
+        name: of the files, without an ending.
+        formats: of FORMATS.
+
+    Returns:
+        The files.
+    """
+    printed = {**spec, "config": {**spec.get("config", {}), **PRINTED}}
+    svg = vl_convert.vegalite_to_svg(printed)
+    size = re.search(r'<svg[^>]* width="([\d.]+)"[^>]* height="([\d.]+)"', svg)
+    if size is None:
+        raise ValueError(f"figure {name} was drawn without a size")
+    pixels = float(size[1])
+    width = COLUMN if pixels <= WIDEST_IN_A_COLUMN else PAGE
+    height = width * float(size[2]) / pixels
+    sized = size[0].replace(f'width="{size[1]}"', f'width="{width}mm"')
+    sized = sized.replace(f'height="{size[2]}"', f'height="{height:.1f}mm"')
+    svg = svg.replace(size[0], sized).replace("currentColor", "black")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kind in formats:
+        file = folder / f"{name}.{kind}"
+        if kind == "svg":
+            file.write_text(svg, encoding="utf-8")
+        elif kind == "pdf":
+            file.write_bytes(vl_convert.svg_to_pdf(svg))
+        else:
+            # Its scale is about 72 points to the inch, and an SVG has 96 pixels to the inch.
+            file.write_bytes(vl_convert.svg_to_png(svg, scale=72 / 96, ppi=DPI))
+        files.append(file)
+    return files
+
+
+def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:
+    """Write tables as CSV, and as LaTeX for the package booktabs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.write_csv(folder / f"{name}.csv")
+        (folder / f"{name}.tex").write_text(latex(table), encoding="utf-8")
+
+
+def latex(table: pl.DataFrame) -> str:
+    """Return a table in LaTeX. Numbers are at the right, and have three digits."""
+    numeric = [table.schema[column].is_numeric() for column in table.columns]
+    rows = [[_in_latex(value) for value in row] for row in table.iter_rows()]
+    lines = [" & ".join(map(_in_latex, table.columns)), *(" & ".join(row) for row in rows)]
+    head, *body = (f"{line} \\\\" for line in lines)
+    columns = "".join("r" if one else "l" for one in numeric)
+    return "\n".join(
+        ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{columns}}}", "\\toprule", head,
+         "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""]
+    )  # fmt: skip
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "−": "$-$",
+}  # fmt: skip
+
+
+def _in_latex(value: object) -> str:
+    text = "--" if value is None else short(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"${text}$"
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def tables_of(findings: Findings, estimates: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """Make the tables of a paper: the verdicts, the numbers behind them, and the trials.
+
+    Args:
+        findings: of a sweep.
+        estimates: the rows of analysis.claim_table.estimates.
+    """
+    claims = findings.claims
+    verdicts = [
+        {
+            "claim": name,
+            "statement": CLAIMS[name].says,
+            "verdict": claims.here[name].verdict,
+            "adjusted p": claims.here[name].p_holm,
+            "seeds": claims.here[name].seeds,
+            **{
+                scheme: found[name].verdict for scheme, found in claims.by.get("scheme", {}).items()
+            },
+            **({"in general": claims.in_general[name].verdict} if claims.in_general else {}),
+        }
+        for name in CLAIMS
+    ]
+    return {
+        "verdicts": pl.DataFrame(verdicts, infer_schema_length=None),
+        "effects": estimates.drop("claim_verdict"),
+        "trials": pl.DataFrame([dict(row) for row in findings.runs], infer_schema_length=None),
+    }
+
+
+def methods(sweep: RunTables, findings: Findings) -> str:
+    """Describe how trials were trained and claims decided, as in a paper's section on methods."""
+    trials = sweep.trials
+    knobs = trials.row(0, named=True)
+
+    def all_of(knob: str) -> str:
+        return " and ".join(spelling(value) for value in sorted(trials[knob].unique().to_list()))
+
+    schemes = trials["init.scheme"].unique(maintain_order=True)
+    subsets = trials["corpus.subset"].unique(maintain_order=True).to_list()
+    ended = ", ".join(f"{n} {status}" for status, n in findings.trials.items() if n)
+    tied = "tied to the token embedding" if knobs["model.tied"] else "not tied"
+    return (
+        f"We trained {counted(trials.height, 'model')} ({ended}) of the GPT-2 architecture with "
+        f"{all_of('model.n_layer')} blocks, {all_of('model.n_head')} heads, width "
+        f"{all_of('model.d_model')}, a context of {all_of('model.context')} tokens and an output "
+        f"head that is {tied}, for {all_of('train.steps')} steps of "
+        f"{all_of('train.batch_size')} sequences with {all_of('optim.name')} (learning rate "
+        f"{all_of('optim.lr')}, {all_of('optim.schedule')}, weight decay "
+        f"{all_of('optim.weight_decay')}) on {all_of('corpus.name')} ({all_of('corpus.tokenizer')} "
+        f"tokens; subsets {', '.join(subsets)}), under {counted(len(schemes), 'init scheme')} "
+        f"({', '.join(schemes)}) and {counted(trials['init.seed'].n_unique(), 'seed')}. "
+        "A seed fixes the initial weights, the order of batches and the tokens that are drawn, and "
+        "is paired over schemes. Token groups are measured on a fixed text, without the tokens "
+        "among the inputs of a sequence. The units of every test are seeds: means have Student's t "
+        "test, guarded against skewed numbers; medians the sign test; shares the exact binomial "
+        f"test. Verdicts on {counted(len(findings.claims.asked), 'claim')} share one error rate of "
+        f"{ALPHA:.2g} over both directions (weighted Holm). Claims and rules have the digest "
+        f"{findings.claims.digest}; the trials are {findings.claims.standing}. Verdicts are about "
+        f"training {scope_of(findings)}."
+    )
+
+
+def bibtex(sweep: RunTables, findings: Findings) -> str:
+    """Return a citation of a sweep, with the commit of the code that ran it."""
+    commits = sweep.made_with["git_commit"]
+    note = f"commit {commits[0][:12]}, " if commits else ""
+    key = re.sub(r"\W+", "-", findings.sweep).strip("-")
+    return (
+        f"@misc{{gpt-sweeps-{key},\n"
+        f"  title = {{gpt-sweeps: sweep {_in_latex(findings.sweep)}, "
+        f"{counted(sweep.trials.height, 'trial')}}},\n"
+        f"  note = {{{note}digest of claims and rules {findings.claims.digest}}},\n"
+        f"  howpublished = {{Command: {_in_latex('; '.join(sweep.commands))}}},\n"
+        "}"
+    )
+
+
+def provenance(sweep: RunTables, findings: Findings) -> dict[str, str]:
+    """Tell what the numbers of a report were made with."""
+    names = {
+        "git_commit": "commit", "versions": "versions", "device": "devices",
+        "corpus_digest": "SHA-256 of the text",
+    }  # fmt: skip
+    return {
+        **{name: "; ".join(sweep.made_with[tag]) for tag, name in names.items()
+           if sweep.made_with[tag]},
+        "digest of claims and rules": findings.claims.digest,
+        "command": "; ".join(sweep.commands),
+    }  # fmt: skip
