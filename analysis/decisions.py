@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from scipy import stats
 
 from analysis.claims import Part
-from analysis.skew import guarded
+from analysis.skew import SEEN, guarded
 from analysis.stats import LEVEL, Estimate, median_interval, share_interval, share_p, sign_p
-from analysis.variance import Spread
+from analysis.variance import SKEW, TIES, Spread
 
 ALPHA = round(1 - LEVEL, 12)
 
@@ -99,9 +99,11 @@ def p_values(rule: Part, spread: Spread, centre: str | None = None) -> PValues:
 def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
     """Return the one-sided p-value that a centre lies beyond a bound.
 
-    The test of a mean is Student's, guarded against skewness. Where units are equal or their
-    skewness is seen, the sign test has to agree: the larger of both p-values counts. The test of a
-    median is the sign test, and that of a share is binomial. Both are exact.
+    The test of a mean is Student's, guarded against skewness. Where units are equal, the sign test
+    has to agree: the larger of both p-values counts. Where their skewness is seen, the sign test or
+    a stronger guard has to agree: few seeds can never pass the sign test, however far they all lie
+    from the bound. The test of a median is the sign test, and that of a share is binomial. Both are
+    exact.
 
     Args:
         centre: mean, median or share.
@@ -119,8 +121,11 @@ def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
     if spread.error == 0:
         return sign_p(distances)
     t = sign * (spread.mean - bound) / spread.error
-    p = guarded(float(stats.t.sf(t, spread.df)), spread.df)
-    return max(p, sign_p(distances)) if spread.doubts else p
+    students = float(stats.t.sf(t, spread.df))
+    p = guarded(students, spread.df)
+    if SKEW in spread.doubts:
+        p = max(p, min(sign_p(distances), guarded(students, spread.df, SEEN)))
+    return max(p, sign_p(distances)) if TIES in spread.doubts else p
 
 
 def interval(rule: Part, spread: Spread, level: float) -> Estimate:

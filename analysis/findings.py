@@ -30,7 +30,7 @@ from analysis.runs import RunTables
 from analysis.specifications import Curve, Specification, specifications
 from analysis.stats import Estimate, holm, mean_interval, median_interval, share_interval
 from analysis.variance import over_units
-from analysis.verdicts import Comparison, Finding, adjusted, compare, judge, judge_one
+from analysis.verdicts import Comparison, Finding, Trials, adjusted, compare, judge, judge_one
 from gptcore.config import Scalar, spelling, varying_knobs
 from gptcore.records import PRIMARY
 from gptcore.units import counted
@@ -314,11 +314,12 @@ def judge_by(
     unadjusted = {}
     for label in labels:
         some = trials.filter(pl.col(knob).cast(pl.String) == label)
+        judged = Trials.of(some)
         for name, claim in claims.items():
             numbers = values[name]
             if _parts_of(numbers.join(some, on="trial_key")) != _parts_of(numbers):
                 numbers = numbers.head(0)
-            unadjusted[label, name] = judge_one(claim, numbers, some, False, alpha)
+            unadjusted[label, name] = judge_one(claim, numbers, judged, False, alpha)
     shares = shares_of_error(list(claims))
     found = adjusted(
         unadjusted,

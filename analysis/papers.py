@@ -25,6 +25,8 @@ WIDEST_IN_A_COLUMN = 420
 """Pixels: a wider figure is printed over both columns, so that its type stays readable."""
 DPI = 300
 """Of a PNG."""
+POINTS_TO_A_PIXEL = 72 / 96
+"""vl_convert takes a pixel of an SVG, which is 1/96 inch, for a point."""
 
 PRINTED = {
     "background": "white",
@@ -66,10 +68,9 @@ def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[st
         if kind == "svg":
             file.write_text(svg, encoding="utf-8")
         elif kind == "pdf":
-            file.write_bytes(vl_convert.svg_to_pdf(svg))
+            file.write_bytes(vl_convert.svg_to_pdf(svg, scale=POINTS_TO_A_PIXEL))
         else:
-            # Its scale is about 72 points to the inch, and an SVG has 96 pixels to the inch.
-            file.write_bytes(vl_convert.svg_to_png(svg, scale=72 / 96, ppi=DPI))
+            file.write_bytes(vl_convert.svg_to_png(svg, scale=POINTS_TO_A_PIXEL, ppi=DPI))
         files.append(file)
     return files
 

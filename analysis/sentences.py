@@ -10,7 +10,7 @@ from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
 from analysis.interim import InterimFinding
 from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
-from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS
+from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS, SKEW, TIES
 from analysis.verdicts import Finding
 from gptcore.units import counted
 
@@ -109,13 +109,14 @@ def say_forecast(forecast: Forecast) -> str:
 
 
 def _doubts(finding: Finding) -> list[str]:
-    """Say where the exact test had to agree."""
-    doubts = dict.fromkeys(
-        doubt for part in finding.parts.values() if part.decides for doubt in part.doubts
-    )
-    return [
-        f"Because of {' and '.join(doubts)}, the exact sign test had to agree with the t-test."
-    ] * bool(doubts)
+    """Say where another test had to agree."""
+    doubts = {doubt for part in finding.parts.values() if part.decides for doubt in part.doubts}
+    sentences = {
+        TIES: "Because of equal numbers, the exact sign test had to agree with the t-test.",
+        SKEW: "Because the numbers are skewed, the t-test allows for much more skewness than "
+        "otherwise, unless the exact sign test agrees with it.",
+    }
+    return [says for doubt, says in sentences.items() if doubt in doubts]
 
 
 def _contrast(finding: Finding) -> str:

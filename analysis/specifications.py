@@ -23,7 +23,7 @@ from analysis.measures import ONCE, UNUSED, closed_form, growth_of
 from analysis.runs import RunTables
 from analysis.stats import Estimate
 from analysis.variance import Spread
-from analysis.verdicts import judge_units, with_units
+from analysis.verdicts import Trials, judge_units
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def specifications(
         alpha: the error rate. Intervals are of 1 - alpha.
     """
     found: dict[str, Curve] = {}
-    units = with_units(trials).join(trials.select("trial_key", *ACROSS_TRIALS), on="trial_key")
+    units = Trials.of(trials).units.join(trials.select("trial_key", *ACROSS_TRIALS), on="trial_key")
     for claim, specified in SPECIFIED.items():
         rule = CLAIMS[claim].rule(specified.part)
         values = specified.measure(sweep).drop_nulls("value").join(units, on="trial_key")

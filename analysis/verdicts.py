@@ -108,6 +108,39 @@ class Unadjusted:
     deciding: Sequence[tuple[Part, Spread]]  # the parts that decide, and their units
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trials:
+    """The trials on which claims are judged."""
+
+    units: pl.DataFrame  # trial_key, status, config, seed, init.scheme, scheme, data_seed
+    against: pl.DataFrame
+    """The rows of units that are counted against a verdict: the diverged runs, and all of a
+    configuration that has no finished run, because nothing is known of it. Other runs are missing
+    for reasons that have nothing to do with their numbers."""
+    finished: Sequence[str]  # the configurations that have a finished run
+
+    @classmethod
+    def of(cls, trials: pl.DataFrame) -> Trials:
+        """Add the columns of units that are not known to the trials that `judge` takes."""
+        columns: dict[str, pl.Expr] = {}
+        if "init.scheme" not in trials.columns:
+            columns["init.scheme"] = pl.col("config")
+        if "corpus.data_seed" not in trials.columns:
+            columns["corpus.data_seed"] = pl.lit(0)
+        units = trials.with_columns(**columns).select(
+            "trial_key", "status", "config", "seed", "init.scheme",
+            scheme="init.scheme", data_seed="corpus.data_seed",
+        )  # fmt: skip
+        finished = (pl.col("status") == "finished").any().over("config")
+        return cls(
+            units=units,
+            against=units.filter((pl.col("status") == "diverged") | ~finished),
+            finished=units.filter(status="finished")["config"]
+            .unique(maintain_order=True)
+            .to_list(),
+        )
+
+
 def judge(
     claims: Mapping[str, Claim],
     values: Mapping[str, Values],
@@ -132,8 +165,9 @@ def judge(
         forecasts: whether to forecast the seeds that would decide each underpowered claim, which
             takes a third of the time.
     """
+    judged = Trials.of(trials)
     unadjusted = {
-        name: judge_one(claim, values[name], trials, general, alpha)
+        name: judge_one(claim, values[name], judged, general, alpha)
         for name, claim in claims.items()
     }
     return adjusted(unadjusted, shares_of_error(list(claims)), alpha, forecasts=forecasts)
@@ -203,18 +237,16 @@ def _verdicts(
 
 
 def judge_one(
-    claim: Claim, values: Values, trials: pl.DataFrame, general: bool, alpha: float
+    claim: Claim, values: Values, trials: Trials, general: bool, alpha: float
 ) -> Unadjusted:
     """Judge one claim, before the correction for the number of claims.
 
     All parts have to hold, so support has the largest of their p-values. One part is enough to
     contradict, so contradiction has the smallest, times the number of parts.
     """
-    trials = with_units(trials)
     # Sorted, so that sums are added up in the same order whatever the order of runs.
-    rows_of_trials = values.join(trials, on="trial_key").sort("part", "trial_key")
-    against = _counted_against(trials)
-    finished = trials.filter(status="finished")["config"].unique(maintain_order=True)
+    rows_of_trials = values.join(trials.units, on="trial_key").sort("part", "trial_key")
+    against = trials.against
     parts: dict[str, PartFinding] = {}
     tested: list[tuple[PValues, PValues]] = []  # without and with the runs counted against it
     deciding_spreads: list[tuple[Part, Spread]] = []
@@ -245,7 +277,9 @@ def judge_one(
             seeds=max((part.estimate.seeds for part in deciding), default=0),
             schemes=rows["init.scheme"].n_unique(),
             configurations=max((part.configurations for part in deciding), default=0),
-            undefined_in=tuple(one for one in finished if one not in defined) if parts else (),
+            undefined_in=tuple(one for one in trials.finished if one not in defined)
+            if parts
+            else (),
             parts=parts,
         ),
         tests=strict,
@@ -253,30 +287,6 @@ def judge_one(
         # Schemes are units of another kind: more seeds may not decide a claim in general.
         deciding=() if general else deciding_spreads,
     )
-
-
-def with_units(trials: pl.DataFrame) -> pl.DataFrame:
-    """Add the columns of units that are not known."""
-    columns: dict[str, pl.Expr] = {}
-    if "init.scheme" not in trials.columns:
-        columns["init.scheme"] = pl.col("config")
-    if "corpus.data_seed" not in trials.columns:
-        columns["corpus.data_seed"] = pl.lit(0)
-    return trials.with_columns(**columns).select(
-        "trial_key", "status", "config", "seed", "init.scheme",
-        scheme="init.scheme", data_seed="corpus.data_seed",
-    )  # fmt: skip
-
-
-def _counted_against(trials: pl.DataFrame) -> pl.DataFrame:
-    """Select the runs that are counted against a verdict.
-
-    Those are the diverged ones, and all of a configuration that has no finished run, because
-    nothing is known of it. Other runs are missing for reasons that have nothing to do with their
-    numbers.
-    """
-    finished = (pl.col("status") == "finished").any().over("config")
-    return trials.filter((pl.col("status") == "diverged") | ~finished)
 
 
 def _strict(

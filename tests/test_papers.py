@@ -1,0 +1,72 @@
+"""Figures as files, tables for a paper, and the figures and formats that the command takes."""
+
+import re
+
+import polars as pl
+import pytest
+
+from analysis import papers
+from analysis.report import main
+
+BARS = {
+    "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+    "data": {"values": [{"x": 1, "y": 2}, {"x": 2, "y": 3}]},
+    "mark": "bar",
+    "encoding": {
+        "x": {"field": "x", "type": "ordinal"},
+        "y": {"field": "y", "type": "quantitative"},
+    },
+}
+
+
+@pytest.mark.parametrize(("pixels", "millimetres"), [(200, 85), (600, 170)])
+def test_a_figure_is_as_wide_as_a_column_or_a_page(tmp_path, pixels, millimetres):
+    files = papers.write_figure({**BARS, "width": pixels}, tmp_path, "bars", papers.FORMATS)
+    assert [file.name for file in files] == ["bars.svg", "bars.pdf", "bars.png"]
+    svg, pdf, png = (file.read_bytes() for file in files)
+    assert f'width="{millimetres}mm"'.encode() in svg
+    assert b"currentColor" not in svg
+    points = float(re.search(rb"/MediaBox\s*\[0 0 ([\d.]+)", pdf)[1])
+    assert points / 72 * 25.4 == pytest.approx(millimetres, rel=0.01)
+    assert int.from_bytes(png[16:20]) == pytest.approx(millimetres / 25.4 * papers.DPI, abs=2)
+
+
+def test_the_type_of_a_printed_figure_has_at_least_seven_points(tmp_path):
+    (file,) = papers.write_figure({**BARS, "width": 370}, tmp_path, "bars", ["svg"])
+    svg = file.read_text()
+    pixels = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', svg)]
+    assert min(sizes) / pixels * papers.COLUMN / 25.4 * 72 >= 7
+
+
+def test_a_table_in_latex_escapes_what_latex_reads():
+    table = pl.DataFrame({"a_b": ["5% & $x$", None], "p": [0.5, None]})
+    lines = papers.latex(table).splitlines()
+    assert lines[1] == r"\begin{tabular}{lr}"
+    assert lines[3] == r"a\_b & p \\"
+    assert lines[5] == r"5\% \& \$x\$ & $0.5$ \\"
+    assert lines[6] == r"-- & -- \\"
+
+
+def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
+    flags = ["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path)]
+    assert main([*flags, "--figure", "losses", "--format", "svg"]) == 0
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == [
+        "figures/losses.svg"
+    ]
+    assert capsys.readouterr().out == f"report: {tmp_path}/figures\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--figure", "lossess"], "there is no figure lossess: did you mean losses? the figures"),
+        (["--figure", "losses", "--format", "gif"], "invalid choice: 'gif'"),
+    ],
+)
+def test_an_unknown_figure_or_format_is_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
+    code = main(["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path), *flags])
+    said = capsys.readouterr().err
+    assert (code, said.count("\n")) == (2, 1)
+    assert says in said
+    assert not any(tmp_path.iterdir())
