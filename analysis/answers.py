@@ -202,7 +202,7 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
     by = findings.claims.by.get("scheme", {})
     schemes = list(by)[:most]
     rows = []
-    for name in sorted(shown, key=lambda name: name not in HEADLINES):
+    for name in in_matrix(shown):
         pooled = findings.claims.here[name]
         part = weakest_part(pooled)
         rows.append(
@@ -215,6 +215,11 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
             )
         )
     return Matrix(schemes=schemes, left_out=len(by) - len(schemes), rows=rows)
+
+
+def in_matrix(names: Sequence[str]) -> list[str]:
+    """Order claims as a matrix has them: the headline claims first."""
+    return sorted(names, key=lambda name: name not in HEADLINES)
 
 
 def _cell(name: str, found: Finding, part: str | None) -> Cell:

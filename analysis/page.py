@@ -12,6 +12,7 @@ import vl_convert
 
 from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, replication
 from analysis.claims import CLAIMS
+from analysis.comparing import Row, Side, say_difference, say_rows
 from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN, RECORDED
 from analysis.findings import Findings
 from analysis.frames import RunFrames
@@ -73,58 +74,95 @@ def render(
     differ = varying_knobs(sweep.trials.to_dicts())
     if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
         differ = [knob for knob in differ if knob != "corpus.data_seed"]
-    environment = jinja2.Environment(
+    specs, datasets = shared_data(charts)
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            sweep=sweep,
+            findings=findings,
+            question=question(sweep, findings),
+            answer=answer(findings),
+            matrix=matrix(findings, shown, MOST_PANELS),
+            replication=replication(sweep, findings, by_run),
+            next_steps=next_steps(sweep, findings),
+            methods=methods(sweep, findings),
+            bibtex=bibtex(sweep, findings),
+            provenance=provenance(sweep, findings),
+            symbols=SYMBOLS,
+            charts=specs,
+            datasets=datasets,
+            figures={name: FIGURES[name] for name in charts},
+            first_screen=FIRST_SCREEN,
+            all_claims=ALL_CLAIMS,
+            sections=SECTIONS,
+            vega=javascript_of_figures(),
+            varied={
+                knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ
+            },
+            fixed={
+                knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1
+            },
+            schemes=list(findings.depth_gradient)[:MOST_PANELS],
+            groups=groups,
+            orders=ORDERS,
+            claims={name: CLAIMS[name] for name in shown},
+            trials=findings.runs[:MOST_TRIALS],
+            say_forecast=say_forecast,
+            say_outcome=say_outcome,
+            scope_of=scope_of,
+            say_standing=say_standing,
+            holds_in=holds_in,
+            say_interim=say_interim,
+            mlflow_commands=dict.fromkeys(
+                sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])
+                for run in sweep.sweep_runs
+            ),
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Return what renders the templates of this folder, with the filters that they use."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["spelled"] = spelling
-    environment.filters["estimate"] = format_estimate
-    environment.filters["rule"] = rule_in_words
-    environment.filters["number"] = lambda value: "–" if value is None else short(value)
-    environment.filters["p"] = lambda value: (
+    made.filters["spelled"] = spelling
+    made.filters["estimate"] = format_estimate
+    made.filters["rule"] = rule_in_words
+    made.filters["number"] = lambda value: "–" if value is None else short(value)
+    made.filters["p"] = lambda value: (
         "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
     )
+    return made
+
+
+def render_comparison(
+    first: Side, second: Side, rows: Sequence[Row], charts: Mapping[str, JsonObject]
+) -> str:
+    """Return the page on two sweeps."""
     specs, datasets = shared_data(charts)
-    return environment.get_template("report.html.jinja").render(
-        sweep=sweep,
-        findings=findings,
-        question=question(sweep, findings),
-        answer=answer(findings),
-        matrix=matrix(findings, shown, MOST_PANELS),
-        replication=replication(sweep, findings, by_run),
-        next_steps=next_steps(sweep, findings),
-        methods=methods(sweep, findings),
-        bibtex=bibtex(sweep, findings),
-        provenance=provenance(sweep, findings),
-        symbols=SYMBOLS,
-        charts=specs,
-        datasets=datasets,
-        figures={name: FIGURES[name] for name in charts},
-        first_screen=FIRST_SCREEN,
-        all_claims=ALL_CLAIMS,
-        sections=SECTIONS,
-        vega=javascript_of_figures(),
-        varied={knob: sweep.trials[knob].unique(maintain_order=True).to_list() for knob in differ},
-        fixed={knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1},
-        schemes=list(findings.depth_gradient)[:MOST_PANELS],
-        groups=groups,
-        orders=ORDERS,
-        claims={name: CLAIMS[name] for name in shown},
-        trials=findings.runs[:MOST_TRIALS],
-        say_forecast=say_forecast,
-        say_outcome=say_outcome,
-        scope_of=scope_of,
-        say_standing=say_standing,
-        holds_in=holds_in,
-        say_interim=say_interim,
-        mlflow_commands=dict.fromkeys(
-            sweep.store.address.mlflow_command(runs_dir, run.data.tags["sweep"])
-            for run in sweep.sweep_runs
-        ),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    names = [side.sweep.name for side in (first, second)]
+    return (
+        environment()
+        .get_template("compare.html.jinja")
+        .render(
+            names=names,
+            question=say_difference(first, second),
+            answer=say_rows(rows, names),
+            rows=rows,
+            symbols=SYMBOLS,
+            caption=FIGURES["forest"].caption,
+            charts=specs,
+            datasets=datasets,
+            vega=javascript_of_figures(),
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
 
 

@@ -25,8 +25,8 @@ WIDEST_IN_A_COLUMN = 420
 """Pixels: a wider figure is printed over both columns, so that its type stays readable."""
 DPI = 300
 """Of a PNG."""
-POINTS_TO_A_PIXEL = 72 / 96
-"""vl_convert takes a pixel of an SVG, which is 1/96 inch, for a point."""
+INCH = 25.4
+"""Millimetres."""
 
 PRINTED = {
     "background": "white",
@@ -51,26 +51,30 @@ def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[st
         The files.
     """
     printed = {**spec, "config": {**spec.get("config", {}), **PRINTED}}
-    svg = vl_convert.vegalite_to_svg(printed)
-    size = re.search(r'<svg[^>]* width="([\d.]+)"[^>]* height="([\d.]+)"', svg)
+    svg = vl_convert.vegalite_to_svg(printed).replace("currentColor", "black")
+    size = re.search(r'<svg[^>]*? width="([\d.]+)" height="([\d.]+)"', svg)
     if size is None:
         raise ValueError(f"figure {name} was drawn without a size")
-    pixels = float(size[1])
-    width = COLUMN if pixels <= WIDEST_IN_A_COLUMN else PAGE
-    height = width * float(size[2]) / pixels
-    sized = size[0].replace(f'width="{size[1]}"', f'width="{width}mm"')
-    sized = sized.replace(f'height="{size[2]}"', f'height="{height:.1f}mm"')
-    svg = svg.replace(size[0], sized).replace("currentColor", "black")
+    pixels = float(size[1]), float(size[2])
+    width = COLUMN if pixels[0] <= WIDEST_IN_A_COLUMN else PAGE
+    height = width * pixels[1] / pixels[0]
+
+    def sized(factor: float, unit: str) -> str:
+        tag = size[0].replace(f'width="{size[1]}"', f'width="{width * factor:.2f}{unit}"')
+        tag = tag.replace(f'height="{size[2]}"', f'height="{height * factor:.2f}{unit}"')
+        return svg.replace(size[0], tag)
+
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for kind in formats:
         file = folder / f"{name}.{kind}"
         if kind == "svg":
-            file.write_text(svg, encoding="utf-8")
+            file.write_text(sized(1, "mm"), encoding="utf-8")
         elif kind == "pdf":
-            file.write_bytes(vl_convert.svg_to_pdf(svg, scale=POINTS_TO_A_PIXEL))
+            # vl_convert takes a pixel for a point.
+            file.write_bytes(vl_convert.svg_to_pdf(sized(72 / INCH, "")))
         else:
-            file.write_bytes(vl_convert.svg_to_png(svg, scale=POINTS_TO_A_PIXEL, ppi=DPI))
+            file.write_bytes(vl_convert.svg_to_png(sized(72 / INCH, ""), ppi=DPI))
         files.append(file)
     return files
 

@@ -3,6 +3,8 @@
     python analysis/report.py                       # the newest sweep of ./runs
     python analysis/report.py --name quick --out somewhere
     python analysis/report.py --name quick mine     # several sweeps as one
+    python analysis/report.py --name quick mine --compare
+    python analysis/report.py --figure qkv_std --format pdf
     python analysis/report.py --where "init.scheme == 'gpt2' AND init.seed < 4"
 
 Writes report.html (opens without a network), findings.json, summary.md and the tables as Parquet.
@@ -27,11 +29,12 @@ import polars as pl
 
 from analysis.claim_table import estimates, of_claims, weakest
 from analysis.claims import CLAIMS, check_claims
+from analysis.comparing import Side, compare_sweeps, estimates_of
 from analysis.figures import FIGURES, check_figures, drawn
 from analysis.findings import Findings, find, measured
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
-from analysis.page import render
+from analysis.page import render, render_comparison
 from analysis.papers import FORMATS, tables_of, write_figure, write_tables
 from analysis.rare_tokens import shuffled_labels
 from analysis.reading import UNREADABLE
@@ -131,6 +134,54 @@ def build_report(
                 write_tables(tables_of(findings, by_scheme), new / "tables")
                 for table, frame in frames.items():
                     frame.write_parquet(new / f"{table}.parquet")
+            put_in_place(new, folder)
+    except OSError as error:
+        raise InputError(
+            f"the report folder {folder} cannot be written: {error.strerror}"
+        ) from error
+    return folder
+
+
+def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_dir: Path) -> Path:
+    """Write the page that compares two sweeps, and return its folder.
+
+    Args:
+        store: where the sweeps are recorded.
+        names: of the two sweeps.
+        out: the folder of the page. By default it is reports/ONE-and-TWO in the runs folder.
+        runs_dir: the runs folder.
+
+    Raises:
+        InputError: these are not two sweeps, or the folder cannot be written.
+    """
+    if len(set(names)) != 2 or len(names) != 2:
+        raise InputError(
+            f"--compare takes the names of two sweeps, --name ONE TWO, not {len(names)} names"
+        )
+
+    def read(name: str) -> Side:
+        sweep = read_sweeps(store, [name], None, runs_dir / "cache")
+        sweep = replace(sweep, trials=with_scheme(sweep.trials))
+        with naming_contradictions(name):
+            values = measured(sweep)
+            findings = find(sweep, frames_of_runs(sweep), values)
+        return Side(sweep=sweep, values=values, findings=findings)
+
+    first, second = map(read, names)
+    rows = compare_sweeps(first, second)
+    frame = estimates_of(rows, first, second)
+    folder = out or runs_dir / "reports" / "-and-".join(names)
+    if out is None:
+        check_no_link(folder, runs_dir)
+    chart = drawn({"forest": frame}, ["forest"])
+    page = render_comparison(first, second, rows, chart)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = Path(scratch)
+            (new / "report.html").write_text(page, encoding="utf-8")
+            (new / "comparison.json").write_text(json.dumps(to_json(rows), indent=2))
+            frame.write_parquet(new / "claims.parquet")
             put_in_place(new, folder)
     except OSError as error:
         raise InputError(
@@ -276,6 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="as a control, shuffle the names of token groups within each run",
     )  # fmt: skip
     parser.add_argument(
+        "--compare", action="store_true",
+        help="put the verdicts and numbers of two sweeps side by side",
+    )  # fmt: skip
+    parser.add_argument(
         "--figure", nargs="+", default=[], metavar="NAME",
         help=f"write these figures as files, in place of the page: all, {', '.join(FIGURES)}",
     )  # fmt: skip
@@ -290,14 +345,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
+        if args.compare and (args.where or args.claims or args.figure or args.shuffle_labels):
+            raise InputError(
+                "--compare takes two sweeps whole, so --where, --claims, --figure and "
+                "--shuffle-labels do not go with it"
+            )
         write_for(args.runs_dir)
         store = Store(store_address(args.runs_dir))
         with refusing_faults(store):
-            folder = build_report(
-                store, args.name, args.out, args.runs_dir,
-                where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
-                figures=args.figure, formats=args.formats,
-            )  # fmt: skip
+            if args.compare:
+                folder = build_comparison(store, args.name, args.out, args.runs_dir)
+            else:
+                folder = build_report(
+                    store, args.name, args.out, args.runs_dir,
+                    where=args.where, claims=args.claims, shuffle=args.shuffle_labels,
+                    figures=args.figure, formats=args.formats,
+                )  # fmt: skip
     except InputError as error:
         print_error(error)
         return 2

@@ -24,7 +24,7 @@ def test_a_figure_is_as_wide_as_a_column_or_a_page(tmp_path, pixels, millimetres
     files = papers.write_figure({**BARS, "width": pixels}, tmp_path, "bars", papers.FORMATS)
     assert [file.name for file in files] == ["bars.svg", "bars.pdf", "bars.png"]
     svg, pdf, png = (file.read_bytes() for file in files)
-    assert f'width="{millimetres}mm"'.encode() in svg
+    assert f'width="{millimetres}.00mm"'.encode() in svg
     assert b"currentColor" not in svg
     points = float(re.search(rb"/MediaBox\s*\[0 0 ([\d.]+)", pdf)[1])
     assert points / 72 * 25.4 == pytest.approx(millimetres, rel=0.01)
