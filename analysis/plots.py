@@ -114,8 +114,8 @@ SOLID = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)
 
 
 def _layer() -> alt.Color:
-    """Colour by layer, from dark to light."""
-    scale = alt.Scale(scheme="viridis")
+    """Colour by layer. The ends of the scale would vanish on a dark page or on a light one."""
+    scale = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0.2, 0.92]))
     return alt.Color("layer:O", title="layer", scale=scale, legend=SOLID)
 
 

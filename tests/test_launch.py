@@ -129,9 +129,9 @@ def test_a_dry_run_lists_the_trials_and_leaves_nothing_but_what_it_measured(runs
     text = ["--corpus.name", "pydocs", "--corpus.tokenizer", "bytes"]
     assert run("--runs-dir", str(runs_dir), "--dry-run", *text) == 0
     output = capsys.readouterr().out
-    assert "sweep quick: 12 trials, 0 done, 12 missing" in output
-    assert output.count("│ missing │") == 12
-    assert f"2 seeds in every configuration, {len(CLAIMS)} claims:" in output
+    assert "sweep quick: 48 trials, 0 done, 48 missing" in output
+    assert output.count("│ missing │") == 48
+    assert f"8 seeds in every configuration, {len(CLAIMS)} claims:" in output
     assert [file.name for file in runs_dir.iterdir()] == ["measurements"]
 
 
@@ -144,9 +144,9 @@ def test_a_dry_run_that_measures_nothing_starts_no_ray_and_writes_nothing(
     wanted = ["--runs-dir", str(runs_dir), "--corpus.name", "pydocs", "--train.device", "cpu"]
     assert run(*wanted, "--dry-run", "--no-estimate") == 0
     output = capsys.readouterr().out
-    assert "sweep quick: 12 trials, 0 done, 12 missing" in output
-    assert output.count("│ missing │") == 12
-    assert f"2 seeds in every configuration, {len(CLAIMS)} claims:" in output
+    assert "sweep quick: 48 trials, 0 done, 48 missing" in output
+    assert output.count("│ missing │") == 48
+    assert f"8 seeds in every configuration, {len(CLAIMS)} claims:" in output
     single = "not measured (--no-estimate): one trial per core, time and memory are not known\n"
     assert single in output
     assert run(*wanted, "--dry-run", "--no-estimate", "--array", "5") == 0
@@ -340,7 +340,7 @@ def test_a_plan_says_what_its_seeds_can_decide():
         return "\n".join(say_power(complete_seeds(plan.trials.values()), CLAIMS))
 
     few = said(2)
-    assert f"2 seeds in every configuration, {len(CLAIMS)} claims:" in few
+    assert f"8 seeds in every configuration, {len(CLAIMS)} claims:" in few
     assert "cannot support depth_gradient: 6 seeds can, if every seed agrees" in few
     many = said(6)
     assert "cannot" not in many
