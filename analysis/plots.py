@@ -507,7 +507,11 @@ def _with_bounds(rows: pl.DataFrame) -> pl.DataFrame:
         .with_columns(pl.col("rule").replace(BOUNDS))
         .unique(maintain_order=True)
     )
-    return pl.concat([rows.drop(list(BOUNDS)), bounds], how="diagonal")
+    return pl.concat([rows.drop(list(BOUNDS)), bounds], how="diagonal").with_columns(
+        # A centre without an interval is a point: Vega warns of a panel with nothing to draw.
+        start=pl.coalesce("low", "value"),
+        end=pl.coalesce("high", "value"),
+    )
 
 
 def _bounds(base: Chart) -> Chart:
@@ -538,11 +542,11 @@ def _estimates(base: Chart, title: str) -> list[Chart]:
     numbers = (alt.Tooltip(f"{one}:Q", format=".4g") for one in ("value", "low", "high"))
     tooltip = _told("scheme:N", "part:N", "verdict:N", "seeds:Q", *numbers)
     centres = centres.encode(color=colour, tooltip=tooltip)
-    intervals = centres.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
+    intervals = centres.mark_rule(strokeWidth=2)
     points = centres.mark_point(filled=True, opacity=1, size=70)
     axis = alt.Axis(tickCount=4)
     return [
-        intervals.encode(x=alt.X("low:Q", title=title, axis=axis), x2=alt.X2("high")),
+        intervals.encode(x=alt.X("start:Q", title=title, axis=axis), x2=alt.X2("end")),
         points.encode(x=alt.X("value:Q", title=title, axis=axis), shape=shape),
     ]
 
