@@ -56,5 +56,7 @@ def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     assert "4 matching runs" in text
     assert "Group by: init.scheme" in text
     assert "share key" not in text  # of an error
+    assert "Model registry" in text  # which is about training
+    assert "Prompts" not in text  # which are of language-model applications
     titles = ("loss/val", "qkv_std/layer_00", "logprob/never_used")
     assert all(title in text for title in titles)
