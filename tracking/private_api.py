@@ -171,6 +171,14 @@ other versions read the tag; the page of 3.17.2 reads its address instead (chart
 """
 
 
+RUN_COLOUR_TAG = "mlflow.runColor"
+"""The run tag that has the colour of a run on MLflow's pages.
+
+Reason: a scheme is to have one colour in the report and there. The page gives groups of runs
+colours of its own choice, and the tag of no run changes that.
+"""
+
+
 def shared_view_tag(name: str) -> str:
     """Name the experiment tag in which MLflow's page keeps a shared view.
 
