@@ -12,7 +12,7 @@ from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN
 from analysis.frames import RunFrames
 from analysis.measures import NEVER_100, UNUSED
 from analysis.page import SECTIONS
-from analysis.report import main
+from analysis.report import MAIN_FIGURES, main
 from analysis.runs import READ
 from gptcore.records import PRIMARY
 from helpers.store import make_sweep
@@ -160,6 +160,13 @@ def test_every_figure_of_runs_has_the_schemes_in_one_order(report):
     for name in {FIGURES[figure].frame for figure in FIGURES} & {*RunFrames.__annotations__}:
         found = pl.read_parquet(report / f"{name}.parquet")["scheme"].unique(maintain_order=True)
         assert found.to_list() == [scheme for scheme in schemes if scheme in found], name
+
+
+def test_the_main_figures_are_pictures_too(report):
+    for name in MAIN_FIGURES:
+        picture = (report / "figures" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    assert sorted(MAIN_FIGURES) == ["group_log_probs", "qkv_std"]
 
 
 def test_the_page_is_self_contained_and_escapes_what_people_wrote(report):
