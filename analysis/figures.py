@@ -176,23 +176,18 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
     """Draw figures for which there are numbers.
 
     Args:
-        frames: by name. Schemes are drawn in the order of the frame `trials`, if there is one.
+        frames: by name.
         names: of figures; without names, all.
 
     Returns:
         Their Vega-Lite by name.
     """
     specs = {}
-    trials = frames.get("trials", pl.DataFrame({"scheme": []}, schema={"scheme": pl.String}))
-    rank = {label: i for i, label in enumerate(trials["scheme"].unique(maintain_order=True))}
     for name in names or FIGURES:
         figure = FIGURES[name]
         frame = frames.get(figure.frame)
         if frame is None or frame.is_empty():
             continue
-        if rank and "scheme" in frame.columns:
-            planned = pl.col("scheme").replace_strict(rank, default=-1, return_dtype=pl.Int64)
-            frame = frame.sort(planned, maintain_order=True)
         # More digits cannot be seen, and the page holds many numbers.
         chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
         if chart is not None:

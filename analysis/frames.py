@@ -109,7 +109,17 @@ def frames_of_runs(sweep: RunTables) -> RunFrames:
     frames["left_out"] = pl.DataFrame(
         left_out, schema={"trial_key": pl.String, "why": pl.String}, orient="row"
     )
-    return RunFrames(**{name: with_trial(frame, sweep) for name, frame in frames.items()})
+    ordered = {name: in_order_of_trials(frame, sweep) for name, frame in frames.items()}
+    return RunFrames(**{name: with_trial(frame, sweep) for name, frame in ordered.items()})
+
+
+def in_order_of_trials(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
+    """Put the rows of each trial where the trial is in the sweep.
+
+    Figures give colours to schemes in the order in which they come: each then has one colour.
+    """
+    trials = sweep.trials.select("trial_key")
+    return trials.join(frame, on="trial_key", maintain_order="left_right").select(frame.columns)
 
 
 RECORDED = {

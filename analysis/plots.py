@@ -20,9 +20,8 @@ from analysis.decisions import (
     SUPPORTED,
     UNDERPOWERED,
 )
+from tracking.colours import COLOURS
 
-# Okabe & Ito's colours, which differ for every kind of colour vision.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31"]
 VERDICT_COLOURS = {
     SUPPORTED: "#009E73", CONTRADICTED: "#D55E00", DEPENDS: "#CC79A7", NOT_SUPPORTED: "#767676",
     UNDERPOWERED: "#E69F00",

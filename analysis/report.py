@@ -7,7 +7,8 @@
     python analysis/report.py --figure qkv_std --format pdf
     python analysis/report.py --where "init.scheme == 'gpt2' AND init.seed < 4"
 
-Writes report.html (opens without a network), findings.json, summary.md and the tables as Parquet.
+Writes report.html (opens without a network), findings.json, summary.md, the tables as Parquet and
+the two main figures as PNG.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import polars as pl
 from analysis.claim_table import estimates, of_claims, weakest
 from analysis.claims import CLAIMS, check_claims
 from analysis.comparing import Side, compare_sweeps, estimates_of
-from analysis.figures import FIGURES, check_figures, drawn
+from analysis.figures import FIGURES, FIRST_SCREEN, check_figures, drawn
 from analysis.findings import Findings, find, measured
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
@@ -52,6 +53,9 @@ from tracking.arguments import Parser, give_up_output, prepare_output, print_err
 from tracking.health import store_fault
 from tracking.store import Store
 from tracking.untrusted import check_no_link, in_markdown, one_line, printable
+
+MAIN_FIGURES = [name for name, figure in FIGURES.items() if figure.section == FIRST_SCREEN]
+"""The figures that every report has as pictures too, for pages that show no HTML."""
 
 
 def build_report(
@@ -125,8 +129,9 @@ def build_report(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
-            for name in charts if figures else ():
-                write_figure(charts[name], new / "figures", name, formats)
+            for name in charts if figures else charts.keys() & MAIN_FIGURES:
+                kinds = formats if figures else ["png"]
+                write_figure(charts[name], new / "figures", name, kinds)
             if not figures:
                 (new / "report.html").write_text(page, encoding="utf-8")
                 (new / "findings.json").write_text(contents)

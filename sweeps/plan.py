@@ -12,10 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptcore.config import KNOBS, InputError, TrialConfig, compared_knobs, spelling, varying_knobs
+from gptcore.config import (
+    KNOBS,
+    InputError,
+    Scalar,
+    TrialConfig,
+    compared_knobs,
+    spelling,
+    varying_knobs,
+)
 from gptcore.corpus import CORPORA, Corpus, CorpusUnavailable, canonical_subset, load_corpus
 from gptcore.experiment import check_knobs
 from sweeps.presets import Space, trials_of
+from tracking.colours import COLOURS
 from tracking.job import Job
 
 if TYPE_CHECKING:
@@ -201,14 +210,46 @@ def checked(
 def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
     """Return one Job for each of these trials."""
     jobs, tags = [], {"sweep": plan.name, **plan.tags()}
-    scheme, *others = plan.compared()
+    names, colours = names_of(plan), colours_of(plan)
     for key in keys:
         corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
-        name = [flat[scheme], *(f"{knob} {spelling(flat[knob])}" for knob in others)]
-        name += [flat["corpus.subset"], f"seed {flat['init.seed']}"]
         text = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
-        jobs.append(Job(key, ", ".join(map(str, name)), flat, {**tags, **text}))
+        jobs.append(Job(key, names[key], flat, {**tags, **text}, colours[key]))
     return jobs
+
+
+def names_of(plan: Plan) -> dict[str, str]:
+    """Name each trial by its scheme, the other knobs in which trials differ, and its seed.
+
+    A text stands for itself, as in `gpt2, 0-0.25, seed 1`. A number has the last part of its knob
+    before it, as in `gpt2, lr 0.001, seed 1`.
+    """
+    flats = {key: config.to_flat() for key, config in plan.trials.items()}
+    # These are in every name, or say the same.
+    known = {"init.scheme", "init.seed"}
+    if all(flat["corpus.data_seed"] == flat["init.seed"] for flat in flats.values()):
+        known.add("corpus.data_seed")
+    others = [knob for knob in plan.varied() if knob not in known]
+
+    def said(knob: str, value: Scalar) -> str:
+        if isinstance(value, str):
+            return Path(value).name if knob == "corpus.name" else value
+        return f"{knob.rpartition('.')[2]} {spelling(value)}"
+
+    knobs = ["init.scheme", *others, "init.seed"]
+    return {key: ", ".join(said(knob, flat[knob]) for knob in knobs) for key, flat in flats.items()}
+
+
+def colours_of(plan: Plan) -> dict[str, str]:
+    """Colour each trial like its configuration in the report: in the order of the plan."""
+    compared = plan.compared()
+    configurations = {
+        key: tuple(flat[knob] for knob in compared)
+        for key, flat in ((key, config.to_flat()) for key, config in plan.trials.items())
+    }
+    distinct = dict.fromkeys(configurations.values())
+    colours = dict(zip(distinct, itertools.cycle(COLOURS), strict=False))
+    return {key: colours[configuration] for key, configuration in configurations.items()}
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from analysis.claims import digest
 from analysis.interim import InterimPlan
-from analysis.report import build_report
+from analysis.report import MAIN_FIGURES, build_report
 from analysis.runs import ENDED
 from gptcore.checkpoint import checkpoint_file
 from gptcore.config import InputError, TrainConfig, TrialConfig
@@ -371,9 +371,10 @@ class Session:
             self.console.print(f"report: {file}, up to date", soft_wrap=True)
             return
         folder = build_report(self.store, [self.name], None, self.runs_dir)
-        names = ("report.html", "findings.json", "summary.md")
+        files = [folder / name for name in ("report.html", "findings.json", "summary.md")]
+        pictures = [folder / "figures" / f"{name}.png" for name in MAIN_FIGURES]
         self.sweep_run.keep(
-            [folder / name for name in names], report_of=f"{made_of} {_written(file)}"
+            [*files, *filter(Path.is_file, pictures)], report_of=f"{made_of} {_written(file)}"
         )
         self.console.print(f"report: {file}", soft_wrap=True)
 

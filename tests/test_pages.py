@@ -343,5 +343,8 @@ def test_a_browser_opens_the_link_and_sees_the_charts_of_the_sweep(finished_swee
         assert page.evaluate("document.cookie") == ""  # no script can read it
         SCREENSHOTS.mkdir(exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "pages.png")
-        assert "matching runs" in page.inner_text("body")
+        text = page.inner_text("body")
+        assert "matching runs" in text
+        assert "Model registry" in text
+        assert "Prompts" not in text
     print("not allowed:", *sorted({url.partition("/ajax-api")[2] for url in refused}))

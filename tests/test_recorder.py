@@ -17,6 +17,7 @@ from gptcore.experiment import check_trial, run_trial
 from helpers.paths import ROOT
 from helpers.store import job_of, recorder_of
 from helpers.trials import undisturbed_tables
+from tracking.private_api import RUN_COLOUR_TAG
 from tracking.recorder import close_runs
 from tracking.store import trial_status
 from tracking.sweep_run import RecordedPlan, RecordedTrial, SweepRun
@@ -58,6 +59,20 @@ def test_a_trial_leaves_params_tags_metrics_and_tables(store, recorder, key, tin
     ]
     files = [file.path for file in client.list_artifacts(run.info.run_id)]
     assert {"weights.parquet", "token_groups.parquet", "training.parquet"} <= set(files)
+
+
+def test_a_run_has_the_name_and_the_colour_of_its_trial_until_a_user_changes_them(
+    store, experiment_id, key, tiny
+):
+    job = job_of(tiny, key, "gpt2, seed 0")
+    run_id = recorder_of(store, experiment_id, job).run_id
+    run = store.client.get_run(run_id)
+    assert (run.info.run_name, run.data.tags[RUN_COLOUR_TAG]) == (job.name, job.colour)
+    store.client.set_tag(run_id, RUN_COLOUR_TAG, "#000000")
+    store.client.update_run(run_id, name="mine")
+    assert recorder_of(store, experiment_id, job).run_id == run_id
+    run = store.client.get_run(run_id)
+    assert (run.info.run_name, run.data.tags[RUN_COLOUR_TAG]) == ("mine", "#000000")
 
 
 def test_a_trial_that_runs_again_is_one_run_with_each_point_once(store, recorder, key, tiny):

@@ -9,9 +9,10 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.decisions import NOT_MEASURED, UNDERPOWERED
 from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN
+from analysis.frames import RunFrames
 from analysis.measures import NEVER_100, UNUSED
 from analysis.page import SECTIONS
-from analysis.report import main
+from analysis.report import MAIN_FIGURES, main
 from analysis.runs import READ
 from gptcore.records import PRIMARY
 from helpers.store import make_sweep
@@ -151,6 +152,21 @@ def test_every_table_that_it_rests_on_is_written_as_parquet(report):
     names = {file.stem for file in report.glob("*.parquet")}
     assert names >= set(READ) | {"trials", "depth_gradient", "layer_growth"}
     assert pl.read_parquet(report / "training.parquet")["trial_key"].n_unique() == 4
+
+
+def test_every_figure_of_runs_has_the_schemes_in_one_order(report):
+    """The colours of schemes follow it."""
+    schemes = pl.read_parquet(report / "trials.parquet")["scheme"].unique(maintain_order=True)
+    for name in {FIGURES[figure].frame for figure in FIGURES} & {*RunFrames.__annotations__}:
+        found = pl.read_parquet(report / f"{name}.parquet")["scheme"].unique(maintain_order=True)
+        assert found.to_list() == [scheme for scheme in schemes if scheme in found], name
+
+
+def test_the_main_figures_are_pictures_too(report):
+    for name in MAIN_FIGURES:
+        picture = (report / "figures" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    assert sorted(MAIN_FIGURES) == ["group_log_probs", "qkv_std"]
 
 
 def test_the_page_is_self_contained_and_escapes_what_people_wrote(report):

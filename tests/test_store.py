@@ -15,6 +15,7 @@ from helpers.trials import TINY
 from sweeps import launch
 from sweeps.presets import PRESETS
 from tracking.address import StoreAddress, sqlite_address, store_address
+from tracking.private_api import KIND_OF_TRAINING
 from tracking.recorder import close_cut_off, close_runs, delete_twins
 from tracking.store import Store
 from tracking.tags import say_incomplete
@@ -252,6 +253,19 @@ def test_a_sweep_whose_experiment_was_renamed_goes_on_there(runs_dir):
     store.client.rename_experiment(experiment_id, "a better name")
     assert store.open_experiment("small", runs_dir) == experiment_id
     assert main(["--runs-dir", str(runs_dir), "--name", "small"]) == 0
+
+
+def test_an_experiment_is_one_of_training_runs_unless_a_user_chose_another_kind(tmp_path):
+    store = store_in(tmp_path)
+    (tag,), (training,) = KIND_OF_TRAINING, KIND_OF_TRAINING.values()
+    place = (tmp_path / "artifacts").as_uri()
+    store.client.create_experiment("older", artifact_location=place)
+    store.client.create_experiment("chosen", artifact_location=place, tags={tag: "finetuning"})
+    for name, kind in (("new", training), ("older", training), ("chosen", "finetuning")):
+        for _ in range(2):
+            experiment_id = store.open_experiment(name, tmp_path, {"view": "a view"})
+            tags = store.client.get_experiment(experiment_id).tags
+            assert {tag: kind, "view": "a view"}.items() <= tags.items(), name
 
 
 @pytest.mark.parametrize("name", ["a#b '\"c ü;&=+", "x" * 200])

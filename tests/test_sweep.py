@@ -63,6 +63,10 @@ def test_a_sweep_goes_from_one_command_to_a_report(swept):
     assert {name for name, count in findings["trials"].items() if count} == {"finished"}
     assert findings["trials"]["finished"] == 2
     assert (runs_dir / "reports" / "e2e" / "report.html").stat().st_size > 100_000
+    kept = (runs_dir / "artifacts").glob("*/artifacts/report/*")
+    assert sorted(file.name for file in kept) == [
+        "findings.json", "group_log_probs.png", "qkv_std.png", "report.html", "summary.md",
+    ]  # fmt: skip
     assert "2 of 2 finished, 0 running, 0 failed\n" in output
     assert f"MLflow: python -m tracking.pages --runs-dir {runs_dir} --name e2e\n" in output
 

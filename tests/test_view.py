@@ -10,7 +10,9 @@ from gptcore.config import TrialConfig
 from helpers.paths import SCREENSHOTS
 from helpers.store import open_store
 from helpers.trials import WORDS, undisturbed
+from tracking.address import VIEW
 from tracking.charts import chart_points
+from tracking.colours import COLOURS
 from tracking.view import view_of_sweep, view_state
 
 
@@ -40,6 +42,23 @@ def test_every_chart_shows_metrics_that_trials_have():
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 6
 
 
+LINES = "[...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data ?? [])"
+
+
+@pytest.mark.browser
+def test_runs_that_are_not_grouped_have_the_colours_of_the_report(server_sweep, page):
+    store = open_store(server_sweep)
+    experiment = store.client.get_experiment_by_name("served").experiment_id
+    page.set_viewport_size({"width": 1900, "height": 1100})
+    page.goto(store.address.chart_page(experiment).replace(f"&viewStateShareKey={VIEW}", ""))
+    page.wait_for_function(f"{LINES}.length >= 4", timeout=60_000)
+    lines = page.evaluate(f"{LINES}.map(line => [line.name, line.marker?.color])")
+    # What follows the colour of a line makes the band around it transparent.
+    trials = [str(colour)[:7] for name, colour in lines if "seed" in str(name)]
+    assert len(trials) >= 4, lines
+    assert set(trials) == {COLOURS[0]}, lines
+
+
 @pytest.mark.browser
 def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     store = open_store(server_sweep)
@@ -56,5 +75,7 @@ def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     assert "4 matching runs" in text
     assert "Group by: init.scheme" in text
     assert "share key" not in text  # of an error
+    assert "Model registry" in text  # which is about training
+    assert "Prompts" not in text  # which are of language-model applications
     titles = ("loss/val", "qkv_std/layer_00", "logprob/never_used")
     assert all(title in text for title in titles)

@@ -128,8 +128,15 @@ class StoreAddress:
 
 
 def chart_path(experiment_id: str) -> str:
-    """Return the path of an experiment's page of charts, in the view of tracking.view."""
-    return f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"
+    """Return the path of an experiment's page of charts, in the view of tracking.view.
+
+    MLflow 3.17.2 shows every experiment as one of language-model applications, whatever its tag
+    says, unless the address asks for that of model training.
+    """
+    return (
+        f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"
+        "&workflowType=machine_learning"
+    )
 
 
 def sqlite_address(file: Path) -> str:

@@ -13,9 +13,10 @@ class Job:
     """One trial as a worker is given it."""
 
     key: str
-    name: str  # for people, such as `model5, all, seed 0`
+    name: str  # for people, such as `model5, seed 0`; nothing reads it
     params: Mapping[str, Scalar]  # every knob by its dotted key
     tags: Mapping[str, str]  # what the driver knows and the run is to keep
+    colour: str = ""  # of its lines, such as `#0072B2`; without one, MLflow chooses
 
     def with_tags(self, **tags: str) -> Job:
         """Return the job with more tags."""

@@ -163,6 +163,22 @@ def download_file(repository: ArtifactRepository, name: str, file: Path) -> None
     repository._download_file(name, str(file))
 
 
+KIND_OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""The experiment tag that says that its runs train models.
+
+Reason: an experiment is to be shown as what it is, and MLflow has no call for that. Servers of
+other versions read the tag; the page of 3.17.2 reads its address instead (chart_path).
+"""
+
+
+RUN_COLOUR_TAG = "mlflow.runColor"
+"""The run tag that has the colour of a run on MLflow's pages.
+
+Reason: a scheme is to have one colour in the report and there. The page gives groups of runs
+colours of its own choice, and the tag of no run changes that.
+"""
+
+
 def shared_view_tag(name: str) -> str:
     """Name the experiment tag in which MLflow's page keeps a shared view.
 

@@ -22,6 +22,7 @@ from gptcore.records import MemoryRecorder, Row, TrialResult
 from tracking.charts import chart_points
 from tracking.job import Job
 from tracking.lease import works_elsewhere
+from tracking.private_api import RUN_COLOUR_TAG
 from tracking.store import DONE, MADE_BY, Store, cut_tags
 from tracking.tables import write_tables
 
@@ -115,11 +116,13 @@ def make_run(store: Store, experiment_id: str, job: Job) -> Run:
     """Make a run for a trial, which is then under way."""
     # A run has the tags that readers need from the start: a worker may die at any moment.
     first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
+    # Set only once: a user may choose another colour.
+    colour = {RUN_COLOUR_TAG: job.colour} if job.colour else {}
     attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
     run = store.client.create_run(
         experiment_id,
-        run_name=f"{job.name} {job.key}",
-        tags={**first, **attempt, **cut_tags(job.tags)},
+        run_name=job.name,
+        tags={**first, **colour, **attempt, **cut_tags(job.tags)},
     )
     if attempt:
         delete_twins(store, run)

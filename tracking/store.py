@@ -42,7 +42,12 @@ from tracking.access import share_database
 from tracking.address import DATABASES, StoreAddress, mask_password, sqlite_address
 from tracking.health import DAMAGE, causes, check_server, damaged, sqlite_code
 from tracking.places import Client, check_place, folder_of, read_object
-from tracking.private_api import create_engine, move_artifacts, runs_in_database
+from tracking.private_api import (
+    KIND_OF_TRAINING,
+    create_engine,
+    move_artifacts,
+    runs_in_database,
+)
 from tracking.tags import NEEDED, TrialStatus, known_runs, lacking_tags, say_incomplete
 from tracking.untrusted import one_line
 
@@ -153,7 +158,8 @@ class Store:
             name: of the sweep. Its experiment may have been renamed in MLflow.
             runs_dir: a new experiment of a database keeps its files in there; a server keeps them
                 in its own folder.
-            tags: set on the experiment; its other tags stay.
+            tags: set on the experiment; its other tags stay. One without a kind is marked as one
+                of training runs.
 
         Raises:
             InputError: the experiment was deleted, or its files cannot be reached from here.
@@ -182,7 +188,8 @@ class Store:
             )
         else:
             experiment_id = experiment.experiment_id
-        location = (experiment or self.client.get_experiment(experiment_id)).artifact_location
+        experiment = experiment or self.client.get_experiment(experiment_id)
+        location = experiment.artifact_location
         if own is None:
             check_place(location, self.address, lambda: self._default_location)
         elif location != own.as_uri():
@@ -190,7 +197,9 @@ class Store:
                 f"the experiment {name} of the tracking store keeps its files at {location}, not "
                 f"at {own}: take another --name"
             )
-        for tag, value in (tags or {}).items():
+        # A kind that is there may be the user's choice.
+        kind = {} if KIND_OF_TRAINING.keys() & experiment.tags.keys() else KIND_OF_TRAINING
+        for tag, value in {**kind, **(tags or {})}.items():
             self.client.set_experiment_tag(experiment_id, tag, value)
         return experiment_id
 

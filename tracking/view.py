@@ -50,7 +50,8 @@ def view_state(group_by: Sequence[str], n_layer: int) -> JsonObject:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": [
-            "attributes.`Duration`", *dict.fromkeys(params), "tags.`trial_status`",
+            "attributes.`Duration`", *dict.fromkeys(params), "tags.`trial_key`",
+            "tags.`trial_status`",
             "metrics.`loss/val`", "metrics.`logprob/never_used`",
         ],
         "runsHiddenMode": "SHOW_ALL",

@@ -64,9 +64,10 @@ def job_of(
     config: TrialConfig, key: str | None = None, name: str = "a trial", sweep: str = "sweep"
 ) -> Job:
     """Return a trial as a worker of a sweep is given it, under its own key or another one."""
+    from tracking.colours import COLOURS
     from tracking.job import Job
 
-    return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep})
+    return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep}, COLOURS[0])
 
 
 def worker_config(

@@ -1,0 +1,62 @@
+"""What a plan says of its trials to people: their names, and their colours."""
+
+import pytest
+
+from gptcore.config import KNOBS, knob_type
+from helpers.trials import TINY
+from sweeps.plan import colours_of, jobs_of, make_plan
+from tracking.colours import COLOURS
+
+
+def plan_of(**space):
+    tiny = {knob: [value] for knob, value in TINY.items()}
+    return make_plan("n", "p", [{**tiny, **space}])
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [
+        ({}, ["gpt2, seed 0"]),
+        ({"init.seed": [0, 7]}, ["gpt2, seed 0", "gpt2, seed 7"]),
+        ({"corpus.subset": ["all", "0-0.25"]}, ["gpt2, all, seed 0", "gpt2, 0-0.25, seed 0"]),
+        ({"optim.lr": [0.001, 1e-5]}, ["gpt2, lr 0.001, seed 0", "gpt2, lr 1e-05, seed 0"]),
+        ({"model.tied": [True, False]}, ["gpt2, tied true, seed 0", "gpt2, tied false, seed 0"]),
+        ({"optim.name": ["adamw", "sgd"]}, ["gpt2, adamw, seed 0", "gpt2, sgd, seed 0"]),
+        (
+            {"corpus.data_seed": [0, 1]},
+            ["gpt2, data_seed 0, seed 0", "gpt2, data_seed 1, seed 0"],
+        ),
+    ],
+)
+def test_a_name_says_what_tells_the_trials_of_a_sweep_apart(space, named):
+    plan = plan_of(**{"init.scheme": ["gpt2"], "init.seed": [0], **space})
+    assert [job.name for job in jobs_of(plan, plan.trials)] == named
+
+
+def test_no_two_knobs_have_one_name_before_a_number():
+    numbers = [knob.rpartition(".")[2] for knob in KNOBS if knob_type(knob) is not str]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_text_of_ones_own_is_named_without_its_folder(tmp_path):
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text in texts:
+        text.write_text(f"{text.name} and nothing more. " * 300)
+    plan = plan_of(**{"corpus.name": [str(text) for text in texts], "init.scheme": ["gpt2"]})
+    assert [job.name.split(", ")[1] for job in jobs_of(plan, plan.trials)] == ["one.txt", "two.txt"]
+
+
+def test_trials_of_one_configuration_have_one_colour_in_the_order_of_the_plan():
+    schemes = ["model5", "gpt2", "normal", "uniform", "laplace", "orthogonal", "xavier_normal",
+               "kaiming_normal"]  # fmt: skip
+    plan = plan_of(**{"init.seed": [0, 1], "init.scheme": schemes})
+    given = colours_of(plan)
+    for key, config in plan.trials.items():
+        place = schemes.index(config.init.scheme)
+        assert given[key] == COLOURS[place % len(COLOURS)]
+    assert {job.key: job.colour for job in jobs_of(plan, plan.trials)} == given
+
+
+def test_a_colour_is_of_a_scheme_with_all_that_is_compared():
+    plan = plan_of(**{"optim.lr": [0.1, 0.2], "init.scheme": ["model5", "gpt2"]})
+    assert list(colours_of(plan).values()) == COLOURS[:4]
