@@ -29,9 +29,7 @@ class Figure:
 
 
 LINES = "Thick: mean over seeds. Thin: one seed."
-BY_SCHEME = (
-    f"A panel is a scheme, of the first {plots.MOST_PANELS} where there are more; the file has all."
-)
+BY_SCHEME = f"A panel is a scheme, of the first {plots.MOST_SCHEMES}. The file has all."
 ONE_RUN = "In one run of each scheme; MLflow has the table of every run."
 
 
@@ -39,7 +37,7 @@ def _of_claim(name: str) -> Callable[[pl.DataFrame], plots.Chart | None]:
     """Return what draws the figure of one claim."""
 
     def draw(rows: pl.DataFrame) -> plots.Chart | None:
-        some = plots.first_schemes(rows.filter(pl.col("decides"), claim=name))
+        some = rows.filter(pl.col("decides"), claim=name)
         return plots.fig_claim(some) if some.height else None
 
     return draw
@@ -93,7 +91,8 @@ FIGURES: dict[str, Figure] = {
     ),
     "histograms": Figure(
         "tails", "histograms", plots.fig_histograms,
-        "Distribution of the QKV weights of each layer at one step, in one run of each scheme. "
+        "Distribution of the QKV weights of each layer at one step, in one run of each scheme, of "
+        f"the first {plots.MOST_HISTOGRAMS} where there are more. "
         "Choose the step with the slider. A normal distribution is a parabola here.",
     ),
     "rare_by_size": Figure(
@@ -188,6 +187,8 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         frame = frames.get(figure.frame)
         if frame is None or frame.is_empty():
             continue
+        if "scheme" in frame.columns:
+            frame = plots.first_schemes(frame)
         # More digits cannot be seen, and the page holds many numbers.
         chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
         if chart is not None:

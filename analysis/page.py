@@ -17,7 +17,7 @@ from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN, RECORDED
 from analysis.findings import Findings
 from analysis.frames import RunFrames
 from analysis.papers import bibtex, methods, provenance
-from analysis.plots import MOST_PANELS
+from analysis.plots import MOST_SCHEMES
 from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
 from analysis.sentences import (
@@ -83,7 +83,7 @@ def render(
             findings=findings,
             question=question(sweep, findings),
             answer=answer(findings),
-            matrix=matrix(findings, shown, MOST_PANELS),
+            matrix=matrix(findings, shown, MOST_SCHEMES),
             replication=replication(sweep, findings, by_run),
             next_steps=next_steps(sweep, findings),
             methods=methods(sweep, findings),
@@ -103,7 +103,7 @@ def render(
             fixed={
                 knob: sweep.trials[knob][0] for knob in KNOBS if sweep.trials[knob].n_unique() == 1
             },
-            schemes=list(findings.depth_gradient)[:MOST_PANELS],
+            schemes=list(findings.depth_gradient)[:MOST_SCHEMES],
             groups=groups,
             orders=ORDERS,
             claims={name: CLAIMS[name] for name in shown},
@@ -132,6 +132,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     made.filters["spelled"] = spelling
     made.filters["estimate"] = format_estimate
     made.filters["rule"] = rule_in_words
@@ -168,20 +169,30 @@ def render_comparison(
 
 def shared_data(
     charts: Mapping[str, JsonObject],
-) -> tuple[dict[str, JsonObject], dict[str, dict[str, list[Json]]]]:
+) -> tuple[dict[str, JsonObject], dict[str, JsonObject]]:
     """Take the data out of figures, so that the page has each set once, column by column.
 
     Returns:
-        The figures without data; and by the name of a data set its columns.
+        The figures without data; and by the name of a data set its columns, as _coded gives them.
     """
     specs, datasets = {}, {}
     for name, spec in charts.items():
         specs[name] = {key: part for key, part in spec.items() if key != "datasets"}
         for label, rows in spec.get("datasets", {}).items():
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            datasets[label] = {column: [row.get(column) for row in rows] for column in columns}
+            columns = dict.fromkeys(column for row in rows for column in row)
+            datasets[label] = {
+                column: _coded([row.get(column) for row in rows]) for column in columns
+            }
         specs[name]["sets"] = list(spec.get("datasets", {}))
     return specs, datasets
+
+
+def _coded(column: list[Json]) -> Json:
+    """Return a column. A column of texts has each text once: {values, at}, at which places."""
+    if not any(isinstance(value, str) for value in column):
+        return column
+    place = {value: i for i, value in enumerate(dict.fromkeys(column))}
+    return {"values": list(place), "at": [place[value] for value in column]}
 
 
 @functools.cache

@@ -36,9 +36,11 @@ GREY = "#767676"
 ERROR = CLAIMS["init_table"].rule("largest error of a kind").high or 0.0
 TAU = CLAIMS["depth_gradient"].rule("tau").low or 0.0
 
-MOST_PANELS = 24
-"""A figure with one panel for each scheme shows the first ones; the file has all."""
-MOST_ROWS = 6000
+MOST_SCHEMES = 24
+"""A figure shows the first schemes of a sweep; the file has all."""
+MOST_HISTOGRAMS = 4
+"""The figure of histograms, which has thousands of bins for each, shows so many schemes."""
+MOST_ROWS = 3000
 """A figure shows as many seeds as fit into this number of rows; the file has all."""
 
 BOLD = alt.Header(title=None, labelLimit=220, labelFontWeight="bold", labelPadding=2)
@@ -78,13 +80,14 @@ def seeds_and_mean(frame: pl.DataFrame, *axes_and_value: str) -> pl.DataFrame:
         pl.col(value).mean(), seed=pl.lit(None, pl.Int64), seeds=pl.len()
     )
     rank = pl.col("seed").rank("dense").over("scheme")
-    shown = seeds.filter(rank <= MOST_ROWS // max(1, means.height))
+    several = pl.col("seed").n_unique().over("scheme") > 1  # the line of one seed is the mean
+    shown = seeds.filter(several, rank <= MOST_ROWS // max(1, means.height))
     return pl.concat([means, shown], how="diagonal")
 
 
-def first_schemes(frame: pl.DataFrame) -> pl.DataFrame:
-    """Keep the schemes that a figure with one panel for each has space for."""
-    schemes = frame["scheme"].unique(maintain_order=True).head(MOST_PANELS)
+def first_schemes(frame: pl.DataFrame, most: int = MOST_SCHEMES) -> pl.DataFrame:
+    """Keep the schemes for which a figure has space."""
+    schemes = frame["scheme"].unique(maintain_order=True).head(most)
     return frame.filter(pl.col("scheme").is_in(schemes.implode()))
 
 
@@ -177,16 +180,20 @@ def _lines(
         base = base.encode(strokeDash=alt.StrokeDash(f"{dash}:N", title=dash, sort=None))
     number = alt.Tooltip(f"{y}:Q", format=".4f")
     tooltip = _told(*(f"{name}:N" for name in told), f"{x}:Q", number, "seeds:Q")
-    seeds = base.mark_line(strokeWidth=0.7).transform_filter("isValid(datum.seed)")
     means = base.mark_line(strokeWidth=2).transform_filter("!isValid(datum.seed)")
-    means = means.encode(tooltip=tooltip)
-    if not choose:
-        layers = alt.layer(seeds.encode(opacity=alt.value(0.35)), means)
-        return layers.properties(width=size[0], height=size[1])
-    one = _one_scheme(frame)
-    seeds = seeds.encode(opacity=alt.condition(one, alt.value(0.35), alt.value(0.03)))
-    means = means.encode(opacity=alt.condition(one, alt.value(1), alt.value(0.08)))
-    return alt.layer(seeds, means).add_params(one).properties(width=size[0], height=size[1])
+    layers = [means.encode(tooltip=tooltip)]
+    if frame["seed"].drop_nulls().len():
+        seeds = base.mark_line(strokeWidth=0.7).transform_filter("isValid(datum.seed)")
+        layers.insert(0, seeds.encode(opacity=alt.value(0.35)))
+    if choose:
+        one = _one_scheme(frame)
+        dimmed = [(0.35, 0.03), (1.0, 0.08)][-len(layers) :]
+        layers = [
+            layer.encode(opacity=alt.condition(one, alt.value(plain), alt.value(pale)))
+            for layer, (plain, pale) in zip(layers, dimmed, strict=True)
+        ]
+        return alt.layer(*layers).add_params(one).properties(width=size[0], height=size[1])
+    return alt.layer(*layers).properties(width=size[0], height=size[1])
 
 
 def _rules(axis: str, *at: float, **style: Any) -> Chart:
@@ -212,7 +219,7 @@ def fig_init_errors(errors: pl.DataFrame) -> Chart:
 
 def fig_qkv_std(growth: pl.DataFrame) -> Chart:
     """Draw the std of the merged QKV weight over steps: a panel for each scheme."""
-    frame = seeds_and_mean(first_schemes(growth), "layer", "step", "std")
+    frame = seeds_and_mean(growth, "layer", "step", "std")
     chart = _lines(frame, "std", "std of QKV (log scale)", _layer(), y_scale=LOG)
     return _panels(chart, frame).resolve_scale(y="independent")
 
@@ -225,7 +232,7 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
     Args:
         token_groups: the primary rows, with the column level of closed_form.
     """
-    some = first_schemes(token_groups).filter(pl.col("group").is_in(list(GROUP_NAMES)))
+    some = token_groups.filter(pl.col("group").is_in(list(GROUP_NAMES)))
     some = some.with_columns(group=pl.col("group").replace(GROUP_NAMES))
     by = ["scheme", "group", "subset"]
     levels = some.group_by(by).agg(
@@ -348,10 +355,12 @@ def fig_tau_by_rate(gradients: pl.DataFrame) -> Chart | None:
 
 def fig_histograms(bins: pl.DataFrame) -> Chart:
     """Draw the distribution of the QKV weights of each layer, with a slider over the steps."""
+    label = f"seed {bins['seed'][0]}, corpus.subset {bins['subset'][0]}"
+    bins = first_schemes(bins, MOST_HISTOGRAMS).drop("trial_key", "seed", "subset")
     steps = bins["step"].unique().sort().to_list()
     gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
     slider = alt.binding_range(min=steps[0], max=steps[-1], step=min(gaps, default=1), name="step ")
-    common = bins.group_by("trial_key").agg(pl.col("step").max())["step"].min()
+    common = bins.group_by("scheme").agg(pl.col("step").max())["step"].min()
     step = alt.param(value=common, bind=slider)
     one = _one_scheme(bins)
     return (
@@ -371,7 +380,7 @@ def fig_histograms(bins: pl.DataFrame) -> Chart:
         .add_params(step, one)
         .properties(width=220, height=160)
         .facet(facet=alt.Facet("layer:O", title="layer"), columns=3)
-        .properties(title=f"seed {bins['seed'][0]}, corpus.subset {bins['subset'][0]}")
+        .properties(title=label)
     )  # fmt: skip
 
 
@@ -463,7 +472,7 @@ def fig_claim(rows: pl.DataFrame) -> Chart:
     Args:
         rows: as analysis.claim_table.of_claims gives them, for the parts that decide one claim.
     """
-    seeds = MOST_ROWS // 4 // max(1, rows.filter(pl.col("seed").is_null()).height)
+    seeds = MOST_ROWS // 2 // max(1, rows.filter(pl.col("seed").is_null()).height)
     rank = pl.col("seed").rank("dense").over("part", "scheme", "subset")
     some = rows.filter(pl.col("seed").is_null() | (rank <= max(1, seeds)))
     some = some.with_columns(panel="part")
@@ -557,7 +566,7 @@ def fig_forest(estimates: pl.DataFrame) -> Chart:
         estimates: rows of analysis.claim_table.estimates. Of a claim with several parts, the part
             that is furthest from support.
     """
-    some = first_schemes(estimates).with_columns(
+    some = estimates.with_columns(
         panel=pl.format("{}: {} ({})", "claim", "part", "unit"), seed=pl.lit(None, pl.Int64)
     )
     base = _by_scheme(_with_bounds(some))
@@ -590,7 +599,7 @@ def fig_variance(shares: pl.DataFrame) -> Chart:
 
 def fig_by_kind(rows: pl.DataFrame, value: str, title: str) -> Chart:
     """Draw a number of each kind of weight over steps: a panel for each scheme."""
-    frame = seeds_and_mean(first_schemes(rows), "kind", "step", value)
+    frame = seeds_and_mean(rows, "kind", "step", value)
     scale = alt.Scale(scheme="tableau10")
     colour = alt.Color("kind:N", title="weight", sort=None, scale=scale, legend=SOLID)
     return _panels(_lines(frame, value, title, colour, y_scale=LOG), frame)
@@ -598,7 +607,7 @@ def fig_by_kind(rows: pl.DataFrame, value: str, title: str) -> Chart:
 
 def fig_by_layer(rows: pl.DataFrame, value: str, title: str) -> Chart:
     """Draw a number of each layer over steps: a panel for each scheme."""
-    frame = seeds_and_mean(first_schemes(rows), "layer", "step", value)
+    frame = seeds_and_mean(rows, "layer", "step", value)
     return _panels(_lines(frame, value, title, _layer()), frame)
 
 
