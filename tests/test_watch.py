@@ -76,8 +76,12 @@ def test_the_tables_of_a_trial_are_read_once(finished_sweep, planned, ended, tmp
 
 
 @pytest.fixture
-def watching(finished_sweep, planned):
-    """A page of the sweep `small`, served, of which no trial has ended as yet."""
+def watching(finished_sweep, planned, monkeypatch):
+    """A page of the sweep `small`, served, of which no trial has ended as yet.
+
+    It draws when the test says so, and not by itself.
+    """
+    monkeypatch.setattr(watch, "LOOK_EVERY", 600)
     store = store_in(finished_sweep)
     console = Console(record=True, width=200)
     shown = Watch("small", finished_sweep, store.address, console)
@@ -145,6 +149,19 @@ def test_it_draws_only_what_is_new_and_within_its_share_of_the_time(watching, en
     assert not watching.is_due()  # another one as long would be too much
     watching.begun -= watching.spent / SHARE
     assert watching.is_due()
+
+
+def test_it_draws_by_itself_when_a_trial_has_finished(finished_sweep, planned, ended, monkeypatch):
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
+    shown = Watch("small", finished_sweep, store_in(finished_sweep).address, Console(record=True))
+    shown.begun -= 1000
+    trials = {key: TrialConfig.from_flat(params) for key, params in planned.items()}
+    shown.open(SimpleNamespace(trials=trials), ended["finished"][:1])
+    for count in (1, 4):
+        shown.finished = frozenset(ended["finished"][:count])
+        wait_for(lambda count=count: shown.pictures.shown == count, 30)
+    shown.close()
+    assert shown.drawing == 2
 
 
 def test_what_cannot_be_drawn_is_said_once_and_tried_again(watching, ended, monkeypatch):
