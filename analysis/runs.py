@@ -109,6 +109,9 @@ def read_sweeps(
     where: str | None,
     cache: Path,
     keys: Collection[str] | None = None,
+    *,
+    tables_read: Mapping[str, Rows] = READ,
+    quiet: bool = False,
 ) -> RunTables:
     """Read sweeps as one. A finished trial whose tables cannot be read gets the status unreadable.
 
@@ -118,6 +121,8 @@ def read_sweeps(
         where: an SQL expression over the knobs, for a selection of trials.
         cache: the folder for tables that are fetched from a server, in a folder for each run.
         keys: read only the trials with these keys.
+        tables_read: the tables, and which of their rows and columns are read.
+        quiet: whether to show no bar while tables are fetched.
 
     Raises:
         InputError: there is nothing to read, or a table has another schema version.
@@ -145,8 +150,10 @@ def read_sweeps(
             folders[key] = _folder(store, runs[key], cache)
         except InputError as error:
             unreadable[key] = str(error)
-    _fetch_all(store, cache, READ, folders)
-    tables, damaged = read_tables(READ, folders) if finished else (empty_tables(READ), {})
+    _fetch_all(store, cache, tables_read, folders, quiet)
+    tables, damaged = (
+        read_tables(tables_read, folders) if finished else (empty_tables(tables_read), {})
+    )
     unreadable |= damaged
     if not tables:
         key, why = next(iter(unreadable.items()))
@@ -253,7 +260,11 @@ def _folder(store: Store, run: Run, cache: Path) -> Path:
 
 
 def _fetch_all(
-    store: Store, cache: Path, tables: Iterable[str], folders: Mapping[str, Path]
+    store: Store,
+    cache: Path,
+    tables: Iterable[str],
+    folders: Mapping[str, Path],
+    quiet: bool = False,
 ) -> None:
     """Fetch the tables that are missing in folders of the cache from a server.
 
@@ -268,7 +279,7 @@ def _fetch_all(
     if not missing:
         return
     store.open()
-    bar = Progress(console=Console(stderr=True), transient=True)
+    bar = Progress(console=Console(stderr=True), transient=True, disable=quiet)
     with ThreadPoolExecutor(max_workers=DOWNLOADS) as pool, bar:
         fetched = pool.map(lambda one: _fetch(store, *one), missing)
         for _ in bar.track(fetched, total=len(missing), description="fetching tables"):

@@ -192,10 +192,19 @@ def command_line(
         "--claims", nargs="+", default=[], metavar="CLAIM",
         help="ask only these claims: the error rate and the power of the sweep are for them alone",
     )  # fmt: skip
+    parser.add_argument(
+        "--watch", action="store_true",
+        help="print a link to a page of this machine that draws the main pictures again as trials "
+        "finish, until the sweep ends",
+    )  # fmt: skip
     add_knobs(parser, "one value, or several to sweep over [default; a preset may have others]")
     args, given = parse(parser, argv)
     if args.preset not in (None, *presets):
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
+    if args.watch and (args.dry_run or args.debug):
+        raise InputError(
+            "--watch shows a sweep while its trials run: it does not go with --dry-run or --debug"
+        )
     check_array(args.array)
     if args.claims:
         from analysis.claims import check_claims  # not at the top: it takes seconds
@@ -219,6 +228,7 @@ def run_sweep(
     from analysis.interim import find_sweep
     from sweeps.interim import agreed_interim_plan, follow, say_schedule
     from sweeps.session import Session, check_kind, naming_faults
+    from sweeps.watch import Watch
     from tracking.address import store_address
     from tracking.store import Store
 
@@ -237,6 +247,7 @@ def run_sweep(
             array=args.array,
             measures=not args.no_estimate,
             waits=args.wait,
+            watch=Watch(plan.name, runs_dir, store.address, console) if args.watch else None,
         ) as session:
             interim = agreed_interim_plan(plan, first_seeds, store)
             if interim is None:

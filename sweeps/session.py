@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
     from sweeps.estimate.arrays import Batch
     from sweeps.execution.runner import RunContext
+    from sweeps.watch import Watch
 
 
 class Session:
@@ -78,6 +79,7 @@ class Session:
         array: str = "off",
         measures: bool = True,
         waits: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         """Describe the work; nothing is opened before the session is entered.
 
@@ -90,9 +92,10 @@ class Session:
             measures: whether shapes are measured before trials run; else an earlier measurement is
                 used.
             waits: whether to wait for another driver that works on the sweep.
+            watch: the page that shows the trials while they run, if any.
         """
         self.name, self.runs_dir, self.store, self.console = name, runs_dir, store, console
-        self.array, self.measures, self.waits = array, measures, waits
+        self.array, self.measures, self.waits, self.watch = array, measures, waits, watch
         self.plan: Plan | None = None
         self.ledger: dict[str, Entry] = {}
         self.texts: Texts = NO_TEXTS
@@ -114,6 +117,8 @@ class Session:
         """
         check_writable(self.runs_dir)
         self._on_exit.enter_context(self._interrupts.handled())
+        if self.watch:
+            self._on_exit.callback(self.watch.close)
         try:
             self._on_exit.enter_context(
                 sweep_lock(self.runs_dir, self.name, wait=self.waits, say=self._say)
@@ -192,6 +197,9 @@ class Session:
             return False
         from sweeps.execution.runner import run_grid
 
+        if self.watch:
+            done = [key for key, entry in self.ledger.items() if entry.is_done and key not in again]
+            self.watch.open(plan, done)
         with self.estimated({key: plan.trials[key] for key in missing}) as batches:
             stopped = run_grid(jobs_of(plan, missing), batches, self.run_context())
         self.ledger = read_ledger(plan.trials, plan.name, self.store, self.runs_dir)
@@ -280,7 +288,8 @@ class Session:
         recording = Recording(
             self.store.address, self.sweep_run.experiment_id, self.runs_dir, self._owner
         )
-        return RunContext(self.store, recording, self.texts, self.console, self._interrupts)
+        tell = {"tell": self.watch.tell} if self.watch else {}
+        return RunContext(self.store, recording, self.texts, self.console, self._interrupts, **tell)
 
     @contextmanager
     def estimated(self, trials: Mapping[str, TrialConfig]) -> Iterator[list[Batch]]:

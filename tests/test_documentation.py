@@ -90,7 +90,7 @@ def folder(tmp_path, book, monkeypatch):
 
 def sweep(arguments: list[str]) -> None:
     """Run a command of init_sweep.py as a dry run without measuring; --help ends by itself."""
-    dry = [word for word in arguments if word not in ("--debug", "--dry-run")]
+    dry = [word for word in arguments if word not in ("--debug", "--dry-run", "--watch")]
     if "--redo" in arguments:  # takes trials that have been run
         dry = dry[: dry.index("--redo")]
     with contextlib.suppress(SystemExit):

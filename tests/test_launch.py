@@ -66,6 +66,8 @@ BAD = [
         ["--model.context", "200000"],
         "a context of 200000 with 4 corpus.windows needs at least 1600008",
     ),
+    (["--watch", "--dry-run"], "--watch shows a sweep while its trials run: it does not go with"),
+    (["--watch", "--debug"], "--watch shows a sweep while its trials run: it does not go with"),
     (["--name", "../up"], "--name takes up to 100 letters"),
     (["--train.device", "cuda:7"], "train.device takes auto, cpu, cuda, not 'cuda:7'"),
 ]

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from gptcore.config import TrialConfig
 from sweeps.execution import progress
-from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes
+from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, schemes_of
 from tracking.job import Job
 
 
 def job_of(key):
-    return Job(key, "a trial", {"train.steps": 100}, {})
+    return Job(key, "a trial", {"train.steps": 100, "init.scheme": "gpt2"}, {})
 
 
 def trial(key, **last_result):
@@ -214,3 +215,79 @@ def test_of_an_array_each_trial_is_counted_as_it_ends(shown, tmp_path):
     shown.on_trial_complete(0, [], array)
     assert shown.line() == "2 of 3 finished, 0 running, 1 failed"
     assert shown.console.file.getvalue().count("trial b diverged") == 1
+
+
+def of_schemes(*schemes, console=None):
+    """Progress of one trial for each scheme, whose keys are their places: "0", "1"."""
+    keys = [str(place) for place in range(len(schemes))]
+    outcomes = TrialOutcomes(
+        dict.fromkeys(keys, 100), len(keys), dict(zip(keys, schemes, strict=True))
+    )
+    return SweepProgress(console or Console(file=io.StringIO(), width=200), outcomes)
+
+
+def test_the_last_loss_of_each_scheme_is_told_with_its_step_in_the_order_of_the_plan(clock):
+    shown = of_schemes("model5", "gpt2", "normal", "model5")
+    assert shown.losses() == ""
+    result(shown, "1", 20, loss=10.25)
+    result(shown, "0", 40, loss=9.5)
+    result(shown, "3", 100, loss=8.125, status="finished")
+    result(shown, "1", 40)  # a report without a loss, such as on a trial that had its result
+    assert shown.losses() == "last loss: model5 8.125 (step 100), gpt2 10.25 (step 20)"
+
+
+def test_a_loss_that_is_no_number_is_told_as_it_is(clock):
+    shown = of_schemes("gpt2")
+    result(shown, "0", 7, loss=float("nan"), status="diverged")
+    assert shown.losses() == "last loss: gpt2 nan (step 7)"
+
+
+def test_of_many_schemes_eight_are_named(clock):
+    shown = of_schemes(*(f"scheme {place}" for place in range(11)))
+    for place in range(11):
+        result(shown, str(place), 1, loss=1.0)
+    assert shown.losses().count("(step 1)") == 8
+    assert shown.losses().endswith("scheme 7 1 (step 1), and 3 more")
+
+
+def test_a_terminal_shows_a_bar_of_all_steps_the_time_left_and_the_losses(clock):
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    with of_schemes("model5", "gpt2", console=console) as shown:
+        result(shown, "0", 0, loss=10.0)
+        clock.seconds += 10
+        result(shown, "0", 50, loss=9.0)
+    last = console.file.getvalue()
+    assert "━" * 10 in last
+    for told in ("25%", "0 of 2 finished", "0:30 min left", "last loss: model5 9 (step 50)"):
+        assert told in last
+
+
+def test_a_bar_is_not_drawn_at_every_report_but_at_every_event(clock):
+    told = []
+    shown = of_schemes("gpt2", "gpt2")
+    shown.tell = lambda progress: told.append(progress.line())
+    for step in range(10):
+        clock.seconds += 0.1
+        result(shown, "0", step)
+    assert len(told) == 2
+    result(shown, "0", 100, status="finished")
+    assert len(told) == 3
+    assert told[-1].startswith("1 of 2 finished")
+
+
+def test_lines_of_a_file_have_the_losses_from_time_to_time(clock):
+    shown = of_schemes("gpt2", "gpt2")
+    for step in range(40):
+        clock.seconds += 1
+        result(shown, "0", step, loss=5.0)
+    lines = shown.console.file.getvalue().splitlines()
+    assert [line for line in lines if "last loss" in line] == [
+        "  last loss: gpt2 5 (step 15)", "  last loss: gpt2 5 (step 31)"
+    ]  # fmt: skip
+    assert len(lines) == 4
+
+
+def test_schemes_have_the_names_of_the_report():
+    knobs = [{"init.scheme": "gpt2", "optim.lr": lr, "init.seed": 1} for lr in (0.001, 0.01)]
+    jobs = [Job(str(lr), "", TrialConfig.from_flat(lr).to_flat(), {}) for lr in knobs]
+    assert list(schemes_of(jobs).values()) == ["gpt2, optim.lr 0.001", "gpt2, optim.lr 0.01"]

@@ -58,6 +58,12 @@ def test_a_worker_that_sees_another_text_than_the_driver_refuses_the_trial(
     assert [file.path for file in store.client.list_artifacts(run.info.run_id)] == ["failure.txt"]
 
 
+def test_the_last_report_of_a_trial_has_its_last_loss(tiny, store, work_of, told):
+    run_batch(work_of(job := job_of(tiny)))
+    loss = undisturbed_tables(tiny)["training"]["loss"][-1]
+    assert told[-1] == TrialReport(trial_key=job.key, step=5, loss=loss, status="finished")
+
+
 def test_a_trial_that_tune_cut_off_goes_on_and_its_run_holds_every_point_once(
     tiny, store, work_of, monkeypatch
 ):
@@ -151,7 +157,7 @@ def test_an_answer_that_a_server_did_not_end_is_asked_for_again(
     with cutting_one_answer(server_sweep, what) as uri:
         store = open_store(uri)
         run_batch(worker_config(store, experiment_id, tmp_path, [job]))
-    assert told[-1] == TrialReport(trial_key=job.key, step=5, status="finished")
+    assert replace(told[-1], loss=None) == TrialReport(trial_key=job.key, step=5, status="finished")
     client = open_store(server_sweep).client
     (run,) = client.search_runs([experiment_id], f"tags.trial_key = '{job.key}'")
     assert run.info.status == "FINISHED"

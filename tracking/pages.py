@@ -38,6 +38,7 @@ from tracking.store import Store, named_runs
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import uvicorn
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -73,25 +74,31 @@ NOT_ALLOWED = JSONResponse(
     },
     status_code=403,
 )
-REFUSED = PlainTextResponse(
-    "these pages ask for the link that `python -m tracking.pages` has printed last: each link "
-    "opens once\n",
-    status_code=401,
-)
 OPENS = (
     '<!doctype html><meta http-equiv="refresh" content="0; url={page}">'
-    '<a href="{page}">MLflow</a>\n'
+    '<a href="{page}">Open the page</a>\n'
 )
 
 
-def behind_link(app: ASGIApp, page: str, announce: Callable[[str], object]) -> ASGIApp:
+def behind_link(
+    app: ASGIApp,
+    page: str,
+    announce: Callable[[str], object],
+    printed_by: str = "python -m tracking.pages",
+) -> ASGIApp:
     """Put an application behind links that open once.
 
     Args:
         app: what answers those who have opened a link.
         page: where a link leads, below the application.
         announce: called with the path and query of each new link, the first one at once.
+        printed_by: the command that prints the links, for those who are refused.
     """
+    refused = PlainTextResponse(
+        f"these pages ask for the link that `{printed_by}` has printed last: each link opens "
+        "once\n",
+        status_code=401,
+    )
     # A browser sends a cookie to every port of a machine, and so to servers of other accounts. It
     # sends this one only below a path that they do not know.
     folder = f"/{secrets.token_urlsafe(16)}/"
@@ -110,7 +117,7 @@ def behind_link(app: ASGIApp, page: str, announce: Callable[[str], object]) -> A
     def opened(request: Request) -> Response:
         if not admits(request.headers):
             if not equal(request.query_params.get("token", ""), token):
-                return REFUSED
+                return refused
             renew()
         # A page, for a browser does not send the cookie after a redirect that begins elsewhere, as
         # in a terminal that is a page itself.
@@ -122,14 +129,12 @@ def behind_link(app: ASGIApp, page: str, announce: Callable[[str], object]) -> A
     async def below_folder(scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that is admitted, as the application would at the top."""
         path = scope["path"].removeprefix(folder[:-1])
-        if not scope["path"].startswith(folder):
-            await REFUSED(scope, receive, send)
-        elif not ALLOWED.fullmatch(f"{scope['method'].replace('HEAD', 'GET')} {path}"):
-            await NOT_ALLOWED(scope, receive, send)
-        else:
+        if scope["path"].startswith(folder):
             await app({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+        else:
+            await refused(scope, receive, send)
 
-    inside = guarded(below_folder, admits, REFUSED)
+    inside = guarded(below_folder, admits, refused)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_privately(message: Message) -> None:
@@ -146,6 +151,16 @@ def behind_link(app: ASGIApp, page: str, announce: Callable[[str], object]) -> A
             await inside(scope, receive, send_privately)
 
     renew()
+    return answer
+
+
+def tidying_only(app: ASGIApp) -> ASGIApp:
+    """Have an application answer the requests of ALLOWED alone."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        asked = f"{scope['method'].replace('HEAD', 'GET')} {scope['path']}"
+        await (app if ALLOWED.fullmatch(asked) else NOT_ALLOWED)(scope, receive, send)
+
     return answer
 
 
@@ -187,6 +202,18 @@ def listen(port: int) -> socket.socket:
         ) from error
 
 
+def quiet_server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:
+    """Return a server of an application, which writes down no request: links would be in it."""
+    import uvicorn  # not at the top: MLflow takes a process that has it for a server
+
+    # No lifespan: MLflow's would look for containers of its assistant.
+    settings = uvicorn.Config(
+        app, log_level=log_level, access_log=False, lifespan="off", ws="none",
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    return uvicorn.Server(settings)
+
+
 def serve(runs_dir: Path, names: Sequence[str], port: int) -> None:
     """Serve the pages until Ctrl-C.
 
@@ -198,25 +225,16 @@ def serve(runs_dir: Path, names: Sequence[str], port: int) -> None:
     Raises:
         InputError: there are no such pages, or the port cannot be had.
     """
-    # Not at the top: MLflow takes a process that has it for a server.
-    import uvicorn
-
     os.environ.update(MLFLOW_SETTINGS)
     address = store_address(runs_dir)
     page = page_of(address, names)
     with listen(port) as listener:
         base = f"http://{HOST}:{listener.getsockname()[1]}"
-        mlflow = pages_app(address.uri, runs_dir.resolve() / "artifacts")
+        mlflow = tidying_only(pages_app(address.uri, runs_dir.resolve() / "artifacts"))
         print(f"MLflow's pages of {runs_dir}, until Ctrl-C. The last link opens once:", flush=True)
         app = behind_link(mlflow, page, lambda link: print(f"  {base}{link}", flush=True))
-        # No log of requests: the links would be in it. No lifespan: MLflow's would look for
-        # containers of its assistant.
-        settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", ws="none",
-            timeout_graceful_shutdown=2,
-        )  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run([listener])
+            quiet_server(app).run([listener])
 
 
 def port_number(text: str) -> int:

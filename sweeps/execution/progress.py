@@ -1,4 +1,4 @@
-"""How far a sweep is: what became of each trial, and one line about all of them."""
+"""How far a sweep is: what became of each trial, a bar, and lines about all of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
+from gptcore.config import compared_knobs, spelling, varying_knobs
 from gptcore.units import clock
 from sweeps.execution.private_api import error_text
 from sweeps.execution.trainable import TrialReport
@@ -19,6 +22,11 @@ from tracking.job import Job
 
 LINE_EVERY = 15.0
 """Seconds between lines where the console is no terminal."""
+REDRAW_EVERY = 0.5
+"""Seconds between two pictures of the same bar: a cluster reports more often than anybody reads."""
+MOST_SCHEMES = 8
+"""The line of losses names no more schemes."""
+BAR_WIDTH = 40
 
 
 class StopTune(Exception):
@@ -31,14 +39,19 @@ class TrialOutcomes:
     Methods for an event return the line to print, or an empty text.
     """
 
-    def __init__(self, steps: Mapping[str, int], trials: int) -> None:
+    def __init__(
+        self, steps: Mapping[str, int], trials: int, schemes: Mapping[str, str] | None = None
+    ) -> None:
         """Begin with no trial started.
 
         Args:
             steps: updates that each trial will make, by its key; a search adds its own later.
             trials: how many trials there will be.
+            schemes: the scheme of each trial, by its key; a search adds its own later.
         """
-        self.steps, self.trials = dict(steps), trials
+        self.steps, self.trials, self.schemes = dict(steps), trials, dict(schemes or {})
+        # By scheme the latest step and loss that a trial of it has told, in the order of the plan.
+        self.losses: dict[str, tuple[int, float] | None] = dict.fromkeys(self.schemes.values())
         self.done = dict.fromkeys(steps, 0)  # the last step that was heard of
         self.first_step: dict[str, int] = {}  # the first one, far from 0 after a checkpoint
         self.running: set[str] = set()
@@ -66,7 +79,18 @@ class TrialOutcomes:
             for key, total in self.steps.items()
             if key not in self.failed and key not in self.pruned
         )
-        return known + (self.trials - len(self.steps)) * max(self.steps.values())
+        return known + self._steps_unknown
+
+    @property
+    def _steps_unknown(self) -> int:
+        """Steps of the trials that a search has not suggested yet."""
+        return (self.trials - len(self.steps)) * max(self.steps.values(), default=0)
+
+    @property
+    def share_done(self) -> float:
+        """Which share of all steps needs no work any more."""
+        every = sum(self.steps.values()) + self._steps_unknown
+        return 1 - self.steps_left / every if every else 0.0
 
     def started(self, jobs: Sequence[Job]) -> None:
         """Note that a worker was given trials."""
@@ -76,6 +100,7 @@ class TrialOutcomes:
             self.running.add(job.key)
             self.steps.setdefault(job.key, int(job.params["train.steps"]))
             self.done.setdefault(job.key, 0)
+            self.schemes.setdefault(job.key, str(job.params["init.scheme"]))
 
     def reported(self, report: TrialReport) -> str:
         """Take a worker's report on one trial."""
@@ -93,6 +118,8 @@ class TrialOutcomes:
         # A trial that was not heard of before its end was too short to begin far from there.
         self.first_step.setdefault(key, 0 if status else step)
         self.done[key] = self.steps[key] if status == "diverged" else step
+        if report.loss is not None:
+            self.losses[self.schemes[key]] = (step, report.loss)
         if status:
             self.finished.add(key)
         return f"trial {key} {status}" if status else ""
@@ -131,7 +158,7 @@ class TrialOutcomes:
 
 
 class SweepProgress(tune.Callback):
-    """Shows one line about the sweep, live on a terminal, from time to time anywhere else.
+    """Shows how far the sweep is: a bar on a terminal, lines from time to time anywhere else.
 
     The time left is that of the steps that remain, at the pace of all steps so far.
     """
@@ -142,6 +169,7 @@ class SweepProgress(tune.Callback):
         outcomes: TrialOutcomes,
         errors: Sequence[Exception] = (),
         take_signals: Callable[[], object] = lambda: None,
+        tell: Callable[[SweepProgress], object] = lambda progress: None,
     ) -> None:
         """Show what becomes of trials.
 
@@ -150,12 +178,13 @@ class SweepProgress(tune.Callback):
             outcomes: records every event.
             errors: what was raised where Tune keeps it to itself: raised at the next step.
             take_signals: called at each step of Tune's loop, because Tune takes SIGUSR1 for itself.
+            tell: called whenever there is something new to show.
         """
         self.console, self.outcomes, self.errors = console, outcomes, errors
-        self.take_signals = take_signals
+        self.take_signals, self.tell = take_signals, tell
         self.interrupted = False  # by Ctrl-C
         self.first_report: float | None = None
-        self.last_line = time.monotonic()
+        self.last_shown = self.last_line = self.last_losses = time.monotonic()
         self.live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SweepProgress:
@@ -186,14 +215,35 @@ class SweepProgress(tune.Callback):
         pace = (time.monotonic() - self.first_report) / outcomes.steps_made
         return f"{counts}, {clock(int(outcomes.steps_left * pace))} left"
 
+    def losses(self) -> str:
+        """Return `last loss: model5 9.81 (step 60), gpt2 10.2 (step 80)`, empty without any."""
+        told = [
+            f"{scheme} {last[1]:.4g} (step {last[0]})"
+            for scheme, last in self.outcomes.losses.items()
+            if last
+        ]
+        more = f", and {len(told) - MOST_SCHEMES} more" if len(told) > MOST_SCHEMES else ""
+        return f"last loss: {', '.join(told[:MOST_SCHEMES])}{more}" if told else ""
+
+    def bar(self) -> Group:
+        """Return what a terminal shows: a bar, and the lines about the sweep."""
+        bar, share = Table.grid(padding=(0, 1)), self.outcomes.share_done
+        bar.add_row(ProgressBar(total=1, completed=share, width=BAR_WIDTH), f"{share:.0%}")
+        return Group(bar, *filter(None, (self.line(), self.losses())))
+
     def _show(self, event: str = "") -> None:
+        now = self.last_shown = time.monotonic()
         if event:
             self.console.print(event, soft_wrap=True, highlight=False)
         if self.console.is_terminal:
-            self.live.update(self.line(), refresh=True)
-        elif event or time.monotonic() - self.last_line > LINE_EVERY:
-            self.last_line = time.monotonic()
+            self.live.update(self.bar(), refresh=True)
+        elif event or now - self.last_line > LINE_EVERY:
+            self.last_line = now
             self.console.print(self.line(), highlight=False)
+            if now - self.last_losses > LINE_EVERY and (losses := self.losses()):
+                self.last_losses = now
+                self.console.print(f"  {losses}", soft_wrap=True, highlight=False)
+        self.tell(self)
 
     def interrupt(self) -> None:
         """End at the next step of Tune's loop."""
@@ -229,7 +279,9 @@ class SweepProgress(tune.Callback):
         """Take what a worker reported."""
         if self.first_report is None:
             self.first_report = time.monotonic()
-        self._show(self.outcomes.reported(TrialReport.of(result)))
+        said = self.outcomes.reported(TrialReport.of(result))
+        if said or time.monotonic() - self.last_shown >= REDRAW_EVERY:
+            self._show(said)
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
@@ -254,6 +306,20 @@ class SweepProgress(tune.Callback):
         """Count the trials of a batch as failed."""
         if said := self.outcomes.gave_up(trial.config["batch"], reason_of(error_text(trial))):
             self._show(said)
+
+
+def schemes_of(jobs: Sequence[Job]) -> dict[str, str]:
+    """Return by trial key the scheme of each trial, as the report names it."""
+    scheme, *others = compared_knobs(varying_knobs([job.params for job in jobs]))
+    return {
+        job.key: ", ".join(
+            [
+                spelling(job.params[scheme]),
+                *(f"{knob} {spelling(job.params[knob])}" for knob in others),
+            ]
+        )
+        for job in jobs
+    }
 
 
 def reason_of(text: str) -> str:

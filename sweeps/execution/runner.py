@@ -16,7 +16,13 @@ from gptcore.corpus import Texts
 from sweeps.estimate.arrays import Batch
 from sweeps.execution.faults import Fault
 from sweeps.execution.interrupts import Interrupts
-from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, key_of
+from sweeps.execution.progress import (
+    StopTune,
+    SweepProgress,
+    TrialOutcomes,
+    key_of,
+    schemes_of,
+)
 from sweeps.execution.ray_cluster import stop_ray
 from sweeps.execution.resources import (
     Resources,
@@ -52,6 +58,8 @@ class RunContext:
     texts: Texts
     console: Console
     interrupts: Interrupts
+    tell: Callable[[SweepProgress], object] = lambda progress: None
+    """Called whenever there is something new to show."""
 
 
 def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext) -> bool:
@@ -65,8 +73,11 @@ def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext)
     Raises:
         Fault: something ended the sweep before its trials did.
     """
-    outcomes = TrialOutcomes({job.key: int(job.params["train.steps"]) for job in jobs}, len(jobs))
-    progress = SweepProgress(context.console, outcomes, take_signals=context.interrupts.install)
+    steps = {job.key: int(job.params["train.steps"]) for job in jobs}
+    outcomes = TrialOutcomes(steps, len(jobs), schemes_of(jobs))
+    progress = SweepProgress(
+        context.console, outcomes, take_signals=context.interrupts.install, tell=context.tell
+    )
     kinds = {str(batch.needs): batch for batch in batches}.values()
     size = max(TRIALS_PER_TUNER_RUN, ROUNDS_PER_SLOT * max(slots(kind.needs) for kind in kinds))
     job_of = {job.key: job for job in jobs}

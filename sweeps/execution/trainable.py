@@ -297,6 +297,7 @@ class ReportingRecorder:
         self.checkpoint, self.pause, self.release = checkpoint, pause, release
         # Not at once: the rows of a checkpoint come first, and say nothing of the trial's pace.
         self.next_report = time.monotonic() + pause
+        self.loss: float | None = None  # of the last step
 
     def log(self, rows: Sequence[Row]) -> None:
         """Record rows, and report."""
@@ -306,9 +307,11 @@ class ReportingRecorder:
                 if name == self.metric and math.isfinite(value):
                     TrialReport(trial_key=self.key, step=step, value=value).send()
         for row in rows:
-            if isinstance(row, TrainingRow) and time.monotonic() >= self.next_report:
-                TrialReport(trial_key=self.key, step=row.step, loss=row.loss).send()
-                self.next_report = time.monotonic() + self.pause
+            if isinstance(row, TrainingRow):
+                self.loss = row.loss
+                if time.monotonic() >= self.next_report:
+                    TrialReport(trial_key=self.key, step=row.step, loss=row.loss).send()
+                    self.next_report = time.monotonic() + self.pause
 
     def close(self, result: TrialResult) -> None:
         """Record the result, delete the checkpoint, free the trial, and report.
@@ -320,4 +323,6 @@ class ReportingRecorder:
         self.recorder.close(result)
         _try_to_delete(self.checkpoint)
         self.release(self.key)
-        TrialReport(trial_key=self.key, step=result.steps, status=result.status).send()
+        TrialReport(
+            trial_key=self.key, step=result.steps, loss=self.loss, status=result.status
+        ).send()
