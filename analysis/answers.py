@@ -131,7 +131,11 @@ def answer(findings: Findings) -> list[str]:
     if not any(here[name].parts for name in asked):
         return ["No finished trial has numbers, so nothing is decided yet."]
     verdicts = Counter(here[name].verdict for name in asked)
-    counts = ", ".join(f"{verdicts[one]} {one}" for one in VERDICTS if verdicts[one])
+    counts = ", ".join(
+        f"{verdicts[one]} {'depending on a knob' if one == DEPENDS else one}"
+        for one in VERDICTS
+        if verdicts[one]
+    )
     first = [name for name in HEADLINES if name in asked] or list(asked[:1])
     return [*(_say_claim(name, findings) for name in first),
             f"Of {counted(len(asked), 'claim')}: {counts}."]  # fmt: skip

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from mlflow.exceptions import MlflowException
 
+from analysis.frames import RECORDED
 from analysis.report import main
 from analysis.runs import READ, read_sweeps
 from gptcore.config import InputError
@@ -189,7 +190,7 @@ def test_a_report_over_http_is_that_of_the_same_runs_on_disk(server_sweep, tmp_p
     assert findings["trials"]["finished"] == 4
     files = sorted(cache.rglob("*.parquet"))
     assert len(list(cache.iterdir())) == 4
-    assert {file.stem for file in files} == {*READ, "histograms"}
+    assert {file.stem for file in files} == {*READ, *RECORDED, "histograms"}
     before = [file.stat().st_mtime_ns for file in files]
     assert main(["--runs-dir", str(tmp_path), "--out", str(out)]) == 0
     assert [file.stat().st_mtime_ns for file in files] == before  # fetched once
