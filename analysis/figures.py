@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import polars as pl
 import polars.selectors as cs
 
-from analysis import plots
+from analysis import plots, verdict_plots
+from analysis.chart_parts import GREY, INK, MOST_SCHEMES, Chart, first_schemes
 from analysis.claims import CLAIMS
 from gptcore.config import InputError, did_you_mean
 from gptcore.files import JsonObject
@@ -24,21 +25,21 @@ class Figure:
 
     section: str  # a key of analysis.page.SECTIONS, or one of those above
     frame: str  # the name of the frame that is drawn, and of its Parquet file
-    draw: Callable[[pl.DataFrame], plots.Chart | None]  # None where there is nothing to show
+    draw: Callable[[pl.DataFrame], Chart | None]  # None where there is nothing to show
     caption: str
 
 
 LINES = "Thick: mean over seeds. Thin: one seed."
-BY_SCHEME = f"A panel is a scheme, of the first {plots.MOST_SCHEMES}. The file has all."
+BY_SCHEME = f"A panel is a scheme, of the first {MOST_SCHEMES}. The file has all."
 ONE_RUN = "In one run of each scheme; MLflow has the table of every run."
 
 
-def _of_claim(name: str) -> Callable[[pl.DataFrame], plots.Chart | None]:
+def _of_claim(name: str) -> Callable[[pl.DataFrame], Chart | None]:
     """Return what draws the figure of one claim."""
 
-    def draw(rows: pl.DataFrame) -> plots.Chart | None:
+    def draw(rows: pl.DataFrame) -> Chart | None:
         some = rows.filter(pl.col("decides"), claim=name)
-        return plots.fig_claim(some) if some.height else None
+        return verdict_plots.fig_claim(some) if some.height else None
 
     return draw
 
@@ -56,7 +57,7 @@ FIGURES: dict[str, Figure] = {
         f"unigram model of the text. {LINES} {BY_SCHEME}",
     ),
     "forest": Figure(
-        ALL_CLAIMS, "forest", plots.fig_forest,
+        ALL_CLAIMS, "forest", verdict_plots.fig_forest,
         "Every claim under every scheme: the centre over seeds and its interval, coloured by the "
         "verdict. A tall grey tick: what the number has to be above or below. A short one: beyond "
         "it the claim is contradicted. Of a claim with several numbers, the one that is furthest "
@@ -114,7 +115,7 @@ FIGURES: dict[str, Figure] = {
     ),
     **{
         f"specifications_{claim}": Figure(
-            section, f"specifications_{claim}", plots.fig_specifications,
+            section, f"specifications_{claim}", verdict_plots.fig_specifications,
             f"{number}, measured in every way, in ascending order. The choices of each way are "
             "below it. Colour: the verdict of the claim's rule, without a correction for their "
             "number.",
@@ -135,7 +136,7 @@ FIGURES: dict[str, Figure] = {
         for name, claim in CLAIMS.items()
     },
     "variance": Figure(
-        RECORDED, "variance", plots.fig_variance,
+        RECORDED, "variance", verdict_plots.fig_variance,
         "How the variance of each claim's number splits over what differs between runs.",
     ),
     "updates": Figure(
@@ -188,7 +189,7 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         if frame is None or frame.is_empty():
             continue
         if "scheme" in frame.columns:
-            frame = plots.first_schemes(frame)
+            frame = first_schemes(frame)
         # More digits cannot be seen, and the page holds many numbers.
         chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
         if chart is not None:
@@ -201,15 +202,15 @@ STYLE: JsonObject = {
     "background": None,
     "view": {"stroke": None},
     "axis": {
-        "labelColor": plots.INK,
-        "titleColor": plots.INK,
+        "labelColor": INK,
+        "titleColor": INK,
         "titleFontWeight": "normal",
-        "domainColor": plots.GREY,
-        "tickColor": plots.GREY,
+        "domainColor": GREY,
+        "tickColor": GREY,
         "gridColor": "#80808040",
     },
-    "legend": {"labelColor": plots.INK, "titleColor": plots.INK, "titleFontWeight": "normal"},
-    "header": {"labelColor": plots.INK, "titleColor": plots.INK},
-    "title": {"color": plots.INK, "fontSize": 11, "anchor": "start"},
+    "legend": {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
+    "header": {"labelColor": INK, "titleColor": INK},
+    "title": {"color": INK, "fontSize": 11, "anchor": "start"},
 }
 """How all figures look. Their text has the colour of the page's text, also on a dark page."""

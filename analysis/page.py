@@ -11,13 +11,13 @@ import jinja2
 import vl_convert
 
 from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, replication
+from analysis.chart_parts import MOST_SCHEMES
 from analysis.claims import CLAIMS
 from analysis.comparing import Row, Side, say_difference, say_rows
 from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN, RECORDED
 from analysis.findings import Findings
 from analysis.frames import RunFrames
 from analysis.papers import bibtex, methods, provenance
-from analysis.plots import MOST_SCHEMES
 from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
 from analysis.sentences import (
