@@ -33,6 +33,7 @@ from analysis.sentences import (
 )
 from gptcore.config import KNOBS, spelling, varying_knobs
 from gptcore.files import Json, JsonObject
+from tracking.sweep_run import SEARCH_GOALS
 
 SECTIONS = {
     "trained": "Did it train?",
@@ -75,6 +76,9 @@ def render(
     if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
         differ = [knob for knob in differ if knob != "corpus.data_seed"]
     specs, datasets = shared_data(charts)
+    is_search = any(run.data.tags.get("preset") in SEARCH_GOALS for run in sweep.sweep_runs)
+    # What a search was for, such as its counterexamples, is among the notes of its plan.
+    found = list(sweep.notes) if is_search else []
     return (
         environment()
         .get_template("report.html.jinja")
@@ -82,7 +86,8 @@ def render(
             sweep=sweep,
             findings=findings,
             question=question(sweep, findings),
-            answer=answer(findings),
+            answer=[*found, *answer(findings)],
+            notes=[note for note in findings.notes if note not in found],
             matrix=matrix(findings, shown, MOST_SCHEMES),
             replication=replication(sweep, findings, by_run),
             next_steps=next_steps(sweep, findings),

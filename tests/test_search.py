@@ -195,6 +195,9 @@ def test_a_claim_is_refuted_on_fresh_seeds_where_it_does_not_hold(tmp_path, caps
     reported = json.loads((runs_dir / "reports" / "unused_rows_move" / "findings.json").read_text())
     assert reported["claims"]["standing"] == "exploratory"
     assert "unused_rows_move: 1 counterexample found in 6 trials" in reported["notes"]
+    page = (runs_dir / "reports" / "unused_rows_move" / "report.html").read_text()
+    opened = page[: page.index('<table class="matrix">')]
+    assert "unused_rows_move: 1 counterexample found in 6 trials" in opened
     sweep = [*flags(TrialConfig.from_flat(TINY)), "--name", "unused_rows_move"]
     assert launch.main("", PRESETS, ["--runs-dir", str(runs_dir), *sweep]) == 2
     says = "unused_rows_move is the name of a search: continue that with sweeps/search.py, or take"
