@@ -25,7 +25,7 @@ from analysis.findings import TEXT, Findings
 from analysis.frames import RunFrames
 from analysis.power import HEADLINES
 from analysis.runs import RunTables
-from analysis.sentences import format_estimate, rule_in_words, say_forecast, short
+from analysis.sentences import format_estimate, named, rule_in_words, say_forecast, short
 from analysis.verdicts import Finding
 from gptcore.config import spelling
 from gptcore.units import counted
@@ -53,12 +53,14 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixRow:
-    """The verdicts on one claim: of all schemes where these agree, and of each scheme."""
+    """The verdicts on one claim: of all schemes together, and of each scheme."""
 
     name: str
     says: str
     must_be: str
-    pooled: Cell | None
+    differs: str  # where the verdict depends on a knob other than the scheme, both sides
+    pooled: Cell  # of all schemes
+    agree: bool  # whether one number can be said of all schemes
     schemes: Sequence[Cell]
 
 
@@ -125,6 +127,25 @@ def _named(schemes: Sequence[str], word: str) -> str:
     return f"{counted(len(schemes), word)}{names}"
 
 
+def reading(sweep: RunTables, by_run: RunFrames) -> str:
+    """Say how many trials there are, and how often each reads its text."""
+    trials = sweep.trials.with_columns(
+        read=pl.col("train.steps") * pl.col("train.batch_size") * pl.col("model.context")
+    )
+    sizes = by_run.rare_by_size.select("trial_key", "n_tokens")
+    passes = (
+        trials.join(sizes, on="trial_key")
+        .group_by("corpus.subset", maintain_order=True)
+        .agg(passes=(pl.col("read") / pl.col("n_tokens")).mean())
+        .rows()
+    )
+    least, most = int(trials["read"].min()), int(trials["read"].max())  # type: ignore[arg-type]
+    reads = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    said = f"{counted(trials.height, 'trial')}. Each reads {reads} tokens"
+    some = ", ".join(f"{times:.2g} times {subset}" for subset, times in passes[:MOST_NAMED])
+    return f"{said}: {some}." if some else f"{said}."
+
+
 def answer(findings: Findings) -> list[str]:
     """Say what came out: how many claims have which verdict, then the headline claims."""
     here, asked = findings.claims.here, findings.claims.asked
@@ -132,13 +153,13 @@ def answer(findings: Findings) -> list[str]:
         return ["No finished trial has numbers, so nothing is decided yet."]
     verdicts = Counter(here[name].verdict for name in asked)
     counts = ", ".join(
-        f"{verdicts[one]} {'depending on a knob' if one == DEPENDS else one}"
+        f"{verdicts[one]} {'depending on a knob' if one == DEPENDS else _word_of(one)}"
         for one in VERDICTS
         if verdicts[one]
     )
     first = [name for name in HEADLINES if name in asked] or list(asked[:1])
     return [*(_say_claim(name, findings) for name in first),
-            f"Of {counted(len(asked), 'claim')}: {counts}."]  # fmt: skip
+            f"Over all schemes together, of {counted(len(asked), 'claim')}: {counts}."]  # fmt: skip
 
 
 def _say_claim(name: str, findings: Findings) -> str:
@@ -146,28 +167,31 @@ def _say_claim(name: str, findings: Findings) -> str:
     statement = CLAIMS[name].says.rstrip(".")
     by = findings.claims.by.get("scheme", {})
     pooled = findings.claims.here[name]
+    course = _course(name, findings)
     if not by or agree(name, findings):
         over = f" under all {counted(len(by), 'scheme')}" if by else ""
-        return (
-            f"“{statement}” is {_word(pooled)}{over} ({_number(pooled)}).{_course(name, findings)}"
-        )
+        return f"“{statement}” is {_word(pooled)}{over} ({_number(name, pooled)}).{course}"
     groups: dict[str, list[str]] = {}
     for scheme, found in by.items():
         groups.setdefault(_word(found[name]), []).append(scheme)
     told = [
         f"{word} under "
         + (
-            ", ".join(f"{scheme} ({_number(by[scheme][name])})" for scheme in schemes)
+            ", ".join(f"{scheme} ({_number(name, by[scheme][name])})" for scheme in schemes)
             if len(schemes) <= MOST_NAMED
             else counted(len(schemes), "scheme")
         )
         for word, schemes in groups.items()
     ]
-    return f"“{statement}” is {'; '.join(told)}.{_course(name, findings)}"
+    return f"“{statement}” is {'; '.join(told)}.{course}"
 
 
 def _word(found: Finding) -> str:
-    return "undecided" if found.verdict == UNDERPOWERED else found.verdict
+    return _word_of(found.verdict)
+
+
+def _word_of(verdict: str) -> str:
+    return "undecided" if verdict == UNDERPOWERED else verdict
 
 
 def _course(name: str, findings: Findings) -> str:
@@ -189,10 +213,14 @@ def _course(name: str, findings: Findings) -> str:
     return "".join(sentences)
 
 
-def _number(found: Finding) -> str:
-    """Return the number that is furthest from support: `tau 0.60 [0.33, 0.87]`."""
+def _number(name: str, found: Finding) -> str:
+    """Return the number that is furthest from support: `median tau 0.60 [0.33, 0.87]`."""
     part = weakest_part(found)
-    return f"{part} {format_estimate(found.parts[part].estimate)}" if part else "no number"
+    return (
+        f"{named(CLAIMS[name], part)} {format_estimate(found.parts[part].estimate)}"
+        if part
+        else "–"
+    )
 
 
 def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
@@ -213,12 +241,29 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
             MatrixRow(
                 name=name,
                 says=CLAIMS[name].says,
-                must_be=f"{part} {rule_in_words(CLAIMS[name].rule(part))}" if part else "",
-                pooled=_cell(name, pooled, part) if not by or agree(name, findings) else None,
+                must_be=must_be(name, part),
+                differs="; ".join(
+                    f"{verdict} for {knob} {', '.join(values)}"
+                    for knob, sides in (pooled.depends_on or {}).items()
+                    for verdict, values in sides.items()
+                    if knob != "scheme"
+                ),
+                pooled=_cell(name, pooled, part),
+                agree=not by or agree(name, findings),
                 schemes=[_cell(name, by[scheme][name], part) for scheme in schemes],
             )
         )
     return Matrix(schemes=schemes, left_out=len(by) - len(schemes), rows=rows)
+
+
+def must_be(name: str, part: str | None) -> str:
+    """Say what a number of a claim has to be: `median tau > 0.3`."""
+    if part is None:
+        return ""
+    claim = CLAIMS[name]
+    rule = claim.rule(part)
+    unit = "" if claim.unit == part else f", in {claim.unit}"
+    return f"{named(claim, part)} {rule_in_words(rule)}{unit}"
 
 
 def in_matrix(names: Sequence[str]) -> list[str]:
@@ -232,7 +277,7 @@ def _cell(name: str, found: Finding, part: str | None) -> Cell:
     value = found.parts[part].estimate.value if part else None
     told = found.verdict
     if part:
-        told += f": {_number(found)}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
+        told += f": {_number(name, found)}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
     if found.forecast:
         told += f". {say_forecast(found.forecast)}"
     needed = found.forecast.half if found.forecast else None
@@ -241,7 +286,7 @@ def _cell(name: str, found: Finding, part: str | None) -> Cell:
         symbol=SYMBOLS[found.verdict],
         effect="" if value is None else f"{value:.2g}" if abs(value) < 1e4 else f"{value:.0e}",
         told=told,
-        seeds=f"{needed} seeds" if needed else "",
+        seeds=f"needs {needed} seeds" if needed else "",
     )
 
 
@@ -348,15 +393,6 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
     if first:
         needed = open_claims[first]
         under = "" if first[1] == ALL else f" under {first[1]}"
-        more = with_flags(command, name=name, **{"init.seed": [*map(str, range(needed))]})
-        steps.append(
-            Next(
-                says=f"With {needed} seeds, {first[0]}{under} would be decided in half of all "
-                "cases. Finished trials are not run again. The new ones are exploratory, because "
-                "this report was seen:",
-                command=more,
-            )
-        )
         fresh = [str(seeds[-1] + 1 + seed) for seed in range(min(8, len(seeds)))]
         steps.append(
             Next(
@@ -368,6 +404,15 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
                 ),
             )
         )  # fmt: skip
+        more = with_flags(command, name=name, **{"init.seed": [*map(str, range(needed))]})
+        steps.append(
+            Next(
+                says=f"With {needed} seeds, {first[0]}{under} would be decided in half of all "
+                "cases. Finished trials are not run again. The new ones are exploratory, because "
+                "this report was seen:",
+                command=more,
+            )
+        )
     if len(rates) == 1:
         others = [spelling(float(f"{rates[0] * factor:.1g}")) for factor in (0.3, 3)]
         steps.append(

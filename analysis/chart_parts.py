@@ -15,6 +15,8 @@ GREY = "#767676"
 
 MOST_SCHEMES = 24
 """A figure shows the first schemes of a sweep; the file has all."""
+MOST_POINTS = 12
+"""Lines over so few steps have a point at each."""
 MOST_ROWS = 3000
 """A figure shows as many seeds as fit into this number of rows; the file has all."""
 
@@ -92,7 +94,7 @@ SOLID = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)
 
 def colour_by_layer() -> alt.Color:
     """Colour by layer. The ends of the scale would vanish on a dark page or on a light one."""
-    scale = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0.2, 0.92]))
+    scale = alt.Scale(scheme=alt.SchemeParams(name="plasma", extent=[0.1, 0.88]))
     return alt.Color("layer:O", title="layer", scale=scale, legend=SOLID)
 
 
@@ -118,7 +120,13 @@ def in_panels(
     """Draw a chart once for each value of a column, in the order of the frame."""
     values = frame[of].drop_nulls().unique(maintain_order=True).to_list()
     facet = alt.Facet(f"{of}:N", sort=values, header=header)
-    return chart.facet(facet=facet, columns=min(columns, len(values)))
+    # Vega draws an axis in the empty place of a grid, so three panels stand in one row.
+    return chart.facet(facet=facet, columns=3 if len(values) == 3 and columns > 1 else columns)
+
+
+def panel_size(frame: pl.DataFrame) -> tuple[int, int]:
+    """Return the size of a panel of in_panels: three of them have the width of two others."""
+    return (125, 130) if frame["scheme"].n_unique() == 3 else (180, 130)
 
 
 def seed_lines(
@@ -152,10 +160,13 @@ def seed_lines(
         detail=each("scheme:N", "seed:N"),
     )
     if dash:
-        base = base.encode(strokeDash=alt.StrokeDash(f"{dash}:N", title=dash, sort=None))
+        base = base.encode(
+            strokeDash=alt.StrokeDash(f"{dash}:N", title=dash, sort=None, legend=SOLID)
+        )
     number = alt.Tooltip(f"{y}:Q", format=".4f")
     tooltip = told(*(f"{name}:N" for name in others), f"{x}:Q", number, "seeds:Q")
-    means = base.mark_line(strokeWidth=2).transform_filter("!isValid(datum.seed)")
+    few = frame[x].n_unique() <= MOST_POINTS and not dash
+    means = base.mark_line(strokeWidth=2, point=few).transform_filter("!isValid(datum.seed)")
     layers = [means.encode(tooltip=tooltip)]
     if frame["seed"].drop_nulls().len():
         seeds = base.mark_line(strokeWidth=0.7).transform_filter("isValid(datum.seed)")

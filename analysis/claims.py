@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Part:
     low: float | None = None
     high: float | None = None
     against: float | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)  # no number can lie beyond them
     decides: bool = True
 
 
@@ -74,12 +76,15 @@ class Claim:
 ATTENTION, TOKENS = "weight initialisation and the spread of attention weights", "unused tokens"
 """The experiments that the claims come from."""
 
+OF_TAU, POSITIVE = (-1.0, 1.0), (0.0, math.inf)
+"""Limits of numbers. No interval goes beyond them."""
+
 CLAIMS: dict[str, Claim] = {
     "init_table": Claim(
         says="Weights start as the init scheme says, and biases at 0.",
         source=ATTENTION, unit="relative error of std", measure=measures.init_table,
         section="start",
-        parts={"largest error of a kind": Part(centre="mean", high=0.03)},
+        parts={"largest error of a kind": Part(centre="mean", high=0.03, limits=POSITIVE)},
     ),
     "untrained_level": Claim(
         says="Untrained, all token groups stand at -(ln V + d std^2 / 2), equally.",
@@ -102,10 +107,10 @@ CLAIMS: dict[str, Claim] = {
         says="The attention weights of earlier layers widen more.",
         source=ATTENTION, unit="tau", measure=measures.depth_gradient, section="depth",
         parts={
-            "tau": Part(centre="median", low=0.3, against=0.0),
+            "tau": Part(centre="median", low=0.3, against=0.0, limits=OF_TAU),
             **dict.fromkeys(
-                ("tau of RMS displacement", "tau of q", "tau of k", "tau of v"),
-                Part(centre="median", low=0.3, against=0.0, decides=False),
+                (measures.TAU_MOVED, *measures.TAUS.values()),
+                Part(centre="median", low=0.3, against=0.0, limits=OF_TAU, decides=False),
             ),
         },
     ),
@@ -113,7 +118,7 @@ CLAIMS: dict[str, Claim] = {
         says="The gradient over depth is there from step 50 to the last step.",
         source=ATTENTION, unit="tau", measure=measures.depth_gradient_lasts,
         section="depth", course=True,
-        parts={"*": Part(centre="mean", low=0.0)},
+        parts={"*": Part(centre="mean", low=0.0, limits=OF_TAU)},
     ),
     "first_layer_widest": Claim(
         says="The block next to the embedding widens most.",
@@ -121,7 +126,8 @@ CLAIMS: dict[str, Claim] = {
         section="widening",
         parts={
             FIRST: Part(centre="mean", low=0.0),
-            FIRST_SHARE: Part(centre="share", low=0.8, against=0.5, decides=False),
+            FIRST_SHARE: Part(centre="share", low=0.8, against=0.5, limits=(0.0, 1.0),
+                              decides=False),
         },
     ),
     "heavier_tails": Claim(
@@ -189,7 +195,7 @@ CLAIMS: dict[str, Claim] = {
         source=TOKENS, unit="RMS displacement / RMS at step 0", measure=measures.unused_rows_move,
         section="unused",
         parts={
-            "displacement": Part(centre="mean", low=0.01),
+            "displacement": Part(centre="mean", low=0.01, limits=POSITIVE),
             measures.LOGIT: Part(centre="mean", high=0.0, decides=False),
             measures.LOG_Z: Part(centre="mean", high=0.0, decides=False),
         },

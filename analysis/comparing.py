@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from analysis.answers import in_matrix
+from analysis.answers import in_matrix, must_be
 from analysis.claim_table import COLUMNS, weakest_part
 from analysis.claims import CLAIMS
 from analysis.findings import Findings
 from analysis.frames import trials_to_judge
 from analysis.measures import Values
 from analysis.runs import RunTables
-from analysis.sentences import format_estimate, rule_in_words
+from analysis.sentences import format_estimate
 from analysis.stats import holm
 from analysis.verdicts import Comparison, compare
 from gptcore.config import KNOBS, spelling
@@ -77,7 +77,7 @@ def compare_sweeps(first: Side, second: Side) -> list[Row]:
                 claim=name,
                 part=part,
                 says=CLAIMS[name].says,
-                must_be=f"{part} {rule_in_words(CLAIMS[name].rule(part))}" if part else "",
+                must_be=must_be(name, part),
                 sides=[(one.verdict, n) for one, n in zip(here, numbers, strict=True)],
                 difference=None,
             )

@@ -30,7 +30,7 @@ class Figure:
 
 
 LINES = "Thick: mean over seeds. Thin: one seed."
-BY_SCHEME = f"A panel is a scheme, of the first {MOST_SCHEMES}. The file has all."
+BY_SCHEME = f"A panel is a scheme; at most {MOST_SCHEMES} are drawn."
 ONE_RUN = "In one run of each scheme; MLflow has the table of every run."
 
 
@@ -53,7 +53,7 @@ FIGURES: dict[str, Figure] = {
     "group_log_probs": Figure(
         FIRST_SCREEN, "group_log_probs", plots.fig_group_log_probs,
         "What happens to common, rare and unused tokens? Mean log-probability of token groups over "
-        "steps. Dashed grey: an untrained model, -(ln V + d std^2 / 2). Dotted: the smoothed "
+        "steps. Grey: an untrained model, -(ln V + d std^2 / 2). Dotted: the smoothed "
         f"unigram model of the text. {LINES} {BY_SCHEME}",
     ),
     "forest": Figure(
@@ -99,8 +99,8 @@ FIGURES: dict[str, Figure] = {
     "rare_by_size": Figure(
         "rare", "rare_by_size", plots.fig_rare_by_size,
         "Change of the tokens that occur once from step 0 to the last step, against the number of "
-        "tokens that a run trains on. A dot is one run. Dashed: the change to ln(1 / N), which a "
-        "calibrated model gives to a token that occurs once in N tokens.",
+        "tokens in the text that a run trains on. A dot is one run. Dashed: the change to "
+        "ln(1 / N), which a calibrated model gives to a token that occurs once in N tokens.",
     ),
     "same_tokens": Figure(
         "rare", "same_tokens", plots.fig_same_tokens,
@@ -116,21 +116,21 @@ FIGURES: dict[str, Figure] = {
     **{
         f"specifications_{claim}": Figure(
             section, f"specifications_{claim}", verdict_plots.fig_specifications,
-            f"{number}, measured in every way, in ascending order. The choices of each way are "
-            "below it. Colour: the verdict of the claim's rule, without a correction for their "
-            "number.",
+            f"{number}, over all schemes together, measured in every way, in ascending order. The "
+            "choices of each way are below it. Colour: the verdict of the claim's rule, without a "
+            "correction for their number.",
         )
         for claim, section, number in (
             ("depth_gradient", "depth", "Median tau"),
-            ("rare_falls", "rare", "Last log-prob of rare tokens above the baseline"),
-            ("never_suppressed", "unused", "Last log-prob of unused tokens above the baseline"),
+            ("rare_falls", "rare", "Log-prob of rare tokens above the baseline"),
+            ("never_suppressed", "unused", "Log-prob of unused tokens above the baseline"),
         )
     },
     **{
         f"claim_{name}": Figure(
             claim.section, "claims", _of_claim(name),
             f"{claim.says} A grey mark is one run. The coloured one is the centre over seeds with "
-            "its interval, and its colour is the verdict on this number alone. A tall grey tick: "
+            "its interval, and its colour is the verdict on the claim. A tall grey tick: "
             "what it has to be above or below. A short one: beyond it the claim is contradicted.",
         )
         for name, claim in CLAIMS.items()

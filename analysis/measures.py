@@ -23,6 +23,8 @@ COMMON, ONCE, UNUSED = "common tokens", "tokens that occur once", "unused tokens
 RARE_100, NEVER_100 = "100 rarest tokens, drawn", "100 unused tokens, drawn"
 EXCESS = "tokens that occur once, above the smoothed unigram at the end"
 LAW = "growth beyond the law of displacement"
+TAU_MOVED = "tau of RMS displacement"
+TAUS = {kind: f"tau of {kind}" for kind in "qkv"}
 FIRST = "layer 0 - widest other layer"
 FIRST_SHARE = "share of runs in which layer 0 widens most"
 LOGIT, LOG_Z = "unused tokens, logit's part (nats)", "unused tokens, log Z's part (nats)"
@@ -169,8 +171,8 @@ def widening(sweep: RunTables) -> Values:
 def depth_gradient(sweep: RunTables) -> Values:
     """Measure tau over depth at the last step: of growth, of RMS displacement, of Q, K and V."""
     merged = last_steps(growth_of(sweep, "qkv"))
-    numbers = [("tau", merged, "growth"), ("tau of RMS displacement", merged, "displacement")]
-    numbers += [(f"tau of {kind}", last_steps(growth_of(sweep, kind)), "growth") for kind in "qkv"]
+    numbers = [("tau", merged, "growth"), (TAU_MOVED, merged, "displacement")]
+    numbers += [(part, last_steps(growth_of(sweep, kind)), "growth") for kind, part in TAUS.items()]
     return pl.concat(
         [
             _long(gradient_tau(growth, ["trial_key"], column), {part: pl.col("tau")})

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 import vl_convert
 
-from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, replication
+from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, reading, replication
 from analysis.chart_parts import MOST_SCHEMES
 from analysis.claims import CLAIMS
 from analysis.comparing import Row, Side, say_difference, say_rows
@@ -86,6 +86,9 @@ def render(
             sweep=sweep,
             findings=findings,
             question=question(sweep, findings),
+            reading=reading(sweep, by_run),
+            sources=list(dict.fromkeys(claim.source for claim in CLAIMS.values())),
+            ties_cannot=ties_cannot(findings),
             answer=[*found, *answer(findings)],
             notes=[note for note in findings.notes if note not in found],
             matrix=matrix(findings, shown, MOST_SCHEMES),
@@ -126,6 +129,25 @@ def render(
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
+
+
+def ties_cannot(findings: Findings) -> int | None:
+    """Return the number of seeds with which the sign test can show no difference of schemes.
+
+    Returns:
+        None where it can, or where nothing is compared.
+    """
+    if findings.comparisons is None:
+        return None
+    differences = [
+        one
+        for parts in findings.comparisons.claims.values()
+        for schemes in parts.values()
+        for one in schemes.values()
+    ]
+    seeds = max((one.seeds for one in differences), default=0)
+    least = 2.0 ** (1 - seeds)  # two-sided, where all seeds agree
+    return seeds if len(differences) * least >= findings.claims.alpha else None
 
 
 def environment() -> jinja2.Environment:

@@ -24,6 +24,7 @@ from analysis.chart_parts import (
     grey_rules,
     in_panels,
     one_scheme,
+    panel_size,
     seed_lines,
     seeds_and_mean,
     told,
@@ -41,7 +42,7 @@ def fig_init_errors(errors: pl.DataFrame) -> Chart:
     runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
         x=alt.X("error:Q", title="std at step 0 against the scheme's", axis=alt.Axis(format="+%")),
         y=alt.Y("kind:N", title=None, sort=None),
-        yOffset=alt.YOffset("scheme:N"),
+        yOffset=alt.YOffset("scheme:N", sort=None),
         color=colour_by_scheme(),
         tooltip=told("scheme:N", "subset:N", "seed:N", "kind:N",
                       alt.Tooltip("expected:Q", format=".5f"),
@@ -54,7 +55,10 @@ def fig_init_errors(errors: pl.DataFrame) -> Chart:
 def fig_qkv_std(growth: pl.DataFrame) -> Chart:
     """Draw the std of the merged QKV weight over steps: a panel for each scheme."""
     frame = seeds_and_mean(growth, "layer", "step", "std")
-    chart = seed_lines(frame, "std", "std of QKV (log scale)", colour_by_layer(), y_scale=LOG)
+    size = panel_size(frame)
+    chart = seed_lines(
+        frame, "std", "std of QKV (log scale)", colour_by_layer(), y_scale=LOG, size=size
+    )
     return in_panels(chart, frame).resolve_scale(y="independent")
 
 
@@ -82,12 +86,14 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
         .transform_filter("!isValid(datum.seed)")
         .encode(x=alt.X("step:Q"), detail=each("scheme:N", "group:N", "subset:N"))
     )
-    untrained = base.mark_line(color=GREY, strokeDash=[6, 3]).encode(y=alt.Y("level:Q"))
+    untrained = base.mark_line(color=GREY, strokeWidth=1).encode(y=alt.Y("level:Q"))
     calibrated = base.mark_line(strokeDash=[1, 3]).encode(
         y=alt.Y("calibrated:Q"), color=colour,
         tooltip=told("group:N", "subset:N", alt.Tooltip("calibrated:Q", format=".3f")),
     )  # fmt: skip
-    lines = seed_lines(frame, "mean_logprob", "mean log-prob (nats)", colour, dash=dash)
+    lines = seed_lines(
+        frame, "mean_logprob", "mean log-prob (nats)", colour, dash=dash, size=panel_size(frame)
+    )
     return in_panels(alt.layer(untrained, calibrated, lines), frame)
 
 
@@ -233,7 +239,7 @@ def fig_rare_by_size(changes: pl.DataFrame) -> Chart | None:
     base = alt.Chart(changes).encode(
         x=alt.X(
             "n_tokens:Q",
-            title="tokens trained on (log scale)",
+            title="tokens in the training text (log scale)",
             scale=alt.Scale(type="log", nice=False, padding=20),
         )
     )
@@ -287,7 +293,7 @@ def fig_mechanism(changes: pl.DataFrame) -> Chart:
     )
     base = alt.Chart(means).encode(
         x=alt.X("nats:Q", title="change of mean log-prob (nats)"),
-        y=alt.Y("scheme:N", title=None, axis=alt.Axis(labelLimit=0)),
+        y=alt.Y("scheme:N", title=None, sort=None, axis=alt.Axis(labelLimit=0)),
         tooltip=told("scheme:N", "group:N", "part:N", alt.Tooltip("nats:Q", format=".3f")),
     )
     bars = base.transform_filter("datum.part != 'both'").mark_bar().encode(
@@ -305,7 +311,7 @@ def fig_mechanism(changes: pl.DataFrame) -> Chart:
 def fig_by_kind(rows: pl.DataFrame, value: str, title: str) -> Chart:
     """Draw a number of each kind of weight over steps: a panel for each scheme."""
     frame = seeds_and_mean(rows, "kind", "step", value)
-    scale = alt.Scale(scheme="tableau10")
+    scale = alt.Scale(scheme="tableau20")
     colour = alt.Color("kind:N", title="weight", sort=None, scale=scale, legend=SOLID)
     return in_panels(seed_lines(frame, value, title, colour, y_scale=LOG), frame)
 

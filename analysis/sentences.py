@@ -8,6 +8,7 @@ from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED, only_bound
 from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
 from analysis.interim import InterimFinding
+from analysis.measures import TAU_MOVED, TAUS
 from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
 from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS, SKEW, TIES
@@ -43,8 +44,10 @@ def say_outcome(name: str, findings: Findings) -> str:
             "starts at 0 there or a group has too few tokens."
         )
     sentences += _doubts(finding)
-    if contrast := _contrast(finding):
-        sentences.append(contrast)
+    schemes = {scheme: found[name] for scheme, found in claims.by.get("scheme", {}).items()}
+    for scheme, found in (schemes or {"": finding}).items():
+        if contrast := _contrast(found):
+            sentences.append(f"Under {scheme}: {contrast}" if scheme else contrast)
     if claims.in_general:
         sentences.append(say_in_general(claims.in_general[name]))
     return " ".join(sentences)
@@ -58,7 +61,7 @@ def _verdict_and_numbers(claim: Claim, finding: Finding, scope: str) -> str:
             else "no finished run has the numbers for it."
         )
     numbers = "; ".join(
-        f"{part} {format_estimate(found.estimate)}"
+        f"{named(claim, part)} {format_estimate(found.estimate)}"
         for part, found in finding.parts.items()
         if found.decides
     )
@@ -71,6 +74,11 @@ def _verdict_and_numbers(claim: Claim, finding: Finding, scope: str) -> str:
     verdict = finding.verdict.capitalize()
     verdict += f", {finding.course}" if finding.course else ""
     return f"{verdict} {scope}: {numbers} ({claim.unit}; {over}{p})."
+
+
+def named(claim: Claim, part: str) -> str:
+    """Name a number as a verdict is about it: `median tau`, and `q` for a mean."""
+    return f"median {part}" if claim.rule(part).centre == "median" else part
 
 
 def say_dependence(finding: Finding) -> str:
@@ -120,17 +128,24 @@ def _doubts(finding: Finding) -> list[str]:
 
 
 def _contrast(finding: Finding) -> str:
-    """Say where growth and displacement over depth have opposite signs."""
-    growth, moved = (finding.parts.get(part) for part in ("tau", "tau of RMS displacement"))
-    if not growth or not moved:
-        return ""
-    one, other = growth.estimate.value, moved.estimate.value
-    if one is None or other is None or one * other >= 0 or min(abs(one), abs(other)) < CLEAR_TAU:
-        return ""
-    return (
-        f"But by RMS displacement tau is {other:.2g}: d(log std) is larger where a layer starts "
-        "with a smaller std, so growth and displacement differ here."
-    )
+    """Say where growth over depth has another sign than displacement, or than Q, K or V alone."""
+
+    def tau(part: str) -> float:
+        return (finding.parts[part].estimate.value if part in finding.parts else None) or 0.0
+
+    def contrary(part: str) -> bool:
+        return tau("tau") * tau(part) < 0 and min(abs(tau("tau")), abs(tau(part))) >= CLEAR_TAU
+
+    said = []
+    if contrary(TAU_MOVED):
+        said.append(
+            f"But by RMS displacement tau is {tau(TAU_MOVED):.2g}: d(log std) is larger where a "
+            "layer starts with a smaller std, so growth and displacement differ here."
+        )
+    if other := [f"{tau(part):.2g} for {kind.upper()}" for kind, part in TAUS.items()
+                 if contrary(part)]:  # fmt: skip
+        said.append(f"But taken alone, tau is {' and '.join(other)}.")
+    return " ".join(said)
 
 
 def say_in_general(finding: Finding) -> str:
@@ -143,6 +158,7 @@ def say_in_general(finding: Finding) -> str:
             f"In general: too few schemes or seeds to say ({counted(finding.schemes, 'scheme')}; "
             f"it takes {LEAST_SCHEMES} schemes and {LEAST_SEEDS} seeds)."
         )
+    p = "" if finding.p_holm is None else f" (means; adjusted p = {finding.p_holm:.2g})"
     numbers = "; ".join(
         f"{name} {format_estimate(part.estimate)}"
         + (f", another scheme {format_range(part.prediction)}" if part.prediction else "")
@@ -151,7 +167,7 @@ def say_in_general(finding: Finding) -> str:
     )
     return (
         f"In general, for other schemes of this kind on this text ({finding.schemes} schemes): "
-        f"{finding.verdict}: {numbers}."
+        f"{finding.verdict}: {numbers}{p}. Intervals are not corrected for the number of claims."
     )
 
 

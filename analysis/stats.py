@@ -11,7 +11,7 @@ import functools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -27,6 +27,15 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
+
+    def within(self, limits: tuple[float, float]) -> Estimate:
+        """Return the estimate with an interval that does not go beyond some limits."""
+        low, high = limits
+        return replace(
+            self,
+            low=None if self.low is None else min(max(self.low, low), high),
+            high=None if self.high is None else max(min(self.high, high), low),
+        )
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def fig_claim(rows: pl.DataFrame) -> Chart:
     seeds = MOST_ROWS // 2 // max(1, rows.filter(pl.col("seed").is_null()).height)
     rank = pl.col("seed").rank("dense").over("part", "scheme", "subset")
     some = rows.filter(pl.col("seed").is_null() | (rank <= max(1, seeds)))
-    some = some.with_columns(panel="part")
+    some = some.with_columns(panel="part", verdict="claim_verdict")
     unit = str(rows["unit"].drop_nulls()[0])
     base = _by_scheme(_with_bounds(some))
     runs = (
@@ -48,7 +48,9 @@ def fig_claim(rows: pl.DataFrame) -> Chart:
                           "trial_key:N"),
         )
     )  # fmt: skip
-    layers = alt.layer(_bounds(base), runs, *_estimates(base, unit))
+    layers = alt.layer(_bounds(base), runs, *_estimates(base, unit)).resolve_scale(
+        shape="independent"
+    )
     panel = layers.properties(width=420, height=alt.Step(20))
     return in_panels(panel, some, 1, of="panel", header=LEFT).resolve_scale(x="independent")
 

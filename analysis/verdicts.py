@@ -365,9 +365,10 @@ def judge_units(
         spread = over_seeds(runs, units)
         estimate = interval(rule, spread, 1 - alpha)
         found = p_values(rule, spread)
+    beyond = prediction(runs, units, 1 - alpha) if general else None
     has_sd = len(spread.units) > 1 and spread.error is not None
     return spread, PartFinding(
-        estimate=estimate,
+        estimate=estimate.within(rule.limits),
         sd=float(spread.units.std(ddof=1)) if has_sd else None,
         df=spread.df,
         supported_p=found.supported,
@@ -376,7 +377,7 @@ def judge_units(
         verdict=found.verdict(1.0, alpha),
         doubts=spread.doubts if rule.centre == "mean" or general else (),
         configurations=runs["config"].n_unique(),
-        prediction=prediction(runs, units, 1 - alpha) if general else None,
+        prediction=beyond.within(rule.limits) if beyond else None,
         variance=split(runs, units) if general else {},
         decides=rule.decides,
     )
