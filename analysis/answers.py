@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -25,9 +25,16 @@ from analysis.findings import TEXT, Findings
 from analysis.frames import RunFrames
 from analysis.power import HEADLINES
 from analysis.runs import RunTables
-from analysis.sentences import format_estimate, named, rule_in_words, say_forecast, short
+from analysis.sentences import (
+    format_estimate,
+    named,
+    rule_in_words,
+    say_dependence,
+    say_forecast,
+    short,
+)
 from analysis.verdicts import Finding
-from gptcore.config import spelling
+from gptcore.config import KNOBS, spelling
 from gptcore.units import counted
 
 SYMBOLS = {
@@ -48,7 +55,7 @@ class Cell:
     symbol: str
     effect: str  # the number of the part that is furthest from support
     told: str  # all that is known, in a sentence
-    seeds: str  # the seeds that would decide it, or nothing
+    seeds: str  # the seeds that would decide it, that it is a mean of schemes, or nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +66,8 @@ class MatrixRow:
     says: str
     must_be: str
     differs: str  # where the verdict depends on a knob other than the scheme, both sides
-    pooled: Cell  # of all schemes
-    agree: bool  # whether one number can be said of all schemes
+    pooled: Cell  # of all schemes together
+    depends_on: str  # the knobs on which the verdict depends, if any
     schemes: Sequence[Cell]
 
 
@@ -94,15 +101,15 @@ class Next:
 def question(sweep: RunTables, findings: Findings) -> str:
     """Say what a sweep asked: the claims, how its trials were trained, and what varied."""
     asked = findings.claims.asked
-    if len(asked) == 1:
-        claims = f"Does this hold: {CLAIMS[asked[0]].says}"
-    elif len(asked) <= 3:
-        claims = "Do these hold: " + " ".join(f"({name}) {CLAIMS[name].says}" for name in asked)
-    else:
-        claims = (
-            f"Which of {len(asked)} claims about attention weights and token probabilities hold"
-        )
-    end = "" if len(asked) > 3 else " Asked"
+    few = len(asked) <= 3
+    claims = (
+        "Does this hold"
+        if len(asked) == 1
+        else "Do these hold"
+        if few
+        else f"Which of {len(asked)} claims about attention weights and token probabilities hold"
+    )
+    statements = " ".join(f"“{CLAIMS[name].says}”" for name in asked) if few else ""
     sizes = ", ".join(
         f"{name} {' and '.join(values)}" for name, values in findings.scope.items() if name != TEXT
     )
@@ -114,9 +121,9 @@ def question(sweep: RunTables, findings: Findings) -> str:
         parts.append(f"{len(subsets)} parts of the text ({', '.join(subsets)})")
     text = " and ".join(findings.scope[TEXT])
     return (
-        f"{claims}{end} when a GPT with {sizes} is trained on {text}, with "
-        f"{', '.join(parts[:-1])} and {parts[-1]}?"
-    )
+        f"{claims} when a GPT with {sizes} is trained on {text}, with "
+        f"{', '.join(parts[:-1])} and {parts[-1]}? {statements}"
+    ).strip()
 
 
 def _named(schemes: Sequence[str], word: str) -> str:
@@ -141,9 +148,9 @@ def reading(sweep: RunTables, by_run: RunFrames) -> str:
     )
     least, most = int(trials["read"].min()), int(trials["read"].max())  # type: ignore[arg-type]
     reads = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    said = f"{counted(trials.height, 'trial')}. Each reads {reads} tokens"
-    some = ", ".join(f"{times:.2g} times {subset}" for subset, times in passes[:MOST_NAMED])
-    return f"{said}: {some}." if some else f"{said}."
+    said = f"{counted(trials.height, 'trial')}. Each trains on {reads} tokens"
+    some = ", ".join(f"{subset} {times:.2g} times" for subset, times in passes[:MOST_NAMED])
+    return f"{said}, so it reads the text {some}." if some else f"{said}."
 
 
 def answer(findings: Findings) -> list[str]:
@@ -168,6 +175,8 @@ def _say_claim(name: str, findings: Findings) -> str:
     by = findings.claims.by.get("scheme", {})
     pooled = findings.claims.here[name]
     course = _course(name, findings)
+    if not by and pooled.depends_on:
+        return f"“{statement}” has no verdict of its own. {say_dependence(pooled)}{course}"
     if not by or agree(name, findings):
         over = f" under all {counted(len(by), 'scheme')}" if by else ""
         return f"“{statement}” is {_word(pooled)}{over} ({_number(name, pooled)}).{course}"
@@ -183,7 +192,9 @@ def _say_claim(name: str, findings: Findings) -> str:
         )
         for word, schemes in groups.items()
     ]
-    return f"“{statement}” is {'; '.join(told)}.{course}"
+    other = {knob: sides for knob, sides in (pooled.depends_on or {}).items() if knob != "scheme"}
+    depends = f" {say_dependence(replace(pooled, depends_on=other))}" if other else ""
+    return f"“{statement}” is {'; '.join(told)}.{depends}{course}"
 
 
 def _word(found: Finding) -> str:
@@ -248,8 +259,8 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
                     for verdict, values in sides.items()
                     if knob != "scheme"
                 ),
-                pooled=_cell(name, pooled, part),
-                agree=not by or agree(name, findings),
+                pooled=_cell(name, pooled, part, mean=bool(by) and not agree(name, findings)),
+                depends_on=" and ".join(pooled.depends_on or {}),
                 schemes=[_cell(name, by[scheme][name], part) for scheme in schemes],
             )
         )
@@ -271,13 +282,21 @@ def in_matrix(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: name not in HEADLINES)
 
 
-def _cell(name: str, found: Finding, part: str | None) -> Cell:
-    """Make a cell with the number of one part, which is the same in a row of the matrix."""
+def _cell(name: str, found: Finding, part: str | None, *, mean: bool = False) -> Cell:
+    """Make a cell with the number of one part, which is the same in a row of the matrix.
+
+    Args:
+        name: of the claim.
+        found: the finding on it.
+        part: the part.
+        mean: whether it is the mean of schemes with other verdicts.
+    """
     part = part if part in found.parts else None
     value = found.parts[part].estimate.value if part else None
     told = found.verdict
     if part:
-        told += f": {_number(name, found)}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
+        number = f"{named(CLAIMS[name], part)} {format_estimate(found.parts[part].estimate)}"
+        told += f": {number}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
     if found.forecast:
         told += f". {say_forecast(found.forecast)}"
     needed = found.forecast.half if found.forecast else None
@@ -286,7 +305,7 @@ def _cell(name: str, found: Finding, part: str | None) -> Cell:
         symbol=SYMBOLS[found.verdict],
         effect="" if value is None else f"{value:.2g}" if abs(value) < 1e4 else f"{value:.0e}",
         told=told,
-        seeds=f"needs {needed} seeds" if needed else "",
+        seeds="as a mean" * mean or (f"needs {needed} seeds" if needed else ""),
     )
 
 
@@ -373,9 +392,14 @@ def replication(sweep: RunTables, findings: Findings, by_run: RunFrames) -> list
 
 def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
     """Say what would decide more: more seeds, fresh seeds at a held error rate, another rate."""
-    if len(sweep.commands) != 1 or "init_sweep.py" not in sweep.commands[0]:
+    # What is selected, shuffled, joined or searched has no stamps, and no command of its own.
+    if len(sweep.commands) != 1 or not sweep.stamps or findings.interim:
         return []
-    command, name = sweep.commands[0], sweep.name
+    command, name = without_flags(sweep.commands[0], ONCE_ONLY), sweep.name
+    given = {word[2:].partition("=")[0] for word in shlex.split(command) if word.startswith("--")}
+    # A command that only continued a sweep does not name its trials.
+    if "init_sweep.py" not in command or not (given & {"preset", *KNOBS} or name == "quick"):
+        return []
     seeds = sorted(sweep.trials["init.seed"].unique().to_list())
     rates = sorted(sweep.trials["optim.lr"].unique().to_list())
     steps = []
@@ -404,7 +428,8 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
                 ),
             )
         )  # fmt: skip
-        more = with_flags(command, name=name, **{"init.seed": [*map(str, range(needed))]})
+        new = range(seeds[-1] + 1, seeds[-1] + 1 + needed - len(seeds))
+        more = with_flags(command, name=name, **{"init.seed": [*map(str, [*seeds, *new])]})
         steps.append(
             Next(
                 says=f"With {needed} seeds, {first[0]}{under} would be decided in half of all "
@@ -424,14 +449,24 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
     return steps
 
 
-def with_flags(command: str, **flags: str | Sequence[str]) -> str:
-    """Give flags to a command, in place of those of the same names."""
-    words, kept, dropping = shlex.split(command), list[str](), False
-    for word in words:
+ONCE_ONLY = ("redo", "watch", "wait", "dry-run")
+"""Flags that are about one run of a command."""
+
+
+def without_flags(command: str, flags: Collection[str]) -> str:
+    """Leave flags and their values out of a command."""
+    kept, dropping = list[str](), False
+    for word in shlex.split(command):
         if word.startswith("--"):
             dropping = word[2:].partition("=")[0] in flags
         if not dropping:
             kept.append(word)
-    for flag, value in flags.items():
-        kept += [f"--{flag}", *([value] if isinstance(value, str) else value)]
     return shlex.join(kept)
+
+
+def with_flags(command: str, **flags: str | Sequence[str]) -> str:
+    """Give flags to a command, in place of those of the same names."""
+    words = shlex.split(without_flags(command, flags))
+    for flag, value in flags.items():
+        words += [f"--{flag}", *([value] if isinstance(value, str) else value)]
+    return shlex.join(words)

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from analysis.claims import CLAIMS
-from analysis.decisions import DEPENDS, NOT_ASKED, NOT_MEASURED
+from analysis.decisions import NOT_ASKED, NOT_MEASURED
 from analysis.findings import Findings
 from analysis.frames import with_trial
 from analysis.measures import Values
@@ -36,7 +36,7 @@ def estimates(findings: Findings) -> pl.DataFrame:
         and `low` and `high` are its interval, null where there are too few seeds. `verdict` is on
         this number alone, `claim_verdict` on the whole claim. The centre has to lie above `above`
         and below `below`, and refutes the claim beyond `against`. The rows of ALL schemes are there
-        where the claim does not depend on the scheme.
+        where all schemes have the same verdict.
     """
     rows = [
         row
@@ -59,12 +59,9 @@ def _by_scheme(name: str, findings: Findings) -> dict[str, Finding]:
 
 
 def agree(name: str, findings: Findings) -> bool:
-    """Return whether one verdict can be said of all schemes of a sweep."""
-    pooled = findings.claims.here[name]
+    """Return whether all schemes have the verdict that they have together."""
     others = {some[name].verdict for some in findings.claims.by.get("scheme", {}).values()}
-    return "scheme" not in (pooled.depends_on or {}) and (
-        pooled.verdict == DEPENDS or len(others) <= 1 or others <= {pooled.verdict, "underpowered"}
-    )
+    return others <= {findings.claims.here[name].verdict}
 
 
 def _rows(name: str, scheme: str, finding: Finding) -> Iterator[dict[str, Any]]:

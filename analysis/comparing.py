@@ -45,8 +45,8 @@ class Row:
 def compare_sweeps(first: Side, second: Side) -> list[Row]:
     """Put the verdicts of two sweeps side by side.
 
-    Runs are paired where scheme, seed and subset are the same. All other knobs may differ between
-    the sweeps, and that is what the difference shows.
+    Runs are paired where scheme, seed, data seed and subset are the same. All other knobs may
+    differ between the sweeps, and that is what the difference shows.
     """
     names = _names(first, second)
     trials = pl.concat(

@@ -100,10 +100,9 @@ def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
     """Return the one-sided p-value that a centre lies beyond a bound.
 
     The test of a mean is Student's, guarded against skewness. Where units are equal, the sign test
-    has to agree: the larger of both p-values counts. Where their skewness is seen, the sign test or
-    a stronger guard has to agree: few seeds can never pass the sign test, however far they all lie
-    from the bound. The test of a median is the sign test, and that of a share is binomial. Both are
-    exact.
+    has to agree: the larger of both p-values counts. Where their skewness is seen, the guard is
+    stronger. The sign test would not do there, because it is about the median. The test of a median
+    is the sign test, and that of a share is binomial. Both are exact.
 
     Args:
         centre: mean, median or share.
@@ -124,7 +123,7 @@ def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
     students = float(stats.t.sf(t, spread.df))
     p = guarded(students, spread.df)
     if SKEW in spread.doubts:
-        p = max(p, min(sign_p(distances), guarded(students, spread.df, SEEN)))
+        p = max(p, guarded(students, spread.df, SEEN))
     return max(p, sign_p(distances)) if TIES in spread.doubts else p
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from analysis import plots, verdict_plots
 from analysis.chart_parts import GREY, INK, MOST_SCHEMES, Chart, first_schemes
 from analysis.claims import CLAIMS
 from gptcore.config import InputError, did_you_mean
-from gptcore.files import JsonObject
+from gptcore.files import Json, JsonObject
+from tracking.colours import COLOURS
 
 FIRST_SCREEN, ALL_CLAIMS, RECORDED = "first screen", "all claims", "recorded"
 """Sections that are no subject of claims."""
@@ -183,6 +185,10 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         Their Vega-Lite by name.
     """
     specs = {}
+    trials = frames.get("trials")
+    schemes: list[str] = []
+    if trials is not None:
+        schemes = first_schemes(trials)["scheme"].unique(maintain_order=True).to_list()
     for name in names or FIGURES:
         figure = FIGURES[name]
         frame = frames.get(figure.frame)
@@ -193,9 +199,26 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         # More digits cannot be seen, and the page holds many numbers.
         chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
         if chart is not None:
-            chart = chart.properties(description=figure.caption)
-            specs[name] = {**chart.to_dict(validate=False), "config": STYLE}
+            spec = chart.properties(description=figure.caption).to_dict(validate=False)
+            specs[name] = {**_with_colours(spec, schemes), "config": STYLE}
+    if lacking := [name for name in names if name not in specs]:
+        raise InputError(f"there are no numbers for the figure {' and '.join(lacking)}")
     return specs
+
+
+def _with_colours(part: Json, schemes: Sequence[str]) -> Json:
+    """Give every scheme the colour that it has in all figures, also where some have no numbers."""
+    if isinstance(part, list):
+        return [_with_colours(one, schemes) for one in part]
+    if not isinstance(part, dict):
+        return part
+    found = {key: one if key == "datasets" else _with_colours(one, schemes)
+             for key, one in part.items()}  # fmt: skip
+    scale = found.get("scale")
+    if found.get("field") == "scheme" and isinstance(scale, dict) and "range" in scale:
+        colours = itertools.islice(itertools.cycle(COLOURS), len(schemes))
+        found["scale"] = {**scale, "domain": list(schemes), "range": list(colours)}
+    return found
 
 
 STYLE: JsonObject = {

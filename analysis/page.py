@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,6 +90,7 @@ def render(
             reading=reading(sweep, by_run),
             sources=list(dict.fromkeys(claim.source for claim in CLAIMS.values())),
             ties_cannot=ties_cannot(findings),
+            report_command=report_command(sweep, runs_dir),
             answer=[*found, *answer(findings)],
             notes=[note for note in findings.notes if note not in found],
             matrix=matrix(findings, shown, MOST_SCHEMES),
@@ -131,8 +133,15 @@ def render(
     )
 
 
+def report_command(sweep: RunTables, runs_dir: Path) -> str:
+    """Return the command that reports on a sweep, or on several as one."""
+    names = [run.data.tags["sweep"] for run in sweep.sweep_runs]
+    folder = [] if runs_dir == Path("runs") else ["--runs-dir", str(runs_dir)]
+    return shlex.join(["python", "analysis/report.py", *folder, "--name", *names])
+
+
 def ties_cannot(findings: Findings) -> int | None:
-    """Return the number of seeds with which the sign test can show no difference of schemes.
+    """Return the number of seeds where the sign test cannot pass for one of all differences.
 
     Returns:
         None where it can, or where nothing is compared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,9 +109,12 @@ LATEX = {
 
 
 def _in_latex(value: object) -> str:
-    text = "--" if value is None else short(value) if isinstance(value, float) else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "--"
     if isinstance(value, float):
-        return f"${text}$"
+        mantissa, _, exponent = short(value).partition("e")
+        return f"${mantissa} \\times 10^{{{int(exponent)}}}$" if exponent else f"${mantissa}$"
+    text = " ".join(str(value).split())
     return "".join(LATEX.get(sign, sign) for sign in text)
 
 

@@ -54,7 +54,7 @@ def fig_init_errors(errors: pl.DataFrame) -> Chart:
 
 def fig_qkv_std(growth: pl.DataFrame) -> Chart:
     """Draw the std of the merged QKV weight over steps: a panel for each scheme."""
-    frame = seeds_and_mean(growth, "layer", "step", "std")
+    frame = seeds_and_mean(growth.filter(pl.col("std") > 0), "layer", "step", "std")
     size = panel_size(frame)
     chart = seed_lines(
         frame, "std", "std of QKV (log scale)", colour_by_layer(), y_scale=LOG, size=size
@@ -310,7 +310,7 @@ def fig_mechanism(changes: pl.DataFrame) -> Chart:
 
 def fig_by_kind(rows: pl.DataFrame, value: str, title: str) -> Chart:
     """Draw a number of each kind of weight over steps: a panel for each scheme."""
-    frame = seeds_and_mean(rows, "kind", "step", value)
+    frame = seeds_and_mean(rows.filter(pl.col(value) > 0), "kind", "step", value)
     scale = alt.Scale(scheme="tableau20")
     colour = alt.Color("kind:N", title="weight", sort=None, scale=scale, legend=SOLID)
     return in_panels(seed_lines(frame, value, title, colour, y_scale=LOG), frame)

@@ -13,9 +13,9 @@ from scipy import optimize, stats
 
 from analysis.claims import Claim, Part
 from analysis.decisions import ALPHA, CONTRADICTED, NOT_SUPPORTED, SUPPORTED, only_bound
-from analysis.skew import guarded
+from analysis.skew import ASSUMED, SEEN, guarded
 from analysis.stats import holm
-from analysis.variance import Spread
+from analysis.variance import SKEW, TIES, Spread
 
 MAX_SEEDS = 1000
 """No larger number of seeds is recommended."""
@@ -127,11 +127,11 @@ def detectable(n_seeds: int, alpha: float = ALPHA) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def critical_t(df: float, alpha: float) -> float:
+def critical_t(df: float, alpha: float, guard: float = ASSUMED) -> float:
     """Return the t from which a guarded test finds a mean, for both directions together."""
 
     def excess(log_p: float) -> float:
-        return guarded(math.exp(log_p), df) - alpha / 2
+        return guarded(math.exp(log_p), df, guard) - alpha / 2
 
     if alpha >= 1:
         return 0.0
@@ -203,6 +203,8 @@ class _Part:
         self.mean = float(spread.units.mean())
         self.sigma = self.sd * np.sqrt((self.n - 1) / rng.chisquare(self.n - 1, FUTURES))
         self.centre = self.mean + self.sigma / math.sqrt(self.n) * rng.standard_normal(FUTURES)
+        self.doubts = spread.doubts
+        self.guard = SEEN if SKEW in spread.doubts else ASSUMED
         self.at: dict[tuple[float, int], Draws] = {}
 
     def shown(self, seeds: int, alpha: float, parts: int) -> dict[str, NDArray[np.bool_]]:
@@ -213,7 +215,9 @@ class _Part:
         def shows(bound: float, sign: int, level: float) -> NDArray[np.bool_]:
             if means is not None:
                 t = sign * (means[0] - bound) / np.maximum(means[1], 1e-300)
-                return np.asarray(t > critical_t(seeds - 1.0, level))
+                passed = np.asarray(t > critical_t(seeds - 1.0, level, self.guard))
+                ties = TIES in self.doubts
+                return passed & self._counts(bound, sign, seeds, level) if ties else passed
             return self._counts(bound, sign, seeds, level)
 
         each = alpha / parts

@@ -153,7 +153,7 @@ def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_
     Args:
         store: where the sweeps are recorded.
         names: of the two sweeps.
-        out: the folder of the page. By default it is reports/ONE-and-TWO in the runs folder.
+        out: the folder of the page. By default it is reports/ONE+vs+TWO in the runs folder.
         runs_dir: the runs folder.
 
     Raises:
@@ -175,7 +175,7 @@ def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_
     first, second = map(read, names)
     rows = compare_sweeps(first, second)
     frame = estimates_of(rows, first, second)
-    folder = out or runs_dir / "reports" / "-and-".join(names)
+    folder = out or runs_dir / "reports" / "+vs+".join(names)
     if out is None:
         check_no_link(folder, runs_dir)
     chart = drawn({"forest": frame}, ["forest"])
@@ -350,7 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--out takes a folder for the files of the report, not the current folder"
             )
-        if args.compare and (args.where or args.claims or args.figure or args.shuffle_labels):
+        if args.compare and (
+            args.where or args.claims or args.figure or args.shuffle_labels is not None
+        ):
             raise InputError(
                 "--compare takes two sweeps whole, so --where, --claims, --figure and "
                 "--shuffle-labels do not go with it"

@@ -121,8 +121,7 @@ def _doubts(finding: Finding) -> list[str]:
     doubts = {doubt for part in finding.parts.values() if part.decides for doubt in part.doubts}
     sentences = {
         TIES: "Because of equal numbers, the exact sign test had to agree with the t-test.",
-        SKEW: "Because the numbers are skewed, the t-test allows for much more skewness than "
-        "otherwise, unless the exact sign test agrees with it.",
+        SKEW: "Because the numbers are skewed, a stricter t-test was used.",
     }
     return [says for doubt, says in sentences.items() if doubt in doubts]
 

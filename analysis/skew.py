@@ -5,8 +5,9 @@ where it says that errors are rare: for 8 seeds and p = 0.001, ten times as ofte
 not show their skewness, so no test can tell. This module therefore assumes it: `guarded` returns
 the p-value that the test would have on lognormal numbers, in the direction in which the test errs
 more. They are exp(z / 2) for a normal z, whose skewness is 1.75, and exp(z), whose skewness is 6.2,
-where skewness is seen. On normal numbers, on heavier tails and on less skewed numbers the guarded
-p-value is too large, which is the safe side.
+where skewness is seen. That is the error rate of all such numbers, not only of those that show it.
+On normal numbers, on heavier tails and on less skewed numbers the guarded p-value is too large,
+which is the safe side.
 """
 
 from __future__ import annotations

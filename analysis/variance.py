@@ -41,7 +41,8 @@ LEAST_SCHEMES, LEAST_SEEDS = 3, 3
 DRAWS = 1024
 """A prediction interval is computed from so many combinations of variances."""
 TIES, SKEW = "equal numbers", "skewed numbers"
-"""Doubts in the assumptions of a t-test. The exact sign test then has to agree."""
+"""Doubts in the assumptions of a t-test. Where numbers are equal, the sign test has to agree. Where
+they are skewed, the test is stricter."""
 TIE = 1e-9
 """Two units are equal where they differ by less than this share of their largest deviation."""
 LEAST_FOR_SKEW = 8

@@ -13,16 +13,23 @@ from analysis.chart_parts import (
     in_panels,
     told,
 )
-from analysis.decisions import CONTRADICTED, DEPENDS, NOT_SUPPORTED, SUPPORTED, UNDERPOWERED
+from analysis.decisions import (
+    CONTRADICTED,
+    DEPENDS,
+    NOT_MEASURED,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDERPOWERED,
+)
 from tracking.colours import COLOURS
 
 VERDICT_COLOURS = {
     SUPPORTED: "#009E73", CONTRADICTED: "#D55E00", DEPENDS: "#CC79A7", NOT_SUPPORTED: "#767676",
-    UNDERPOWERED: "#E69F00",
+    UNDERPOWERED: "#E69F00", NOT_MEASURED: "#56B4E9",
 }  # fmt: skip
 VERDICT_SHAPES = {
     SUPPORTED: "circle", CONTRADICTED: "cross", DEPENDS: "diamond", NOT_SUPPORTED: "square",
-    UNDERPOWERED: "triangle-up",
+    UNDERPOWERED: "triangle-up", NOT_MEASURED: "triangle-down",
 }  # fmt: skip
 
 

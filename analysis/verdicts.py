@@ -54,7 +54,7 @@ class PartFinding:
     contradicted_p: float
     not_supported_p: float
     verdict: str  # on this number alone, not adjusted
-    doubts: tuple[str, ...]  # why the exact test has to agree
+    doubts: tuple[str, ...]  # why the test is stricter, or the sign test has to agree
     configurations: int
     prediction: Estimate | None  # in general: where one more scheme would lie
     variance: Mapping[str, float]  # in general: how the variance of runs splits

@@ -46,7 +46,9 @@ def test_the_question_is_the_one_that_the_sweep_asked(read):
     for word in ("14 claims", "n_layer", *sweep.trials["init.scheme"].unique(), "seed"):
         assert str(word) in said
     one = replace(findings, claims=replace(findings.claims, asked=["order"]))
-    assert CLAIMS["order"].says in answers.question(sweep, one)
+    said = answers.question(sweep, one)
+    assert said.startswith("Does this hold when a GPT")
+    assert said.endswith(f"? “{CLAIMS['order'].says}”")
 
 
 def test_the_answer_names_the_schemes_where_they_differ_and_counts_all_claims(read):
@@ -73,17 +75,37 @@ def test_the_matrix_has_a_cell_for_every_claim_and_scheme_with_one_number_in_a_r
     assert answers.matrix(findings, ["order"], most=1).left_out == 1
 
 
-def test_no_verdict_is_said_of_all_schemes_where_these_disagree(read):
+def test_no_verdict_is_said_of_all_schemes_where_one_has_another(read):
     _, findings, _ = read
     first, second = findings.claims.by["scheme"]
-    split = with_verdicts(findings, "order", **{first: SUPPORTED, second: CONTRADICTED})
-    (row,) = answers.matrix(split, ["order"], most=24).rows
-    assert not row.agree
-    assert [cell.verdict for cell in row.schemes] == [SUPPORTED, CONTRADICTED]
-    assert ALL not in estimates(split).filter(claim="order")["scheme"].to_list()
-    unsure = with_verdicts(findings, "order", **{first: SUPPORTED, second: UNDERPOWERED})
-    (row,) = answers.matrix(unsure, ["order"], most=24).rows
-    assert row.agree
+    for other in (CONTRADICTED, UNDERPOWERED):
+        split = with_verdicts(findings, "order", **{first: SUPPORTED, second: other})
+        (row,) = answers.matrix(split, ["order"], most=24).rows
+        assert row.pooled.seeds == "as a mean"
+        assert [cell.verdict for cell in row.schemes] == [SUPPORTED, other]
+        assert ALL not in estimates(split).filter(claim="order")["scheme"].to_list()
+        asked = replace(split, claims=replace(split.claims, asked=["order"]))
+        assert "all 2 schemes" not in answers.answer(asked)[0]
+    both = with_verdicts(findings, "order", **{first: SUPPORTED, second: SUPPORTED})
+    (row,) = answers.matrix(both, ["order"], most=24).rows
+    assert row.pooled.seeds != "as a mean"
+
+
+def test_a_cell_tells_of_the_number_that_it_shows(read):
+    _, findings, _ = read
+    for row in answers.matrix(findings, list(CLAIMS), most=24).rows:
+        part = weakest_part(findings.claims.here[row.name])
+        for cell in row.schemes:
+            assert cell.effect == "" or f"{part} " in cell.told
+
+
+def test_what_was_selected_has_no_command_of_its_own(read):
+    sweep, findings, _ = read
+    assert answers.next_steps(replace(sweep, stamps={}), findings) == []
+    once = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1 --redo all --watch",))
+    for step in answers.next_steps(once, findings):
+        assert "--redo" not in step.command
+        assert "--watch" not in step.command
 
 
 def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
@@ -99,7 +121,9 @@ def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
 
 def test_commands_for_what_to_do_next_can_be_run(read):
     sweep, findings, _ = read
-    steps = answers.next_steps(sweep, findings)
+    assert answers.next_steps(sweep, findings) == []  # the command does not name its trials
+    named = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1",))
+    steps = answers.next_steps(named, findings)
     assert steps
     for step in steps:
         words = shlex.split(step.command)

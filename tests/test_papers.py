@@ -40,12 +40,13 @@ def test_the_type_of_a_printed_figure_has_at_least_seven_points(tmp_path):
 
 
 def test_a_table_in_latex_escapes_what_latex_reads():
-    table = pl.DataFrame({"a_b": ["5% & $x$", None], "p": [0.5, None]})
+    table = pl.DataFrame({"a_b": ["5% & $x$", None, "two\nlines"], "p": [0.5, None, 1e-5]})
     lines = papers.latex(table).splitlines()
     assert lines[1] == r"\begin{tabular}{lr}"
     assert lines[3] == r"a\_b & p \\"
     assert lines[5] == r"5\% \& \$x\$ & $0.5$ \\"
     assert lines[6] == r"-- & -- \\"
+    assert lines[7] == r"two lines & $1 \times 10^{-5}$ \\"
 
 
 def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
@@ -62,6 +63,7 @@ def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
     [
         (["--figure", "lossess"], "there is no figure lossess: did you mean losses? the figures"),
         (["--figure", "losses", "--format", "gif"], "invalid choice: 'gif'"),
+        (["--figure", "tau_by_rate"], "there are no numbers for the figure tau_by_rate"),
     ],
 )
 def test_an_unknown_figure_or_format_is_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
