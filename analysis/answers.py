@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import polars as pl
 
@@ -395,10 +396,16 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
     # What is selected, shuffled, joined or searched has no stamps, and no command of its own.
     if len(sweep.commands) != 1 or not sweep.stamps or findings.interim:
         return []
-    command, name = without_flags(sweep.commands[0], ONCE_ONLY), sweep.name
+    try:
+        words = shlex.split(sweep.commands[0])
+    except ValueError:
+        return []
+    if words[:1] != ["python"] or Path("".join(words[1:2])).name != "init_sweep.py":
+        return []
+    command, name = without_flags(shlex.join(words), ONCE_ONLY), sweep.name
     given = {word[2:].partition("=")[0] for word in shlex.split(command) if word.startswith("--")}
     # A command that only continued a sweep does not name its trials.
-    if "init_sweep.py" not in command or not (given & {"preset", *KNOBS} or name == "quick"):
+    if not (given & {"preset", *KNOBS} or name == "quick"):
         return []
     seeds = sorted(sweep.trials["init.seed"].unique().to_list())
     rates = sorted(sweep.trials["optim.lr"].unique().to_list())

@@ -15,8 +15,6 @@ GREY = "#767676"
 
 MOST_SCHEMES = 24
 """A figure shows the first schemes of a sweep; the file has all."""
-MOST_POINTS = 12
-"""Lines over so few steps have a point at each."""
 MOST_ROWS = 3000
 """A figure shows as many seeds as fit into this number of rows; the file has all."""
 
@@ -165,8 +163,7 @@ def seed_lines(
         )
     number = alt.Tooltip(f"{y}:Q", format=".4f")
     tooltip = told(*(f"{name}:N" for name in others), f"{x}:Q", number, "seeds:Q")
-    few = frame[x].n_unique() <= MOST_POINTS and not dash
-    means = base.mark_line(strokeWidth=2, point=few).transform_filter("!isValid(datum.seed)")
+    means = base.mark_line(strokeWidth=2).transform_filter("!isValid(datum.seed)")
     layers = [means.encode(tooltip=tooltip)]
     if frame["seed"].drop_nulls().len():
         seeds = base.mark_line(strokeWidth=0.7).transform_filter("isValid(datum.seed)")

@@ -201,8 +201,6 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         if chart is not None:
             spec = chart.properties(description=figure.caption).to_dict(validate=False)
             specs[name] = {**_with_colours(spec, schemes), "config": STYLE}
-    if lacking := [name for name in names if name not in specs]:
-        raise InputError(f"there are no numbers for the figure {' and '.join(lacking)}")
     return specs
 
 

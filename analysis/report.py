@@ -122,6 +122,8 @@ def build_report(
             "trials": sweep.trials,
         }
         charts = drawn({**frames, "forest": weakest(by_scheme, findings, shown)}, some)
+        if lacking := [name for name in some if name not in charts]:
+            raise InputError(f"there are no numbers for the figure {' and '.join(lacking)}")
         groups = frames["group_changes"]["group"].unique(maintain_order=True).to_list()
         page = render(sweep, charts, groups, by_run, findings, shown, runs_dir)
         contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
