@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from gptcore.config import InputError, TrialConfig, parse_value
+from gptcore.corpus import NO_TEXTS
 from gptcore.experiment import device_of
 from sweeps.command_line import add_knobs, parse, sweep_parser
 from sweeps.estimate.arrays import check_array, check_together
 from sweeps.execution.faults import Fault, fault_of_trial, is_out_of_memory
+from sweeps.execution.interrupts import Interrupts
 from sweeps.plan import (
     Plan,
     complete_seeds,
@@ -305,18 +307,26 @@ def expected(
     """
     if not missing:
         return []
-    from sweeps.estimate.estimate import estimate
-    from sweeps.execution.ray_cluster import check_devices, start_ray, stop_ray, texts_for
-    from sweeps.execution.resources import cluster_address
+    interrupts = Interrupts()
+    with interrupts.handled():
+        with interrupts.postponed():  # see Session.open
+            from sweeps.estimate.estimate import estimate
+            from sweeps.execution import ray_cluster
+            from sweeps.execution.resources import cluster_address
 
-    trials, measuring = {config.train for config in missing.values()}, not args.no_estimate
-    try:
-        if measuring or cluster_address():  # only a running Ray knows the machines of a cluster
-            start_ray(trials, console)
-        else:
-            check_devices(trials)
-        texts = texts_for({config.corpus.name for config in missing.values()}) if measuring else {}
-        found, _ = estimate(missing, texts, console, args.runs_dir.resolve(), args.array, measuring)
-        return found.lines()
-    finally:
-        stop_ray()
+        trials, measuring = {config.train for config in missing.values()}, not args.no_estimate
+        texts = NO_TEXTS
+        try:
+            if measuring or cluster_address():  # only a running Ray knows a cluster's machines
+                with interrupts.postponed():
+                    ray_cluster.start_ray()
+                ray_cluster.await_ray(trials, console)
+            else:
+                ray_cluster.check_devices(trials)
+            if measuring:
+                texts = ray_cluster.texts_for({config.corpus.name for config in missing.values()})
+            runs_dir = args.runs_dir.resolve()
+            found, _ = estimate(missing, texts, console, runs_dir, args.array, measuring)
+            return found.lines()
+        finally:
+            ray_cluster.stop_ray()

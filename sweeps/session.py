@@ -220,13 +220,16 @@ class Session:
         with ThreadPoolExecutor(max_workers=1) as background:
             opening = background.submit(self.store.open)
             if trials and not self._has_ray:
-                # Ray takes long to import, and a finished sweep needs none.
-                from sweeps.execution.ray_cluster import check_shared, start_ray, stop_ray
+                # A signal that raised an exception inside an import or ray.init could leave a lock
+                # of theirs held, for which the other thread would wait for ever.
+                with self._interrupts.postponed():
+                    # Ray takes long to import, and a finished sweep needs none.
+                    from sweeps.execution import ray_cluster
 
-                self._on_exit.callback(stop_ray)
-                with self._interrupts.kept():
-                    start_ray(trials, self.console)
-                check_shared(self.runs_dir, self.store.address)
+                    self._on_exit.callback(ray_cluster.stop_ray)
+                    ray_cluster.start_ray()
+                ray_cluster.await_ray(trials, self.console)
+                ray_cluster.check_shared(self.runs_dir, self.store.address)
                 self._has_ray = True
             opening.result()
         if trials:

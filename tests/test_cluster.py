@@ -30,10 +30,11 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from gptcore.config import InputError, TrialConfig
-from sweeps.execution.ray_cluster import check_cluster, ray, start_ray, stop_ray
+from sweeps.execution.ray_cluster import await_ray, check_cluster, ray, start_ray, stop_ray
 from sweeps.execution.resources import needs_of, slots
 
-start_ray(set(), Console(file=sys.stderr))
+start_ray()
+await_ray(set(), Console(file=sys.stderr))
 ray.get(ray.remote(lambda: 1).remote())
 me = psutil.Process()
 listening = [

@@ -5,6 +5,7 @@ A failure names the library and what another version of it has changed.
 
 import inspect
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -71,6 +72,19 @@ def test_ray_prints_what_a_dead_worker_took_with_it_by_a_function_that_can_be_si
     monkeypatch.setattr(ray._private.worker, "print_to_stdstream", print)
     private_api.silence_workers()
     assert ray._private.worker.print_to_stdstream("anything", key="value") is None, says
+
+
+def test_ray_sets_its_handler_of_sigterm_by_a_function_that_can_be_replaced(monkeypatch):
+    says = changed("ray", "utils.set_sigterm_handler")
+    monkeypatch.setattr(utils, "set_sigterm_handler", utils.set_sigterm_handler)
+    handler = signal.getsignal(signal.SIGTERM)
+    private_api.leave_signals()
+    utils.set_sigterm_handler(print)
+    assert signal.getsignal(signal.SIGTERM) == handler, says
+    for module in (ray._private.worker, ray._private.node):  # where a driver gets its handlers
+        source = inspect.getsource(module)
+        assert "utils.set_sigterm_handler(" in source, says
+        assert "signal.signal(" not in source, says
 
 
 def test_ray_says_what_versions_a_cluster_has():

@@ -68,20 +68,9 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Handle the signals, again where Ray or Tune has set a handler of its own."""
+        """Handle the signals, again where Tune has set a handler of its own."""
         for number in self._installed:
             signal.signal(number, self._receive)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside, ray.init may set a handler for SIGTERM, which raises SystemExit: it is ours."""
-        try:
-            yield
-        except SystemExit:
-            self.has_come = True
-            raise KeyboardInterrupt from None
-        finally:
-            self.install()
 
     @contextmanager
     def calling(self, first: Callable[[], object]) -> Iterator[None]:

@@ -74,6 +74,16 @@ def start_apart() -> None:
     services.ConsolePopen = _ApartPopen  # type: ignore[misc]
 
 
+def leave_signals() -> None:
+    """Keep Ray from handling SIGTERM in the driver.
+
+    Reason: from ray.init on it would end the driver by SystemExit with exit code 15, or not at all,
+    where the exception is raised in code that swallows it. sweeps.execution.interrupts handles
+    signals.
+    """
+    ray._private.utils.set_sigterm_handler = lambda _: None
+
+
 def cluster_metadata(address: str) -> Mapping[str, object]:
     """Ask a cluster for its versions of Ray and Python; empty where it does not say.
 

@@ -29,6 +29,7 @@ from sweeps.execution.private_api import (
     check_versions,
     cluster_metadata,
     has_token,
+    leave_signals,
     listen_on_loopback,
     silence_workers,
     start_apart,
@@ -136,16 +137,13 @@ for chatty in CHATTY_LOGGERS:
 silence_workers()
 
 
-def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
+def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, else start Ray here.
 
-    Args:
-        trials: how the trials that are to run train.
-        console: for a line on where trials run.
-
     Raises:
-        InputError: the cluster cannot be joined, or a trial asks for a GPU and there is none.
+        InputError: the cluster cannot be joined.
     """
+    leave_signals()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address := cluster_address():
         check_cluster(address)
@@ -158,7 +156,6 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
         except (OSError, RuntimeError, ValueError, RayError) as error:
             why = str(error).strip().splitlines()[0]
             raise InputError(f"the Ray cluster at {address} cannot be joined: {why}") from error
-        await_machines(address, console)
     else:
         os.environ.update(MALLOC)
         # Workers on this machine import from the checkout itself.
@@ -180,6 +177,20 @@ def start_ray(trials: Collection[TrainConfig], console: Console) -> None:
             _temp_dir=str(folder),
             **quiet,
         )
+
+
+def await_ray(trials: Collection[TrainConfig], console: Console) -> None:
+    """Wait for the machines of a cluster, and say where trials run.
+
+    Args:
+        trials: how the trials that are to run train.
+        console: for the line on where they run.
+
+    Raises:
+        InputError: a trial asks for a GPU, and there is none.
+    """
+    if address := cluster_address():
+        await_machines(address, console)
     check_devices(trials)
     cpus, gpus = (
         sum(one.get(name, 0) for one in schedulable_machines()) for name in ("CPU", "GPU")
