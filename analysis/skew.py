@@ -3,11 +3,14 @@
 Student's test assumes normal numbers. On skewed numbers it errs more often than it says, and most
 where it says that errors are rare: for 8 seeds and p = 0.001, ten times as often. A few seeds do
 not show their skewness, so no test can tell. This module therefore assumes it: `guarded` returns
-the p-value that the test would have on lognormal numbers, in the direction in which the test errs
-more. They are exp(z / 2) for a normal z, whose skewness is 1.75, and exp(z), whose skewness is 6.2,
-where skewness is seen. That is the error rate of all such numbers, not only of those that show it.
-On normal numbers, on heavier tails and on less skewed numbers the guarded p-value is too large,
-which is the safe side.
+the p-value that the test would have on lognormal numbers. They are exp(z / 2) for a normal z, whose
+skewness is 1.75, and exp(z), whose skewness is 6.2, where skewness is seen. That is the error rate
+of all such numbers, not only of those that show it. On normal numbers, on heavier tails and on less
+skewed numbers the guarded p-value is too large, which is the safe side.
+
+A claim can err in two directions, so its p-value counts twice. But numbers are skewed to one side:
+there the test errs as often as ERRORS says, and on the other side less often than Student's test
+says. `guarded` therefore returns half of the sum of both.
 """
 
 from __future__ import annotations
@@ -52,13 +55,13 @@ _RARITY = {sd: -np.log10(errors) for sd, errors in ERRORS.items()}
 
 
 def guarded(p: float, df: float, sd: float = ASSUMED) -> float:
-    """Return the p-value of a one-sided t-test on numbers that may be skewed.
+    """Return half of the p-value of a two-sided t-test on numbers that may be skewed.
 
     Between the numbers of ERRORS the logarithms are interpolated, over 1 / n for n units. Below the
     smallest p-value they are extrapolated.
 
     Args:
-        p: the p-value of Student's test.
+        p: the p-value of Student's test, one-sided.
         df: its degrees of freedom.
         sd: ASSUMED, or SEEN.
     """
@@ -72,4 +75,5 @@ def guarded(p: float, df: float, sd: float = ASSUMED) -> float:
     # Infinitely many units are normal again, by the central limit theorem.
     units = np.array([0.0, *(1 / np.array(SIZES[::-1]))])
     found = np.interp(1 / (df + 1), units, [rarity, *by_size[::-1]])
-    return float(10.0 ** -min(rarity, found))
+    heavier = float(10.0 ** -min(rarity, found))
+    return (heavier + p) / 2
