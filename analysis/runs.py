@@ -314,15 +314,18 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
         InputError: this is no such expression, or it is true of no trial.
     """
 
+    def unknown(name: str) -> InputError:
+        return InputError(
+            f"--where {where!r}: there is no knob {name}: {did_you_mean(name, KNOBS)}"
+            "`python sweeps/init_sweep.py --help` lists them"
+        )
+
     def quote(match: re.Match[str]) -> str:
         name = match[0]
         if name[0] in "'\"`" or "." not in name:
             return name
         if name not in KNOBS:
-            raise InputError(
-                f"--where {where!r}: there is no knob {name}: {did_you_mean(name, KNOBS)}"
-                "`python sweeps/init_sweep.py --help` lists them"
-            )
+            raise unknown(name)
         return f'"{name}"'
 
     quoted = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|[A-Za-z_][\w.]*", quote, where)
@@ -330,9 +333,12 @@ def selected(trials: pl.DataFrame, where: str) -> pl.DataFrame:
         chosen = trials.filter(pl.sql_expr(quoted))
     except pl.exceptions.PolarsError as error:
         why = str(error).splitlines()[0]
+        missing = re.match(r'unable to find column "(.*?)"', why)
+        if missing and did_you_mean(missing[1], KNOBS):  # else it may be a text without quotes
+            raise unknown(missing[1]) from error
         raise InputError(
             f"--where takes a condition on knobs such as \"init.scheme = 'gpt2'\" (texts are in "
-            f"quotes), not {where!r}: {why[:120]}"
+            f"quotes), not {where!r}: {why.partition(';')[0][:120]}"
         ) from error
     if chosen.is_empty():
         raise InputError(f"--where {where!r} is true of none of the {trials.height} trials")

@@ -243,6 +243,7 @@ def test_the_default_folder_is_in_the_runs_folder(finished_sweep):
             ["--where", "init.shceme = 'gpt2'"],
             "there is no knob init.shceme: did you mean init.scheme? `python sweeps/init_sweep.py",
         ),
+        (["--where", "optim_lr = 0.1"], "there is no knob optim_lr: did you mean optim.lr?"),
         (["--where", "corpus.name = '/tmp/my.txt'"], "is true of none of the 6 trials"),
         (["--where", "init.seed + 1"], "takes a condition on knobs such as"),
         (["--where", "drop ("], "takes a condition on knobs such as"),
