@@ -205,7 +205,7 @@ class _Part:
         self.centre = self.mean + self.sigma / math.sqrt(self.n) * rng.standard_normal(FUTURES)
         self.doubts = spread.doubts
         self.guard = SEEN if SKEW in spread.doubts else ASSUMED
-        self.at: dict[tuple[float, int], Draws] = {}
+        self.at: dict[tuple[float, int], Draws] = {}  # by bound and direction, shares beyond it
 
     def shown(self, seeds: int, alpha: float, parts: int) -> dict[str, NDArray[np.bool_]]:
         """Return which futures show each sentence about the rule at a number of seeds."""
@@ -248,8 +248,23 @@ class _Part:
         is_share = self.rule.centre == "share"
         one = sign * (self.units - (0.5 if is_share else bound)) > 0
         held, null = int(one.sum()), (bound if sign > 0 else 1 - bound) if is_share else 0.5
-        chance = self.at.setdefault(
-            (bound, sign), self.rng.beta(held + 0.5, self.n - held + 0.5, FUTURES)
-        )
-        counts = held + self.rng.binomial(seeds - self.n, chance)
-        return np.asarray(2 * stats.binom.sf(counts - 1, seeds, null) < level)
+        if (bound, sign) not in self.at:
+            self.at[bound, sign] = self.rng.beta(held + 0.5, self.n - held + 0.5, FUTURES)
+        counts = held + self.rng.binomial(seeds - self.n, self.at[bound, sign])
+        return np.asarray(counts >= critical_count(seeds, null, level))
+
+
+@functools.lru_cache(maxsize=4096)
+def critical_count(n: int, null: float, alpha: float) -> int:
+    """Return from how many of n successes on an exact test finds more than a share `null` of them.
+
+    Args:
+        n: the number of seeds.
+        null: the share under the null hypothesis.
+        alpha: the error rate of both directions together.
+
+    Returns:
+        n + 1 where not even n successes are enough.
+    """
+    p_values = stats.binom.sf(np.arange(n + 1) - 1, n, null)  # of 0 to n successes
+    return int((2 * p_values >= alpha).sum())
