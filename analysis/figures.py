@@ -197,7 +197,7 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
         if "scheme" in frame.columns:
             frame = first_schemes(frame)
         # More digits cannot be seen, and the page holds many numbers.
-        chart = figure.draw(frame.with_columns(cs.float().round_sig_figs(4)))
+        chart = figure.draw(frame.with_columns(cs.float().cast(pl.Float64).round_sig_figs(4)))
         if chart is not None:
             spec = chart.properties(description=figure.caption).to_dict(validate=False)
             specs[name] = {**_with_colours(spec, schemes), "config": STYLE}

@@ -224,7 +224,12 @@ def shared_data(
 
 
 def _coded(column: list[Json]) -> Json:
-    """Return a column. A column of texts has each text once: {values, at}, at which places."""
+    """Return a column. A column of texts has each text once: {values, at}, at which places.
+
+    A column of equal values has the value and how often it is there: {value, times}.
+    """
+    if column and all(value == column[0] for value in column):
+        return {"value": column[0], "times": len(column)}
     if not any(isinstance(value, str) for value in column):
         return column
     place = {value: i for i, value in enumerate(dict.fromkeys(column))}
