@@ -210,11 +210,13 @@ def checked(
 def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
     """Return one Job for each of these trials."""
     jobs, tags = [], {"sweep": plan.name, **plan.tags()}
-    names, colours = names_of(plan), colours_of(plan)
+    names, schemes = names_of(plan), schemes_of(plan)
+    colours = dict(zip(dict.fromkeys(schemes.values()), itertools.cycle(COLOURS), strict=False))
     for key in keys:
         corpus, flat = plan.corpora[key], plan.trials[key].to_flat()
         text = {"corpus_digest": corpus.digest, "corpus_origin": corpus.origin}
-        jobs.append(Job(key, names[key], flat, {**tags, **text}, colours[key]))
+        scheme = schemes[key]
+        jobs.append(Job(key, names[key], flat, {**tags, **text}, scheme, colours[scheme]))
     return jobs
 
 
@@ -240,16 +242,19 @@ def names_of(plan: Plan) -> dict[str, str]:
     return {key: ", ".join(said(knob, flat[knob]) for knob in knobs) for key, flat in flats.items()}
 
 
-def colours_of(plan: Plan) -> dict[str, str]:
-    """Colour each trial like its configuration in the report: in the order of the plan."""
-    compared = plan.compared()
-    configurations = {
-        key: tuple(flat[knob] for knob in compared)
-        for key, flat in ((key, config.to_flat()) for key, config in plan.trials.items())
+def schemes_of(plan: Plan) -> dict[str, str]:
+    """Return the scheme of each trial, with all knobs by which trials are compared.
+
+    The report names schemes in the same way, and gives them colours in this order.
+    """
+    scheme, *others = plan.compared()
+    flats = {key: config.to_flat() for key, config in plan.trials.items()}
+    return {
+        key: ", ".join(
+            [spelling(flat[scheme]), *(f"{knob} {spelling(flat[knob])}" for knob in others)]
+        )
+        for key, flat in flats.items()
     }
-    distinct = dict.fromkeys(configurations.values())
-    colours = dict(zip(distinct, itertools.cycle(COLOURS), strict=False))
-    return {key: colours[configuration] for key, configuration in configurations.items()}
 
 
 @functools.cache

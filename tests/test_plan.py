@@ -4,7 +4,7 @@ import pytest
 
 from gptcore.config import KNOBS, knob_type
 from helpers.trials import TINY
-from sweeps.plan import colours_of, jobs_of, make_plan
+from sweeps.plan import jobs_of, make_plan
 from tracking.colours import COLOURS
 
 
@@ -50,13 +50,21 @@ def test_trials_of_one_configuration_have_one_colour_in_the_order_of_the_plan():
     schemes = ["model5", "gpt2", "normal", "uniform", "laplace", "orthogonal", "xavier_normal",
                "kaiming_normal"]  # fmt: skip
     plan = plan_of(**{"init.seed": [0, 1], "init.scheme": schemes})
-    given = colours_of(plan)
-    for key, config in plan.trials.items():
-        place = schemes.index(config.init.scheme)
-        assert given[key] == COLOURS[place % len(COLOURS)]
-    assert {job.key: job.colour for job in jobs_of(plan, plan.trials)} == given
+    for job in jobs_of(plan, plan.trials):
+        place = schemes.index(plan.trials[job.key].init.scheme)
+        assert job.colour == COLOURS[place % len(COLOURS)]
 
 
-def test_a_colour_is_of_a_scheme_with_all_that_is_compared():
-    plan = plan_of(**{"optim.lr": [0.1, 0.2], "init.scheme": ["model5", "gpt2"]})
-    assert list(colours_of(plan).values()) == COLOURS[:4]
+def test_a_scheme_has_all_that_is_compared_and_a_colour_of_its_own():
+    plan = plan_of(**{"optim.lr": [0.001, 0.01], "init.scheme": ["model5", "gpt2"]})
+    jobs = jobs_of(plan, plan.trials)
+    assert {job.scheme for job in jobs} == {
+        f"{scheme}, optim.lr {lr}" for scheme in ("model5", "gpt2") for lr in (0.001, 0.01)
+    }
+    assert [job.colour for job in jobs] == COLOURS[:4]
+
+
+def test_a_scheme_keeps_its_name_and_colour_where_only_some_trials_are_left_to_run():
+    plan = plan_of(**{"optim.lr": [0.001, 0.01], "init.scheme": ["model5"]})
+    (last,) = jobs_of(plan, list(plan.trials)[1:])
+    assert (last.scheme, last.colour) == ("model5, optim.lr 0.01", COLOURS[1])

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from gptcore.config import TrialConfig
 from sweeps.execution import progress
-from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes, schemes_of
+from sweeps.execution.progress import StopTune, SweepProgress, TrialOutcomes
 from tracking.job import Job
 
 
@@ -285,9 +284,3 @@ def test_lines_of_a_file_have_the_losses_from_time_to_time(clock):
         "  last loss: gpt2 5 (step 15)", "  last loss: gpt2 5 (step 31)"
     ]  # fmt: skip
     assert len(lines) == 4
-
-
-def test_schemes_have_the_names_of_the_report():
-    knobs = [{"init.scheme": "gpt2", "optim.lr": lr, "init.seed": 1} for lr in (0.001, 0.01)]
-    jobs = [Job(str(lr), "", TrialConfig.from_flat(lr).to_flat(), {}) for lr in knobs]
-    assert list(schemes_of(jobs).values()) == ["gpt2, optim.lr 0.001", "gpt2, optim.lr 0.01"]

@@ -16,6 +16,7 @@ class Job:
     name: str  # for people, such as `model5, seed 0`; nothing reads it
     params: Mapping[str, Scalar]  # every knob by its dotted key
     tags: Mapping[str, str]  # what the driver knows and the run is to keep
+    scheme: str = ""  # the configuration that it is compared by, as the report names it
     colour: str = ""  # of its lines, such as `#0072B2`; without one, MLflow chooses
 
     def with_tags(self, **tags: str) -> Job:

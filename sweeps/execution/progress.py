@@ -14,7 +14,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from gptcore.config import compared_knobs, spelling, varying_knobs
 from gptcore.units import clock
 from sweeps.execution.private_api import error_text
 from sweeps.execution.trainable import TrialReport
@@ -306,20 +305,6 @@ class SweepProgress(tune.Callback):
         """Count the trials of a batch as failed."""
         if said := self.outcomes.gave_up(trial.config["batch"], reason_of(error_text(trial))):
             self._show(said)
-
-
-def schemes_of(jobs: Sequence[Job]) -> dict[str, str]:
-    """Return by trial key the scheme of each trial, as the report names it."""
-    scheme, *others = compared_knobs(varying_knobs([job.params for job in jobs]))
-    return {
-        job.key: ", ".join(
-            [
-                spelling(job.params[scheme]),
-                *(f"{knob} {spelling(job.params[knob])}" for knob in others),
-            ]
-        )
-        for job in jobs
-    }
 
 
 def reason_of(text: str) -> str:

@@ -21,7 +21,6 @@ from sweeps.execution.progress import (
     SweepProgress,
     TrialOutcomes,
     key_of,
-    schemes_of,
 )
 from sweeps.execution.ray_cluster import stop_ray
 from sweeps.execution.resources import (
@@ -74,7 +73,7 @@ def run_grid(jobs: Sequence[Job], batches: Sequence[Batch], context: RunContext)
         Fault: something ended the sweep before its trials did.
     """
     steps = {job.key: int(job.params["train.steps"]) for job in jobs}
-    outcomes = TrialOutcomes(steps, len(jobs), schemes_of(jobs))
+    outcomes = TrialOutcomes(steps, len(jobs), {job.key: job.scheme for job in jobs})
     progress = SweepProgress(
         context.console, outcomes, take_signals=context.interrupts.install, tell=context.tell
     )

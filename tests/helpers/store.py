@@ -67,7 +67,7 @@ def job_of(
     from tracking.colours import COLOURS
     from tracking.job import Job
 
-    return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep}, COLOURS[0])
+    return Job(key or key_of(config), name, config.to_flat(), {"sweep": sweep}, "", COLOURS[0])
 
 
 def worker_config(
