@@ -18,7 +18,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +142,8 @@ def build_report(
                 for table, frame in frames.items():
                     frame.write_parquet(new / f"{table}.parquet")
             put_in_place(new, folder)
+            if not figures:
+                remove_older_figures(folder / "figures", charts)
     except OSError as error:
         raise InputError(
             f"the report folder {folder} cannot be written: {error.strerror}"
@@ -215,6 +217,19 @@ def put_in_place(new: Path, folder: Path) -> None:
     for file in files:
         (folder / file.parent).mkdir(exist_ok=True)
         (new / file).replace(folder / file)
+
+
+def remove_older_figures(folder: Path, names: Collection[str]) -> None:
+    """Remove the figures of an earlier report, which may have other numbers.
+
+    Args:
+        folder: of the figures.
+        names: of the figures that this report has. Files with other names stay.
+    """
+    new = {f"{name}.png" for name in MAIN_FIGURES}
+    for file in folder.glob("*.*"):
+        if file.stem in names and file.suffix[1:] in FORMATS and file.name not in new:
+            file.unlink()
 
 
 def specified(findings: Findings) -> dict[str, pl.DataFrame]:

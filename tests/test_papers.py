@@ -58,6 +58,17 @@ def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
     assert capsys.readouterr().out == f"report: {tmp_path}/figures\n"
 
 
+def test_a_new_report_leaves_no_figure_of_an_earlier_one(two_sweeps, tmp_path):
+    """Its numbers may be others."""
+    flags = ["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path)]
+    assert main([*flags, "--figure", "losses", "--format", "svg"]) == 0
+    (tmp_path / "figures" / "mine.svg").touch()
+    assert main(flags) == 0
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        "mine.svg", "qkv_std.png", "group_log_probs.png"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
