@@ -1,6 +1,6 @@
 """How often are verdicts false, how often are effects found, and do intervals cover?
 
-    python benchmarks/error_rates.py [--sweeps 1000] [errors] [power] [coverage]
+    python benchmarks/error_rates.py [--sweeps 1000] [errors] [power] [interim] [coverage]
 
 Simulates the numbers of runs: every claim at its bound under noise of several kinds, effects of
 several sizes, and sweeps whose variance lies between schemes, between seeds, or both. Takes some
@@ -29,6 +29,7 @@ if __name__ == "__main__":
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import CONTRADICTED, SUPPORTED
 from analysis.depth_gradient import gradient_tau
+from analysis.interim import plan_interim
 from analysis.stats import Estimate
 from analysis.verdicts import judge, judge_part
 
@@ -77,7 +78,7 @@ def bound_of(part: Part, at: str) -> float:
 
 
 def null_sweep(
-    noise: str, n: int, rng: np.random.Generator, share: float, at: str
+    noise: str, n: int, rng: np.random.Generator, share: float = 0.0, at: str = "bound"
 ) -> tuple[dict[str, pl.DataFrame], Numbers]:
     """Draw the numbers of every claim at its bound.
 
@@ -200,21 +201,26 @@ def power_of(effect: float, sweeps: int) -> str:
     for n in (4, 6, 8, 12, 20):
         rng, counts = np.random.default_rng(0), np.zeros(3)
         for _ in range(sweeps):
-            values = {
-                name: pl.concat(
-                    [
-                        numbers_of(label, beyond(part, effect, rng, n))
-                        for label, part in deciding(claim).items()
-                    ]
-                )
-                for name, claim in CLAIMS.items()
-            }
+            values = planted(effect, n, rng)
             found = judge(CLAIMS, values, trials_of(["finished"] * n), general=False)
             held = {name: one.verdict == SUPPORTED for name, one in found.items()}
             headline = held.pop("depth_gradient"), held.pop("never_suppressed")
             counts += [*headline, np.mean(list(held.values()))]
         cells.append(" / ".join(f"{100 * one / sweeps:.0f}" for one in counts))
     return f"| {effect} sd | " + " | ".join(cells)
+
+
+def planted(effect: float, n: int, rng: np.random.Generator) -> dict[str, pl.DataFrame]:
+    """Draw the numbers of all claims of n seeds, each so many standard deviations beyond."""
+    return {
+        name: pl.concat(
+            [
+                numbers_of(label, beyond(part, effect, rng, n))
+                for label, part in deciding(claim).items()
+            ]
+        )
+        for name, claim in CLAIMS.items()
+    }
 
 
 def beyond(part: Part, effect: float, rng: np.random.Generator, n: int) -> Numbers:
@@ -228,6 +234,47 @@ def beyond(part: Part, effect: float, rng: np.random.Generator, n: int) -> Numbe
         return part.low + 0.1 * (effect + noise)
     assert part.high is not None
     return part.high - 0.1 * (effect + noise)
+
+
+MOST = (20, 60)
+"""The largest numbers of seeds that --until-decided may use."""
+
+
+def interim(sweeps: int) -> Iterator[Line]:
+    """Yield the lines of sweeps with --until-decided: what they decide, and with how many seeds."""
+    yield functools.partial(
+        str, f"--until-decided: any claim decided, % of sweeps / claims supported, % / mean seeds, "
+             f"for at most {MOST} seeds",
+    )  # fmt: skip
+    for noise in ("normal", "t2", "lognormal .5", "-lognormal .5", "taus"):
+        yield functools.partial(interim_of, noise, 0.0, sweeps)
+    for effect in (0.5, 1.0, 2.0, 4.0, 8.0):
+        yield functools.partial(interim_of, "normal", effect, sweeps)
+
+
+def interim_of(noise: str, effect: float, sweeps: int) -> str:
+    """Return the line of one kind of noise at the bounds, or of one effect beyond them."""
+    cells = []
+    for most in MOST:
+        rng, decided, supported, seeds = np.random.default_rng(0), 0, 0.0, 0
+        runs = trials_of(["finished"] * most)
+        for _ in range(sweeps):
+            values = planted(effect, most, rng) if effect else null_sweep(noise, most, rng)[0]
+            plan = plan_interim(range(most), 2, [])
+            while not plan.is_over:
+                one = plan.schedule[len(plan.made)]
+                seen = runs.head(one.seeds)
+                plan = plan.with_findings(
+                    judge(CLAIMS, values, seen, general=False, alpha=one.alpha)
+                )
+            verdicts = [found.verdict for found in plan.current_findings().values()]
+            decided += SUPPORTED in verdicts or CONTRADICTED in verdicts
+            supported += verdicts.count(SUPPORTED) / len(verdicts)
+            seeds += plan.made[-1].seeds
+        cells.append(
+            f"{100 * decided / sweeps:.1f} / {100 * supported / sweeps:.0f} / {seeds / sweeps:.1f}"
+        )
+    return f"| {f'{effect} sd' if effect else noise} | " + " | ".join(cells)
 
 
 SPLITS = {
@@ -287,7 +334,7 @@ def covered(shape: tuple[int, int, int], sds: Numbers, sweeps: int) -> str:
     )
 
 
-STUDIES = {"errors": errors, "power": power, "coverage": coverage}
+STUDIES = {"errors": errors, "power": power, "interim": interim, "coverage": coverage}
 
 
 def computed(line: Line) -> str:
