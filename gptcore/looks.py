@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptcore.probes import PROBES, Subject, moment_of, observe, update_rows
 from gptcore.records import Row
-from gptcore.replay import Graphs, Replayed
+from gptcore.replay import Graphs, replayed
 from gptcore.steps import Steps
 from gptcore.token_probs import Measured
 
@@ -55,7 +55,7 @@ class Looks:
     def __init__(self, subjects: Sequence[Subject], steps: Steps, graphs: Graphs | None) -> None:
         """Prepare to look at the subjects, whose steps are `steps`."""
         self.subjects, self.steps, self.graphs = subjects, steps, graphs
-        self.recorded: dict[object, Replayed[Packed]] = {}
+        self.recorded: dict[object, Callable[[], Packed]] = {}
 
     def before_update(self, probes: Sequence[str], wanted: Collection[int]) -> list[Packed]:
         """Run the probes on the subjects that have a wanted model, after `steps.gradients`."""
@@ -97,7 +97,7 @@ class Looks:
 
     def _replayed(self, key: object, function: Callable[[], Packed]) -> Packed:
         if key not in self.recorded:
-            self.recorded[key] = Replayed(function, self.graphs, warm_up_calls=1)
+            self.recorded[key] = replayed(function, self.graphs, warm_up_calls=1)
         return self.recorded[key]()
 
 

@@ -68,26 +68,30 @@ WARM_UP_CALLS = 3
 """Calls of a function before it is recorded. They are part of the training, not extra work."""
 
 
-class Replayed(Generic[T]):
-    """A function without arguments that is recorded after some calls, and then repeated.
+def replayed(
+    function: Callable[[], T], graphs: Graphs | None, warm_up_calls: int = WARM_UP_CALLS
+) -> Callable[[], T]:
+    """Return a function that is recorded after some calls, and then repeated.
 
     What it reads and writes has to stay in the same memory. It must not wait for the GPU, and what
-    it does in Python alone happens only in the calls before.
-    """
+    it does in Python alone happens only in the calls before. Tensors that it returns hold until the
+    next call.
 
-    def __init__(
-        self,
-        function: Callable[[], T],
-        graphs: Graphs | None,
-        warm_up_calls: int = WARM_UP_CALLS,
-    ) -> None:
-        """Wrap a function, which is never recorded if there are no `graphs`."""
-        self.function, self.graphs = function, graphs
-        self.warm_up_calls = warm_up_calls
+    Args:
+        function: what to record. Without `graphs`, it is returned as it is.
+        graphs: what records it.
+        warm_up_calls: calls before it is recorded.
+    """
+    return _Replayed(function, graphs, warm_up_calls) if graphs else function
+
+
+class _Replayed(Generic[T]):
+    def __init__(self, function: Callable[[], T], graphs: Graphs, warm_up_calls: int) -> None:
+        self.function, self.warm_up_calls = function, warm_up_calls
+        self.graphs: Graphs | None = graphs  # None once recording has failed
         self.recorded: tuple[T, Callable[[], None]] | None = None
 
     def __call__(self) -> T:
-        """Run the function, or repeat it. Tensors that it returns hold until the next call."""
         if self.graphs is None:
             return self.function()
         if self.warm_up_calls > 0:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcore.array import ModelArray
-from gptcore.replay import Graphs, Replayed
+from gptcore.replay import Graphs, replayed
 
 
 class StepOutput(NamedTuple):
@@ -61,9 +61,9 @@ class Steps:
         # Which of the M steps is next: a tensor where steps are recorded, else a number.
         self.next, self.next_1 = 0, torch.zeros(1, dtype=torch.int64, device=device)
         self.output: StepOutput | None = None
-        self.step = Replayed(self._step, graphs)
-        self.gradients = Replayed(self._gradients, graphs)
-        self.update = Replayed(self._update, graphs)
+        self.step = replayed(self._step, graphs)
+        self.gradients = replayed(self._gradients, graphs)
+        self.update = replayed(self._update, graphs)
 
     def load(self, windows: Sequence[Sequence[NDArray[np.int64]]], lrs: Sequence[float]) -> None:
         """Copy the inputs of the next steps to the device, asynchronously.

@@ -125,7 +125,9 @@ def train(
     start = time.perf_counter()
     while members:
         training = Training(members, start, sync_every)
-        step = training.run(step)
+        while step <= last and training.may_go_on(step):
+            step = training.run_segment(step)
+        training.read()
         seconds = time.perf_counter() - start
         for member in members:
             if member.status == "diverged":
@@ -175,25 +177,18 @@ class Training:
         self.looks = Looks(subjects, self.steps, graphs)
         self.runs_ahead = graphs is not None
         """Whether the next steps are started before the values of these have been read."""
+        self.unread: Segment | None = None
 
-    def run(self, step: int) -> int:
-        """Train from a step on, and return the next step to compute: that after the last one, or an
-        earlier one where a trial has diverged."""
-        last = self.config.train.steps
-        unread: Segment | None = None
-        while step <= last and not self._has_diverged():
-            if is_save_due(self.members):
-                self._log(unread)
-                unread = None
-                if self._has_diverged():
-                    break
-                save(self.members, self.array, step, time.perf_counter() - self.start)
-            segment = self._run_segment(step)
-            step += len(segment.stats_M3K)
-            self._log(unread if self.runs_ahead else segment)
-            unread = segment if self.runs_ahead else None
-        self._log(unread)
-        return step
+    def may_go_on(self, step: int) -> bool:
+        """Save what is due before a step, and return whether no trial has diverged so far."""
+        if self._has_diverged():
+            return False
+        if is_save_due(self.members):
+            self.read()
+            if self._has_diverged():
+                return False
+            save(self.members, self.array, step, time.perf_counter() - self.start)
+        return True
 
     def errors(self, k: int) -> tuple[float | None, float | None]:
         """Measure the error of the precision at the latest step, for the result of trial k."""
@@ -207,8 +202,12 @@ class Training:
     def _has_diverged(self) -> bool:
         return any(member.status == "diverged" for member in self.members)
 
-    def _run_segment(self, first_step: int) -> Segment:
-        """Run the steps up to the next that is measured, or to the next read from the device."""
+    def run_segment(self, first_step: int) -> int:
+        """Run the steps up to the next that is measured, or to the next read from the device.
+
+        Returns:
+            The next step to compute.
+        """
         probes, last = self.config.probes, self.config.train.steps
         stop = first_step
         due: list[str] = []
@@ -232,7 +231,18 @@ class Training:
             self._look(segment, stop - 1, due)
         values = [packed.values_KX for packed in segment.packed]
         segment.on_the_way = OnTheWay([stats_M3K, *values])
-        return segment
+        if self.runs_ahead:
+            self.read()  # the segment before, while the device works on this one
+        self.unread = segment
+        if not self.runs_ahead:
+            self.read()
+        return stop
+
+    def read(self) -> None:
+        """Wait for the values of the segment that has not been read, and log its rows."""
+        if self.unread is not None:
+            self._log(self.unread)
+            self.unread = None
 
     def _look(self, segment: Segment, step: int, due: Sequence[str]) -> None:
         """Run a step, with the probes between its gradients and its update."""
@@ -265,10 +275,9 @@ class Training:
             found.append(rows)
         return found
 
-    def _log(self, segment: Segment | None) -> None:
+    def _log(self, segment: Segment) -> None:
         """Wait for the values of a segment, and log the rows of all trials."""
-        if segment is None or segment.on_the_way is None:
-            return
+        assert segment.on_the_way
         stats_M3K, *values = segment.on_the_way.arrived()
         training = segment.training or self._training_rows(segment.first_step, stats_M3K)
         for step, rows_K in enumerate(training, segment.first_step):

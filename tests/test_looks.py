@@ -98,11 +98,11 @@ def test_a_look_comes_to_the_host_in_one_copy(monkeypatch, waits):
     with one_thread():
         training = training_of(2, 2)
         training.runs_ahead = True  # as where steps are recorded
-        segment = training._run_segment(0)
+        training.run_segment(0)
         waits.clear()
         rows = training.members[0].recorder.rows
         assert not rows["training"]
-        training._log(segment)
+        training.read()
     assert len(copies) == 1
     assert all(rows[table] for table in ("training", "weights", "updates", "tokens"))
     # After the copy, the host makes lists of what each probe measured of each model.

@@ -13,7 +13,7 @@ from gptcore.model import CHUNK_AND_TILE, GPT
 from gptcore.optimizers import OPTIMIZERS
 from gptcore.precision import DTYPES
 from gptcore.records import MemoryRecorder
-from gptcore.replay import Replayed
+from gptcore.replay import replayed
 from gptcore.steps import Steps
 from helpers.tape import TapeGraphs
 from helpers.trials import Cut, CutAt, three_of, with_knobs
@@ -126,7 +126,7 @@ def test_a_checkpoint_goes_on_into_recorded_steps(trio, recording, monkeypatch, 
 
 def test_what_is_recorded_reads_and_writes_the_same_memory_each_time():
     x, total = torch.ones(3), torch.zeros(3)
-    function = Replayed(lambda: total.add_(x * 2).sum(), TapeGraphs(), warm_up_calls=1)
+    function = replayed(lambda: total.add_(x * 2).sum(), TapeGraphs(), warm_up_calls=1)
     for k in range(1, 5):
         x.fill_(float(k))
         assert float(function()) == 3 * k * (k + 1)
@@ -136,7 +136,7 @@ def test_what_is_recorded_reads_and_writes_the_same_memory_each_time():
 def test_a_function_that_waits_for_the_device_is_run_as_it_is_with_one_line(caplog):
     x = torch.ones(3)
     graphs = TapeGraphs()
-    function = Replayed(lambda: x.sum().item(), graphs, warm_up_calls=0)
+    function = replayed(lambda: x.sum().item(), graphs, warm_up_calls=0)
     with caplog.at_level(logging.WARNING):
         assert [function() for _ in range(3)] == [3.0] * 3
     (line,) = caplog.messages
@@ -146,7 +146,7 @@ def test_a_function_that_waits_for_the_device_is_run_as_it_is_with_one_line(capl
 
 def test_without_a_way_to_record_functions_run_as_they_are():
     calls = []
-    function = Replayed(lambda: calls.append(1), None)
+    function = replayed(lambda: calls.append(1), None)
     for _ in range(5):
         function()
     assert len(calls) == 5
