@@ -18,6 +18,9 @@ from gptcore.units import counted
 CLEAR_TAU = 0.2
 """Two taus of opposite signs contradict each other where both are larger than this."""
 
+NAMED = 3
+"""A sentence names no more configurations one by one."""
+
 
 def say_outcome(name: str, findings: Findings) -> str:
     """Say the verdict on a claim as a paper would: with its scope, by scheme, and in general."""
@@ -39,9 +42,12 @@ def say_outcome(name: str, findings: Findings) -> str:
             "diverged or nothing of their configuration finished."
         )
     if finding.undefined_in:
+        configurations = "; ".join(finding.undefined_in[:NAMED])
+        if (more := len(finding.undefined_in) - NAMED) > 0:
+            configurations += f"; and {counted(more, 'further configuration')}"
         sentences.append(
-            f"Not defined for {', '.join(finding.undefined_in)}, for example because a weight "
-            "starts at 0 there or a group has too few tokens."
+            f"Not defined for {configurations}: for example because a weight starts at 0 there, or "
+            "a group has too few tokens."
         )
     sentences += _doubts(finding)
     schemes = {scheme: found[name] for scheme, found in claims.by.get("scheme", {}).items()}
@@ -138,12 +144,12 @@ def _contrast(finding: Finding) -> str:
     said = []
     if contrary(TAU_MOVED):
         said.append(
-            f"But by RMS displacement tau is {tau(TAU_MOVED):.2g}: d(log std) is larger where a "
-            "layer starts with a smaller std, so growth and displacement differ here."
+            f"By RMS displacement, however, tau is {tau(TAU_MOVED):.2g}: d(log std) is larger "
+            "where a layer starts with a smaller std, so growth and displacement differ here."
         )
     if other := [f"{tau(part):.2g} for {kind.upper()}" for kind, part in TAUS.items()
                  if contrary(part)]:  # fmt: skip
-        said.append(f"But taken alone, tau is {' and '.join(other)}.")
+        said.append(f"Taken alone, however, tau is {' and '.join(other)}.")
     return " ".join(said)
 
 
