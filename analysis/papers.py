@@ -169,14 +169,28 @@ def methods(sweep: RunTables, findings: Findings) -> str:
         f"{all_of('optim.weight_decay')}) on {all_of('corpus.name')} ({all_of('corpus.tokenizer')} "
         f"tokens; subsets {', '.join(subsets)}), under {counted(len(schemes), 'init scheme')} "
         f"({', '.join(schemes)}) and {counted(trials['init.seed'].n_unique(), 'seed')}. "
-        "A seed fixes the initial weights, the order of batches and the tokens that are drawn, and "
-        "is paired over schemes. Token groups are measured on a fixed text, without the tokens "
+        f"{say_seeds(trials)} Seeds are paired over schemes. Token groups are measured on a "
+        "fixed text, without the tokens "
         "among the inputs of a sequence. The units of every test are seeds: means have Student's t "
         "test, guarded against skewed numbers; medians the sign test; shares the exact binomial "
         f"test. Verdicts on {counted(len(findings.claims.asked), 'claim')} share one error rate of "
         f"{ALPHA:.2g} over both directions (weighted Holm). Claims and rules have the digest "
         f"{findings.claims.digest}; the trials are {findings.claims.standing}. Verdicts are about "
-        f"training {scope_of(findings)}."
+        f"training {scope_of(findings)}." + "".join(f" {note}" for note in sweep.notes)
+    )
+
+
+def say_seeds(trials: pl.DataFrame) -> str:
+    """Say what a seed fixes, as the trials vary it."""
+    weights, data = trials["init.seed"], trials["corpus.data_seed"]
+    drawn = "the order of batches and the tokens that are drawn"
+    if (weights == data).all():
+        return f"A seed fixes the initial weights, {drawn}."
+    if data.n_unique() == 1:
+        return f"A seed fixes the initial weights; {drawn} are the same in all trials."
+    return (
+        f"A seed fixes the initial weights; {drawn} have {counted(data.n_unique(), 'seed')} of "
+        "their own."
     )
 
 

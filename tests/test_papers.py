@@ -49,6 +49,19 @@ def test_a_table_in_latex_escapes_what_latex_reads():
     assert lines[7] == r"two lines & $1 \times 10^{-5}$ \\"
 
 
+@pytest.mark.parametrize(
+    ("weights", "data", "says"),
+    [
+        ([0, 1], [0, 1], "A seed fixes the initial weights, the order of batches and the tokens"),
+        ([0, 1], [3, 3], "are the same in all trials."),
+        ([0, 0, 1, 1], [2, 3, 2, 3], "have 2 seeds of their own."),
+    ],
+)
+def test_the_methods_say_what_a_seed_fixes(weights, data, says):
+    trials = pl.DataFrame({"init.seed": weights, "corpus.data_seed": data})
+    assert says in papers.say_seeds(trials)
+
+
 def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
     flags = ["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path)]
     assert main([*flags, "--figure", "losses", "--format", "svg"]) == 0
