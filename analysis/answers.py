@@ -1,12 +1,10 @@
-"""The first screen of a report: what was asked, what came out, and what to do next."""
+"""The first screen of a report: what was asked, what came out, and the matrix of verdicts."""
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import polars as pl
 
@@ -32,18 +30,15 @@ from analysis.sentences import (
     rule_in_words,
     say_dependence,
     say_forecast,
-    short,
 )
 from analysis.verdicts import Finding
-from gptcore.config import KNOBS, spelling
+from gptcore.config import spelling
 from gptcore.units import counted
 
 SYMBOLS = {
     SUPPORTED: "✓", CONTRADICTED: "✗", DEPENDS: "≷", NOT_SUPPORTED: "−", UNDERPOWERED: "?",
     NOT_MEASURED: "·", NOT_ASKED: "",
 }  # fmt: skip
-MOST_SEEDS = 32
-"""No command for more seeds is proposed: another size or rate then says more."""
 MOST_NAMED = 8
 """No sentence names more schemes; more are counted."""
 
@@ -79,24 +74,6 @@ class Matrix:
     schemes: Sequence[str]  # the columns; none where the sweep has one scheme
     left_out: int  # schemes for which the page has no space; the files have them
     rows: Sequence[MatrixRow]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replicated:
-    """A number of the source, beside those of a sweep."""
-
-    what: str
-    source: str
-    here: str  # what the source's formula gives at the size of the sweep, where it has one
-    found: Mapping[str, tuple[str, bool]]  # by scheme: number, and whether it agrees
-
-
-@dataclass(frozen=True, kw_only=True)
-class Next:
-    """What to do next: a sentence and the command."""
-
-    says: str
-    command: str
 
 
 def question(sweep: RunTables, findings: Findings) -> str:
@@ -308,172 +285,3 @@ def _cell(name: str, found: Finding, part: str | None, *, mean: bool = False) ->
         told=told,
         seeds="as a mean" * mean or (f"needs {needed} seeds" if needed else ""),
     )
-
-
-def replication(sweep: RunTables, findings: Findings, by_run: RunFrames) -> list[Replicated]:
-    """Put the numbers that the source reports beside those of a sweep, by scheme.
-
-    The source's are those of one model with d_model 768 and context 256. Where a formula gives its
-    number, the formula decides at the size of the sweep.
-    """
-    knobs = sweep.trials.row(0, named=True)
-    wpe = (2 / (knobs["model.context"] + knobs["model.d_model"])) ** 0.5
-    schemes = list(findings.depth_gradient)
-
-    def of_init(kind: str) -> dict[str, float]:
-        rows = by_run.init_errors.filter(kind=kind).group_by("scheme").agg(pl.col("found").mean())
-        return dict(rows.iter_rows())
-
-    def near(target: float, found: Mapping[str, float]) -> dict[str, tuple[str, bool]]:
-        return {
-            scheme: (short(value), abs(value / target - 1) < 0.03)
-            for scheme, value in found.items()
-        }
-
-    start = by_run.group_changes.filter(
-        pl.col("group").is_in(["common_100", "rare_100", "never_100"])
-    )
-    levels = {
-        str(scheme): (float(rows["start"].min()), float(rows["start"].max()))  # type: ignore[arg-type]
-        for (scheme,), rows in start.drop_nulls("start").group_by("scheme")
-    }
-    widest = {
-        scheme: max(found.widest_layer_of_runs, key=lambda layer: found.widest_layer_of_runs[layer])
-        for scheme, found in findings.depth_gradient.items()
-        if found.widest_layer_of_runs
-    }
-    taus = {scheme: found.tau.value for scheme, found in findings.depth_gradient.items()}
-    orders = {
-        scheme: found.orders["never_below_rare_below_common"].value
-        for scheme, found in findings.rare_tokens.items()
-    }
-    of_groups = {
-        group: {scheme: found.groups[group]["change"].value
-                for scheme, found in findings.rare_tokens.items() if group in found.groups}
-        for group in ("common_100", "rare_100", "never_100")
-    }  # fmt: skip
-
-    def change(group: str, *, falls: bool) -> dict[str, tuple[str, bool]]:
-        return {
-            scheme: (f"{value:+.2f} nats", (value < 0) == falls)
-            for scheme, value in of_groups[group].items()
-            if value is not None
-        }
-
-    rows = [
-        Replicated(what="std of linear weights (MLP) at the start", source="0.02", here="",
-                   found=near(0.02, of_init("fc"))),
-        Replicated(what="std of position embeddings at the start", source="0.044",
-                   here=f"sqrt(2 / (context + d_model)) = {short(wpe)}",
-                   found=near(wpe, of_init("wpe"))),
-        Replicated(what="std of token embeddings at the start", source="0.02", here="",
-                   found=near(0.02, of_init("wte"))),
-        Replicated(what="mean log-prob of all three groups at the start", source="-10.8 to -11",
-                   here="", found={
-                       scheme: (f"{low:.2f} to {high:.2f}" if high - low >= 0.005 else f"{low:.2f}",
-                                low >= -11.05 and high <= -10.75)
-                       for scheme, (low, high) in levels.items()}),
-        Replicated(what="layer whose QKV weights widen most", source="0", here="",
-                   found={scheme: (layer, layer == "0") for scheme, layer in widest.items()}),
-        Replicated(what="earlier layers widen more: tau over depth", source="> 0", here="",
-                   found={scheme: (short(tau), tau > 0) for scheme, tau in taus.items()
-                          if tau is not None}),
-        Replicated(what="never used < rare < common at the end", source="yes", here="",
-                   found={scheme: (f"{share:.0%} of seeds", share > 0.5)
-                          for scheme, share in orders.items() if share is not None}),
-        Replicated(what="100 most common tokens, change", source="not below the start", here="",
-                   found=change("common_100", falls=False)),
-        Replicated(what="100 rare tokens, change", source="falls", here="",
-                   found=change("rare_100", falls=True)),
-        Replicated(what="100 unused tokens, change", source="falls", here="",
-                   found=change("never_100", falls=True)),
-    ]  # fmt: skip
-    return [row for row in rows if any(scheme in row.found for scheme in schemes)]
-
-
-def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
-    """Say what would decide more: more seeds, fresh seeds at a held error rate, another rate."""
-    # What is selected, shuffled, joined or searched has no stamps, and no command of its own.
-    if len(sweep.commands) != 1 or not sweep.stamps or findings.interim:
-        return []
-    try:
-        words = shlex.split(sweep.commands[0])
-    except ValueError:
-        return []
-    if words[:1] != ["python"] or Path("".join(words[1:2])).name != "init_sweep.py":
-        return []
-    command, name = without_flags(shlex.join(words), ONCE_ONLY), sweep.name
-    given = {word[2:].partition("=")[0] for word in shlex.split(command) if word.startswith("--")}
-    # A command that only continued a sweep does not name its trials.
-    if not (given & {"preset", *KNOBS} or name == "quick"):
-        return []
-    seeds = sorted(sweep.trials["init.seed"].unique().to_list())
-    rates = sorted(sweep.trials["optim.lr"].unique().to_list())
-    steps = []
-    by = findings.claims.by.get("scheme") or {ALL: findings.claims.here}
-    forecasts = {
-        (claim, scheme): found.forecast.half or 0
-        for scheme, some in by.items()
-        for claim, found in some.items()
-        if found.forecast
-    }
-    open_claims = {one: n for one, n in forecasts.items() if len(seeds) < n <= MOST_SEEDS}
-    first = min(
-        open_claims, key=lambda one: (one[0] not in HEADLINES, open_claims[one]), default=None
-    )
-    if first:
-        needed = open_claims[first]
-        under = "" if first[1] == ALL else f" under {first[1]}"
-        fresh = [str(seeds[-1] + 1 + seed) for seed in range(min(8, len(seeds)))]
-        steps.append(
-            Next(
-                says="Fresh seeds, added until every claim is decided, with one error rate over "
-                "all interim analyses:",
-                command=with_flags(
-                    command, name=f"{name}-fresh", **{"until-decided": str(max(needed, 24)),
-                                                      "init.seed": fresh},
-                ),
-            )
-        )  # fmt: skip
-        new = range(seeds[-1] + 1, seeds[-1] + 1 + needed - len(seeds))
-        more = with_flags(command, name=name, **{"init.seed": [*map(str, [*seeds, *new])]})
-        steps.append(
-            Next(
-                says=f"With {needed} seeds, {first[0]}{under} would be decided in half of all "
-                "cases. Finished trials are not run again. The new ones are exploratory, because "
-                "this report was seen:",
-                command=more,
-            )
-        )
-    if len(rates) == 1:
-        others = [spelling(float(f"{rates[0] * factor:.1g}")) for factor in (0.3, 3)]
-        steps.append(
-            Next(
-                says="The learning rate can decide a verdict. The same at other rates:",
-                command=with_flags(command, name=f"{name}-rates", **{"optim.lr": others}),
-            )
-        )
-    return steps
-
-
-ONCE_ONLY = ("redo", "watch", "wait", "dry-run")
-"""Flags that are about one run of a command."""
-
-
-def without_flags(command: str, flags: Collection[str]) -> str:
-    """Leave flags and their values out of a command."""
-    kept, dropping = list[str](), False
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            dropping = word[2:].partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return shlex.join(kept)
-
-
-def with_flags(command: str, **flags: str | Sequence[str]) -> str:
-    """Give flags to a command, in place of those of the same names."""
-    words = shlex.split(without_flags(command, flags))
-    for flag, value in flags.items():
-        words += [f"--{flag}", *([value] if isinstance(value, str) else value)]
-    return shlex.join(words)

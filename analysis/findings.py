@@ -1,6 +1,7 @@
 """From runs to findings: all numbers and verdicts of a report.
 
 The dataclasses here are the contents of findings.json: their fields are its keys, in their order.
+This is one file so that findings.json is described in one place.
 """
 
 from __future__ import annotations

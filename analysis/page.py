@@ -11,15 +11,17 @@ from pathlib import Path
 import jinja2
 import vl_convert
 
-from analysis.answers import SYMBOLS, answer, matrix, next_steps, question, reading, replication
+from analysis.answers import SYMBOLS, answer, matrix, question, reading
 from analysis.chart_parts import MOST_SCHEMES
 from analysis.claims import CLAIMS
 from analysis.comparing import Row, Side, say_difference, say_rows
 from analysis.figures import ALL_CLAIMS, FIGURES, FIRST_SCREEN, RECORDED
 from analysis.findings import Findings
 from analysis.frames import RunFrames
+from analysis.next_steps import next_steps
 from analysis.papers import bibtex, methods, provenance
 from analysis.rare_tokens import ORDERS
+from analysis.replication import replication
 from analysis.runs import RunTables
 from analysis.sentences import (
     format_estimate,

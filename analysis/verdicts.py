@@ -8,6 +8,8 @@ goes on to the others.
 
 A run that diverged has no number, and may have diverged because its number was unusual. A verdict
 therefore has to hold with and without these runs, each counted against it.
+
+This is one file because its functions are the steps from numbers to one verdict.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ The floor of a step is the larger of two times. One is that of moving weights, g
 two moments once each, and the logits twice, at the rate of a large copy. The other is that of the
 arithmetic at the rate of a large product: 6 FLOP a token and parameter, without the position
 embedding, and 12 n_layer d_model T a token for attention. Both rates are measured in the same run.
+
+This is one file because its tables are comparable only within one run of one process.
 """
 
 import argparse

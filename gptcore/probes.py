@@ -6,6 +6,9 @@ measured after it, by update_rows.
 
 A probe measures K models at once. It returns tensors, and a function that makes rows of their
 values once these have come from the device. Shapes are those of gptcore.array.
+
+This is one file because all probes share the tensors of one moment, and a new one is like those
+before it.
 """
 
 from __future__ import annotations

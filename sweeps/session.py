@@ -1,4 +1,7 @@
-"""One driver's work on one sweep: run what is missing of a plan, record it, and report."""
+"""One driver's work on one sweep: run what is missing of a plan, record it, and report.
+
+This is one file because a session has one state, from the lock of the sweep to the report.
+"""
 
 from __future__ import annotations
 

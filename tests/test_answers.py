@@ -13,7 +13,9 @@ from analysis.claims import CLAIMS
 from analysis.decisions import CONTRADICTED, SUPPORTED, UNDERPOWERED
 from analysis.findings import find, measured
 from analysis.frames import frames_of_runs, with_scheme
+from analysis.next_steps import next_steps, with_flags
 from analysis.power import HEADLINES
+from analysis.replication import replication
 from analysis.runs import read_sweeps
 from helpers.store import store_in
 from sweeps.command_line import add_knobs, parse, sweep_parser
@@ -101,16 +103,16 @@ def test_a_cell_tells_of_the_number_that_it_shows(read):
 
 def test_what_was_selected_has_no_command_of_its_own(read):
     sweep, findings, _ = read
-    assert answers.next_steps(replace(sweep, stamps={}), findings) == []
+    assert next_steps(replace(sweep, stamps={}), findings) == []
     once = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1 --redo all --watch",))
-    for step in answers.next_steps(once, findings):
+    for step in next_steps(once, findings):
         assert "--redo" not in step.command
         assert "--watch" not in step.command
 
 
 def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
     sweep, findings, by_run = read
-    rows = {row.what: row for row in answers.replication(sweep, findings, by_run)}
+    rows = {row.what: row for row in replication(sweep, findings, by_run)}
     mlp = rows["std of linear weights (MLP) at the start"]
     assert set(mlp.found) == set(findings.depth_gradient)
     for number, agrees in mlp.found.values():
@@ -121,9 +123,9 @@ def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
 
 def test_commands_for_what_to_do_next_can_be_run(read):
     sweep, findings, _ = read
-    assert answers.next_steps(sweep, findings) == []  # the command does not name its trials
+    assert next_steps(sweep, findings) == []  # the command does not name its trials
     named = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1",))
-    steps = answers.next_steps(named, findings)
+    steps = next_steps(named, findings)
     assert steps
     for step in steps:
         words = shlex.split(step.command)
@@ -142,7 +144,7 @@ def test_commands_for_what_to_do_next_can_be_run(read):
     ],
 )  # fmt: skip
 def test_a_flag_takes_the_place_of_an_earlier_one(command, flags, expected):
-    assert answers.with_flags(command, **flags) == expected
+    assert with_flags(command, **flags) == expected
 
 
 def test_findings_without_numbers_have_an_answer(read):

@@ -2,6 +2,8 @@
 
 They share the file system, the cores and the clock, and nothing else: a cable can be cut, and a
 machine be switched off.
+
+One cluster serves all of these tests, because it takes a minute to start.
 """
 
 import json

@@ -1,3 +1,5 @@
+"""Every probe gives what its definition says, for one model and for several at once."""
+
 import copy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace

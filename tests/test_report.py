@@ -1,3 +1,5 @@
+"""The report of a small sweep: its files, its numbers, its sentences, and bad input."""
+
 import json
 import re
 import shutil

@@ -1,4 +1,7 @@
-"""A sweep as a job of Slurm: its parts, and all of it on a real Slurm of four hosts."""
+"""A sweep as a job of Slurm: its parts, and all of it on a real Slurm of four hosts.
+
+One Slurm serves all of these tests, because it takes long to start.
+"""
 
 import errno
 import fcntl

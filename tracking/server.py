@@ -13,6 +13,8 @@ cannot be computed from it: whoever may look at MLflow may not run code on the c
 is made in the folder the first time, and listens only on a socket file. For a machine that may be
 ended, --backup names a bucket in which the database is saved, and from which a new database is
 restored.
+
+This is one file because the server and its database start and end together.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ sweep that asks for the same key. Of several runs of one key a finished one coun
 
 A store may also hold experiments and runs of other people, and thousands of them. The files of runs
 lie below the folder of an SQLite store, wherever that folder is moved or copied to.
+
+This is one file because only this object holds the connection.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The study is in RUNS_DIR/optuna.db. A driver that was killed leaves suggestions without a result,
 and the next driver runs those first. A suggestion becomes an ordinary trial with a key. If any
 sweep has run a trial with this key, its result is used.
+
+This is one file because Optuna's study has one state, which all of it reads or changes.
 """
 
 from __future__ import annotations
