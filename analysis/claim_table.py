@@ -14,6 +14,7 @@ from analysis.claims import CLAIMS
 from analysis.decisions import NOT_ASKED, NOT_MEASURED
 from analysis.findings import Findings
 from analysis.frames import with_trial
+from analysis.jsonable import to_json
 from analysis.measures import Values
 from analysis.runs import RunTables
 from analysis.verdicts import Finding
@@ -115,3 +116,28 @@ def weakest_part(finding: Finding) -> str | None:
     """Return the part that decides a claim and is furthest from support."""
     deciding = {part: found for part, found in finding.parts.items() if found.decides}
     return max(deciding, key=lambda part: deciding[part].supported_p, default=None)
+
+
+def specified(findings: Findings) -> dict[str, pl.DataFrame]:
+    """Return the specifications of each claim that has them, as a frame for its figure."""
+    return {
+        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+        for claim, found in findings.specifications.items()
+    }
+
+
+def variance(findings: Findings) -> pl.DataFrame:
+    """Return how the variance of each number that decides a claim splits, where schemes vary.
+
+    Returns:
+        Columns number (`claim: part`), source, share.
+    """
+    general = findings.claims.in_general or {}
+    rows = [
+        (f"{claim}: {part}", source, share)
+        for claim, found in general.items()
+        for part, numbers in found.parts.items()
+        if numbers.decides
+        for source, share in numbers.variance.items()
+    ]
+    return pl.DataFrame(rows, schema=["number", "source", "share"], orient="row")

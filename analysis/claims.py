@@ -228,8 +228,8 @@ def digest(asked: Sequence[str] = ()) -> str:
 RULES = tuple(
     f"analysis.{name}"
     for name in (
-        "decisions", "depth_gradient", "power", "rare_tokens", "runs", "skew", "stats", "variance",
-        "verdicts",
+        "decisions", "depth_gradient", "differences", "part_verdicts", "power", "rare_tokens",
+        "runs", "skew", "stats", "sweep_verdicts", "variance", "verdicts",
     )
 )  # fmt: skip
 """The modules that decide, besides those of the measures."""

@@ -10,13 +10,13 @@ import polars as pl
 from analysis.answers import in_matrix, must_be
 from analysis.claim_table import COLUMNS, weakest_part
 from analysis.claims import CLAIMS
+from analysis.differences import Comparison, compare
 from analysis.findings import Findings
 from analysis.frames import trials_to_judge
 from analysis.measures import Values
 from analysis.runs import RunTables
 from analysis.sentences import format_estimate
 from analysis.stats import holm
-from analysis.verdicts import Comparison, compare
 from gptcore.config import KNOBS, spelling
 from gptcore.units import counted
 

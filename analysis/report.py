@@ -26,13 +26,12 @@ if __name__ == "__main__":
     # Import from the root of the checkout, also where a package of that name is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import polars as pl
 
-from analysis.claim_table import estimates, of_claims, weakest
+from analysis.claim_table import estimates, of_claims, specified, variance, weakest
 from analysis.claims import CLAIMS, check_claims
 from analysis.comparing import Side, compare_sweeps, estimates_of
 from analysis.figures import FIGURES, FIRST_SCREEN, check_figures, drawn
-from analysis.findings import Findings, find, measured
+from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.page import render, render_comparison
@@ -46,6 +45,7 @@ from analysis.sentences import (
     say_where_it_holds,
     scope_of,
 )
+from analysis.sweep_verdicts import measured
 from gptcore.config import InputError
 from tracking.access import private_files, write_for
 from tracking.address import store_address
@@ -127,27 +127,20 @@ def build_report(
         groups = frames["group_changes"]["group"].unique(maintain_order=True).to_list()
         page = render(sweep, charts, groups, by_run, findings, shown, runs_dir)
         contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch)
-            for name in charts if figures else charts.keys() & MAIN_FIGURES:
-                kinds = formats if figures else ["png"]
-                write_figure(charts[name], new / "figures", name, kinds)
-            if not figures:
-                (new / "report.html").write_text(page, encoding="utf-8")
-                (new / "findings.json").write_text(contents)
-                (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
-                write_tables(tables_of(findings, by_scheme), new / "tables")
-                for table, frame in frames.items():
-                    frame.write_parquet(new / f"{table}.parquet")
-            put_in_place(new, folder)
-            if not figures:
-                remove_older_figures(folder / "figures", charts)
-    except OSError as error:
-        raise InputError(
-            f"the report folder {folder} cannot be written: {error.strerror}"
-        ) from error
+    with writing(folder) as new:
+        for name in charts if figures else charts.keys() & MAIN_FIGURES:
+            kinds = formats if figures else ["png"]
+            write_figure(charts[name], new / "figures", name, kinds)
+        if not figures:
+            (new / "report.html").write_text(page, encoding="utf-8")
+            (new / "findings.json").write_text(contents)
+            (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
+            write_tables(tables_of(findings, by_scheme), new / "tables")
+            for table, frame in frames.items():
+                frame.write_parquet(new / f"{table}.parquet")
+        put_in_place(new, folder)
+        if not figures:
+            remove_older_figures(folder / "figures", charts)
     return folder
 
 
@@ -184,19 +177,29 @@ def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_
         check_no_link(folder, runs_dir)
     chart = drawn({"forest": frame}, ["forest"])
     page = render_comparison(first, second, rows, chart)
+    with writing(folder) as new:
+        (new / "report.html").write_text(page, encoding="utf-8")
+        (new / "comparison.json").write_text(json.dumps(to_json(rows), indent=2))
+        frame.write_parquet(new / "claims.parquet")
+        put_in_place(new, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Make the folder of a report. Inside, there is an empty folder for the new files in it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch)
-            (new / "report.html").write_text(page, encoding="utf-8")
-            (new / "comparison.json").write_text(json.dumps(to_json(rows), indent=2))
-            frame.write_parquet(new / "claims.parquet")
-            put_in_place(new, folder)
+            yield Path(scratch)
     except OSError as error:
         raise InputError(
             f"the report folder {folder} cannot be written: {error.strerror}"
         ) from error
-    return folder
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -230,31 +233,6 @@ def remove_older_figures(folder: Path, names: Collection[str]) -> None:
     for file in folder.glob("*.*"):
         if file.stem in names and file.suffix[1:] in FORMATS and file.name not in new:
             file.unlink()
-
-
-def specified(findings: Findings) -> dict[str, pl.DataFrame]:
-    """Return the specifications of each claim that has them, as a frame for its figure."""
-    return {
-        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
-        for claim, found in findings.specifications.items()
-    }
-
-
-def variance(findings: Findings) -> pl.DataFrame:
-    """Return how the variance of each number that decides a claim splits, where schemes vary.
-
-    Returns:
-        Columns number (`claim: part`), source, share.
-    """
-    general = findings.claims.in_general or {}
-    rows = [
-        (f"{claim}: {part}", source, share)
-        for claim, found in general.items()
-        for part, numbers in found.parts.items()
-        if numbers.decides
-        for source, share in numbers.variance.items()
-    ]
-    return pl.DataFrame(rows, schema=["number", "source", "share"], orient="row")
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ from collections import Counter
 
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED, only_bound
-from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
+from analysis.findings import TEXT, Findings, InterimSummary
 from analysis.interim import InterimFinding
 from analysis.measures import TAU_MOVED, TAUS
 from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
+from analysis.sweep_verdicts import ClaimFindings
 from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS, SKEW, TIES
 from analysis.verdicts import Finding
 from gptcore.units import counted

@@ -20,10 +20,11 @@ from analysis.decisions import ALPHA, only_bound
 from analysis.depth_gradient import at_report_steps, gradient_tau
 from analysis.jsonable import FLAT
 from analysis.measures import ONCE, UNUSED, closed_form, growth_of
+from analysis.part_verdicts import judge_units
 from analysis.runs import RunTables
 from analysis.stats import Estimate
 from analysis.variance import Spread
-from analysis.verdicts import Trials, judge_units
+from analysis.verdicts import Trials
 
 
 @dataclass(frozen=True)

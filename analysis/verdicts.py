@@ -8,8 +8,6 @@ goes on to the others.
 
 A run that diverged has no number, and may have diverged because its number was unusual. A verdict
 therefore has to hold with and without these runs, each counted against it.
-
-This is one file because its functions are the steps from numbers to one verdict.
 """
 
 from __future__ import annotations
@@ -28,39 +26,19 @@ from analysis.decisions import (
     SUPPORTED,
     UNDERPOWERED,
     PValues,
-    interval,
     only_bound,
     p_values,
 )
 from analysis.measures import Values
+from analysis.part_verdicts import PartFinding, judge_part, judge_units
 from analysis.power import Forecast, forecast, shares_of_error
-from analysis.stats import Estimate, holm
+from analysis.stats import holm
 from analysis.variance import (
     Spread,
     in_general,
     over_seeds,
-    prediction,
-    split,
     unit_columns,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartFinding:
-    """What runs say of one part of a claim."""
-
-    estimate: Estimate  # of 1 - alpha
-    sd: float | None  # between units
-    df: float  # degrees of freedom of the interval
-    supported_p: float  # one-sided, not adjusted
-    contradicted_p: float
-    not_supported_p: float
-    verdict: str  # on this number alone, not adjusted
-    doubts: tuple[str, ...]  # why the test is stricter, or the sign test has to agree
-    configurations: int
-    prediction: Estimate | None  # in general: where one more scheme would lie
-    variance: Mapping[str, float]  # in general: how the variance of runs splits
-    decides: bool  # as the part's rule says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +68,6 @@ class Finding:
             verdict=verdict, verdict_of_finished=verdict, course=None, p=None, runs=0,
             counted_against=0, seeds=0, schemes=0, configurations=0, undefined_in=(), parts={},
         )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Estimate):
-    """A mean difference between two schemes, with its two-sided p-value."""
-
-    p: float
-    p_holm: float | None = None  # p, adjusted for the number of differences (Holm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,51 +310,6 @@ def _of_claim(parts: Sequence[PValues], missing: bool) -> PValues | None:
     )
 
 
-def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALPHA) -> PartFinding:
-    """Judge one part of a claim, before the correction for the number of claims.
-
-    In general, numbers are averaged over seeds and schemes whatever the centre of the rule.
-
-    Args:
-        rule: the rule of the part.
-        runs: columns scheme, config, seed, data_seed, value. At least one row.
-        general: whether schemes are units too.
-        alpha: the error rate. Intervals are of 1 - alpha.
-    """
-    return judge_units(rule, runs, general, alpha)[1]
-
-
-def judge_units(
-    rule: Part, runs: pl.DataFrame, general: bool, alpha: float
-) -> tuple[Spread, PartFinding]:
-    """Judge a part as judge_part does. Return its units, too."""
-    units = unit_columns(runs)
-    if general:
-        spread = in_general(runs, units)
-        estimate = spread.interval(1 - alpha)
-        found = p_values(rule, spread, "mean")
-    else:
-        spread = over_seeds(runs, units)
-        estimate = interval(rule, spread, 1 - alpha)
-        found = p_values(rule, spread)
-    beyond = prediction(runs, units, 1 - alpha) if general else None
-    has_sd = len(spread.units) > 1 and spread.error is not None
-    return spread, PartFinding(
-        estimate=estimate.within(rule.limits),
-        sd=float(spread.units.std(ddof=1)) if has_sd else None,
-        df=spread.df,
-        supported_p=found.supported,
-        contradicted_p=found.contradicted,
-        not_supported_p=found.not_supported,
-        verdict=found.verdict(1.0, alpha),
-        doubts=spread.doubts if rule.centre == "mean" or general else (),
-        configurations=runs["config"].n_unique(),
-        prediction=beyond.within(rule.limits) if beyond else None,
-        variance=split(runs, units) if general else {},
-        decides=rule.decides,
-    )
-
-
 def course(claim: Claim, rows: pl.DataFrame, general: bool, alpha: float) -> str | None:
     """Say what became of a number that was supported at some step of training.
 
@@ -450,46 +375,3 @@ def extreme(rule: Part, seen: pl.Series, *, holds: bool) -> float:
     if holds:
         return bound + sign * max(abs(min(distances)), max(distances))
     return bound + sign * min(-abs(max(distances)), min(distances))
-
-
-def compare(
-    claim: Claim,
-    values: Values,
-    trials: pl.DataFrame,
-    reference: str,
-    alpha: float = ALPHA,
-) -> dict[str, dict[str, Comparison]]:
-    """Compare the numbers of a claim between schemes, in pairs of runs.
-
-    The two runs of a pair have the same seed, subset and order of data. The p-value is that of a
-    mean difference, whatever the centre of the claim.
-
-    Args:
-        claim: the claim.
-        values: the numbers that its measure gives.
-        trials: columns trial_key, scheme, corpus.subset, corpus.data_seed, seed.
-        reference: the scheme that the others are compared with.
-        alpha: the error rate. Intervals are of 1 - alpha.
-
-    Returns:
-        By part and scheme, the mean over seeds of the scheme's number minus that of the reference.
-        The p-values are not yet adjusted.
-    """
-    pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
-    rows_of_trials = values.join(trials, on="trial_key").select("scheme", *pair, "value")
-    base = rows_of_trials.filter(scheme=reference).select(*pair, base="value")
-    pairs = (
-        rows_of_trials.filter(pl.col("scheme") != reference)
-        .join(base, on=pair)
-        .with_columns(value=pl.col("value") - pl.col("base"), config="corpus.subset")
-        .sort("part", "scheme", "seed", "corpus.subset", "corpus.data_seed")
-    )
-    rule = Part(centre="mean", low=0.0)
-    found: dict[str, dict[str, Comparison]] = {}
-    for (part, scheme), rows in pairs.group_by(["part", "scheme"], maintain_order=True):
-        rows = rows.with_columns(data_seed="corpus.data_seed")
-        spread: Spread = over_seeds(rows, unit_columns(rows))
-        estimate, two_sided = spread.interval(1 - alpha), p_values(rule, spread).two_sided
-        comparison = Comparison(**vars(estimate), p=two_sided)
-        found.setdefault(str(part), {})[str(scheme)] = comparison
-    return found

@@ -11,12 +11,13 @@ from analysis import answers
 from analysis.claim_table import ALL, estimates, weakest_part
 from analysis.claims import CLAIMS
 from analysis.decisions import CONTRADICTED, SUPPORTED, UNDERPOWERED
-from analysis.findings import find, measured
+from analysis.findings import find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.next_steps import next_steps, with_flags
 from analysis.power import HEADLINES
 from analysis.replication import replication
 from analysis.runs import read_sweeps
+from analysis.sweep_verdicts import measured
 from helpers.store import store_in
 from sweeps.command_line import add_knobs, parse, sweep_parser
 

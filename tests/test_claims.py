@@ -243,7 +243,10 @@ def test_the_digest_follows_every_margin_and_statement(monkeypatch):
 def test_the_digest_follows_the_code_that_measures_and_decides(monkeypatch):
     before = digest()
     code_of = claims._code
-    for changed in ("analysis.measures", "analysis.verdicts", "analysis.runs"):
+    for changed in (
+        "analysis.measures", "analysis.runs", "analysis.part_verdicts", "analysis.verdicts",
+        "analysis.sweep_verdicts",
+    ):  # fmt: skip
         codes = {name: code_of(name) + "x" * (name == changed) for name in
                  (*claims.RULES, "analysis.measures")}  # fmt: skip
         monkeypatch.setattr(claims, "_code", codes.__getitem__)

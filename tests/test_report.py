@@ -1,4 +1,7 @@
-"""The report of a small sweep: its files, its numbers, its sentences, and bad input."""
+"""The report of a small sweep: files, numbers, sentences, and bad input.
+
+This is one file because all of these tests use the report of one sweep.
+"""
 
 import json
 import re
@@ -200,7 +203,7 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
 def test_claims_that_changed_after_the_first_trial_are_exploratory(
     finished_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("analysis.findings.digest", lambda asked=(): "another")
+    monkeypatch.setattr("analysis.sweep_verdicts.digest", lambda asked=(): "another")
     assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path)]) == 0
     findings = json.loads((tmp_path / "findings.json").read_text())["claims"]
     assert findings["standing"] == "exploratory"

@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from analysis.claims import Part
+from analysis.part_verdicts import judge_part
 from analysis.skew import NOMINAL, SIZES, guarded
 from analysis.variance import in_general, over_seeds, over_units, prediction, split, unit_columns
-from analysis.verdicts import judge_part
 
 RULE = Part(centre="mean", low=0.0)
 

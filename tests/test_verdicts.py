@@ -1,4 +1,7 @@
-"""Verdicts on planted numbers: effects are found, and nothing is found where there is none."""
+"""Verdicts on planted numbers: a planted effect is found, and nothing is found without an effect.
+
+This is one file because all of these tests plant numbers with the same helpers.
+"""
 
 from dataclasses import replace
 
@@ -16,10 +19,12 @@ from analysis.decisions import (
     UNDERPOWERED,
     p_values,
 )
+from analysis.differences import compare
+from analysis.part_verdicts import judge_part
 from analysis.power import MAX_SEEDS, detectable, forecast, least_seeds
 from analysis.stats import holm, sign_p
 from analysis.variance import SKEW, TIES, over_units
-from analysis.verdicts import compare, judge, judge_part
+from analysis.verdicts import judge
 
 NUMBERS = [0.02, -0.01, 0.05, 0.03, 0.01, 0.04]
 ABOVE = Part(centre="mean", low=1.0, against=0.0)
