@@ -26,7 +26,7 @@ class Comparison(Estimate):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """The differences of all schemes from the first one."""
+    """The differences between the first scheme and every other scheme."""
 
     reference: str
     claims: Mapping[str, Mapping[str, Mapping[str, Comparison]]]  # claim, part, scheme
@@ -40,7 +40,7 @@ def comparisons(
     The p-values are adjusted for the number of all differences (Holm).
 
     Returns:
-        None where there is one scheme.
+        None if there is only one scheme.
     """
     trials = trials_to_judge(sweep).filter(status="finished")
     reference = str(trials["scheme"].first())
@@ -76,19 +76,19 @@ def compare(
 ) -> dict[str, dict[str, Comparison]]:
     """Compare the numbers of a claim between schemes, in pairs of runs.
 
-    The two runs of a pair have the same seed, subset and order of data. The p-value is that of a
-    mean difference, whatever the centre of the claim.
+    The two runs of a pair have the same seed, subset and order of data. The p-value tests
+    the mean difference, whatever the centre of the claim.
 
     Args:
         claim: the claim.
-        values: the numbers that its measure gives.
+        values: the numbers of its measure, run by run.
         trials: columns trial_key, scheme, corpus.subset, corpus.data_seed, seed.
         reference: the scheme that the others are compared with.
-        alpha: the error rate. Intervals are of 1 - alpha.
+        alpha: the error rate. Intervals have the level 1 - alpha.
 
     Returns:
-        By part and scheme, the mean over seeds of the scheme's number minus that of the reference.
-        The p-values are not yet adjusted.
+        By part and scheme: the number of the scheme minus the number of the reference, as a mean
+        over seeds. The p-values are not adjusted.
     """
     pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
     rows_of_trials = values.join(trials, on="trial_key").select("scheme", *pair, "value")

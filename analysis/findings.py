@@ -1,4 +1,4 @@
-"""From runs to findings: all numbers and verdicts of a report.
+"""Compute the findings of a sweep: all numbers and verdicts of a report.
 
 The dataclasses here are the contents of findings.json. The fields of a dataclass are the keys of a
 JSON object, in the same order.
@@ -36,12 +36,12 @@ from gptcore.records import PRIMARY
 from gptcore.units import counted
 
 UNPLANNED = (
-    "These trials were judged while seeds were added, and this report is none of the planned "
-    "interim analyses: every verdict is at the error rate {:.2g} that those leave for it."
+    "These trials were judged while seeds were added. This report is not one of the planned "
+    "interim analyses, so its verdicts use the error rate {:.2g} that the interim analyses leave."
 )
 PROVISIONAL = (
-    "No interim analysis has been made yet: these verdicts are provisional, at the error rate of "
-    "the first one."
+    "No interim analysis has been made yet. These verdicts are provisional. They use the error "
+    "rate of the first interim analysis."
 )
 
 
@@ -54,7 +54,7 @@ class MadeAnalysis(PlannedAnalysis):
 
 @dataclass(frozen=True, kw_only=True)
 class InterimSummary:
-    """The interim analyses of a sweep, without their findings, which are among the claims'."""
+    """The interim analyses of a sweep. Their findings are in ClaimFindings."""
 
     schedule: Sequence[PlannedAnalysis]
     made: Sequence[MadeAnalysis] = field(metadata={KEY: "taken"})
@@ -88,11 +88,11 @@ class TokenFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class CountedSpecifications:
-    """The specifications of one claim, and how many have which verdict."""
+    """The specifications of one claim, and the number of specifications with each verdict."""
 
     verdicts: Mapping[str, int]
     by_choice: Mapping[str, Mapping[str, Mapping[str, int]]]  # choice, option, verdict
-    joint_p: float | None  # how often they would agree so well by chance, all together
+    joint_p: float | None  # of one test of all specifications together
     all: Sequence[Specification]
 
 
@@ -107,7 +107,7 @@ class Findings:
     sweep: str
     notes: Sequence[str]
     trials: Mapping[str, int]  # by status
-    scope: Mapping[str, Sequence[str]]  # what the verdicts are about: by knob, its values
+    scope: Mapping[str, Sequence[str]]  # the values of the knobs that the verdicts are about
     interim: InterimSummary | None = field(metadata={KEY: "looks"})
     claims: ClaimFindings
     depth_gradient: Mapping[str, DepthFinding]  # by scheme
@@ -121,9 +121,9 @@ def find(sweep: RunTables, by_run: RunFrames, values: Mapping[str, Values]) -> F
     """Compute the findings of a sweep.
 
     Args:
-        sweep: the runs; its trials have the column of with_scheme.
-        by_run: their statistics.
-        values: the numbers of every claim.
+        sweep: the runs. The trials need the column of with_scheme.
+        by_run: the statistics of the runs.
+        values: the numbers of every claim, by the name of the claim.
     """
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
@@ -153,18 +153,18 @@ def find(sweep: RunTables, by_run: RunFrames, values: Mapping[str, Values]) -> F
     )
 
 
-HARDLY = 0.15
-"""A trial has hardly trained if its loss has fallen by less than this share of the first loss."""
+LEAST_FALL = 0.15
+"""A trial has hardly trained if its loss fell by less than this share of the first loss."""
 
 
 def _hardly_trained(sweep: RunTables) -> list[str]:
-    """Say which trials have hardly trained: what they show is about the start of training."""
+    """Say which trials have hardly trained."""
     losses = (
         sweep.tables["training"]
         .sort("step", maintain_order=True)
         .group_by("trial_key", maintain_order=True)
         .agg(first=pl.col("loss").first(), last=pl.col("loss").last())
-        .filter(pl.col("last") > (1 - HARDLY) * pl.col("first"))
+        .filter(pl.col("last") > (1 - LEAST_FALL) * pl.col("first"))
         .sort("trial_key")
     )
     if losses.is_empty():
@@ -172,12 +172,13 @@ def _hardly_trained(sweep: RunTables) -> list[str]:
     some = ", ".join(losses["trial_key"].head(5)) + (", ..." if losses.height > 5 else "")
     return [
         f"{counted(losses.height, 'trial')} hardly trained: the last loss is above "
-        f"{1 - HARDLY:.0%} of the first one ({some}). They show the start of training."
+        f"{1 - LEAST_FALL:.0%} of the first loss ({some}). Verdicts on such trials are about the "
+        "start of training."
     ]
 
 
 def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
-    """Say which trials are left out of the report or of a figure, and why."""
+    """Say which trials are missing from the report or from a figure, and why."""
     unreadable = sweep.trials.filter(status="unreadable").select("trial_key", "reason").rows()
     return [
         *(f"Trial {key} is left out: {why}." for key, why in unreadable),
@@ -196,11 +197,11 @@ SCOPE = {
     "optim.lr": "lr",
     "train.steps": "steps",
 }
-"""The knobs that say what any verdict is about, and what each is called."""
+"""The knobs that say what the verdicts are about, and their names in the report."""
 
 
 def scope(sweep: RunTables) -> dict[str, list[str]]:
-    """Return what the verdicts of a sweep are about: sizes, learning rates, steps and text."""
+    """Return the scope of the verdicts: text, sizes, learning rates and steps."""
     names = {name: sorted(sweep.trials[knob].unique()) for knob, name in SCOPE.items()}
     return {name: [spelling(value) for value in values] for name, values in names.items()}
 
@@ -222,7 +223,7 @@ def _summary(plan: InterimPlan) -> InterimSummary:
 
 
 def _counted(curve: Curve) -> CountedSpecifications:
-    """Count the verdicts of specifications: of all, and of each option of each choice."""
+    """Count the verdicts of all specifications, and for each option of each choice."""
     every = curve.all
     choices = list(every[0].choices) if every else []
     options = {choice: dict.fromkeys(one.choices[choice] for one in every) for choice in choices}
@@ -241,7 +242,7 @@ def _counted(curve: Curve) -> CountedSpecifications:
 
 
 def runs(sweep: RunTables, by_run: RunFrames) -> list[RunRow]:
-    """List every trial of the plan: its knobs that vary, how it ended, and its main numbers."""
+    """List every trial of the plan with the knobs that vary, the status and the main numbers."""
     losses = (
         sweep.tables["training"]
         .group_by("trial_key")
@@ -302,11 +303,14 @@ def _token_finding(by_run: RunFrames, scheme: str) -> TokenFinding:
 
 
 def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
-    """Return one number for each seed, because the runs of a seed are not independent.
+    """Average a column over the runs of each seed, because these runs are not independent.
 
     Args:
-        runs: columns seed, subset and the column that is averaged. Nulls are left out.
-        column: the name of that column.
+        runs: columns seed, subset and `column`. Nulls are left out.
+        column: the name of the column to average.
+
+    Returns:
+        One number for each seed.
     """
     known = runs.drop_nulls(column).select(
         "seed", config="subset", value=pl.col(column).cast(pl.Float64)

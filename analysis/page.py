@@ -30,7 +30,7 @@ from analysis.sentences import (
     say_forecast,
     say_interim,
     say_outcome,
-    say_standing,
+    say_whether_confirmatory,
     scope_of,
     short,
 )
@@ -123,7 +123,7 @@ def render(
             say_forecast=say_forecast,
             say_outcome=say_outcome,
             scope_of=scope_of,
-            say_standing=say_standing,
+            say_whether_confirmatory=say_whether_confirmatory,
             holds_in=holds_in,
             say_interim=say_interim,
             mlflow_commands=dict.fromkeys(

@@ -1,4 +1,4 @@
-"""From the numbers of runs to a verdict on one part of a claim.
+"""Turn the numbers of runs into a verdict on one part of a claim.
 
 This verdict is not corrected for the number of claims: analysis.verdicts does that.
 """
@@ -18,32 +18,32 @@ from analysis.variance import Spread, in_general, over_seeds, prediction, split,
 
 @dataclass(frozen=True, kw_only=True)
 class PartFinding:
-    """What runs say of one part of a claim."""
+    """The result for one part of a claim."""
 
-    estimate: Estimate  # of 1 - alpha
+    estimate: Estimate  # with an interval of level 1 - alpha
     sd: float | None  # between units
     df: float  # degrees of freedom of the interval
     supported_p: float  # one-sided, not adjusted
     contradicted_p: float
     not_supported_p: float
-    verdict: str  # on this number alone, not adjusted
-    doubts: tuple[str, ...]  # why the test is stricter, or the sign test has to agree
+    verdict: str  # on this part alone, not adjusted
+    doubts: tuple[str, ...]  # why the test of the mean is made stricter: TIES, SKEW
     configurations: int
-    prediction: Estimate | None  # in general: where one more scheme would lie
-    variance: Mapping[str, float]  # in general: how the variance of runs splits
-    decides: bool  # as the part's rule says
+    prediction: Estimate | None  # in general: the interval for one more scheme
+    variance: Mapping[str, float]  # in general: the share of each source in the variance of runs
+    decides: bool  # as in the rule of the part
 
 
 def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALPHA) -> PartFinding:
-    """Judge one part of a claim, before the correction for the number of claims.
+    """Judge one part of a claim, without the correction for the number of claims.
 
-    In general, numbers are averaged over seeds and schemes whatever the centre of the rule.
+    In general, the centre is always the mean over seeds and schemes.
 
     Args:
         rule: the rule of the part.
         runs: columns scheme, config, seed, data_seed, value. At least one row.
         general: whether schemes are units too.
-        alpha: the error rate. Intervals are of 1 - alpha.
+        alpha: the error rate. Intervals have the level 1 - alpha.
     """
     return judge_units(rule, runs, general, alpha)[1]
 
@@ -51,7 +51,7 @@ def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALP
 def judge_units(
     rule: Part, runs: pl.DataFrame, general: bool, alpha: float
 ) -> tuple[Spread, PartFinding]:
-    """Judge a part as judge_part does. Return its units, too."""
+    """Judge a part as judge_part does, and also return its units."""
     units = unit_columns(runs)
     if general:
         spread = in_general(runs, units)

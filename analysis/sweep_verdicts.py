@@ -1,4 +1,4 @@
-"""From a sweep to the verdicts on its claims: for the sweep, in general, and by knob."""
+"""Judge the claims of a sweep: for its configurations, in general, and by the values of a knob."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from analysis.runs import RunTables
 from analysis.verdicts import Finding, Trials, adjusted, judge, judge_one
 
 MOST_FORECAST = 24
-"""With more schemes, the verdicts of each have no forecast: forecasts take most of the time."""
+"""With more schemes than this, verdicts by scheme have no forecast, because forecasts are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimFindings:
-    """The verdicts on all claims, for a sweep, in general, and for the parts of the sweep."""
+    """The verdicts on all claims: for a sweep, in general, and for each value of some knobs."""
 
     digest: str
-    standing: str  # confirmatory, exploratory, or confirmatory for some of the trials
-    exploratory_trials: Sequence[str]  # keys of trials that were planned in view of results
+    standing: str  # confirmatory, exploratory, or confirmatory for some trials
+    exploratory_trials: Sequence[str]  # keys of trials that were planned after a result was seen
     alpha: float
-    asked: Sequence[str]  # claims
+    asked: Sequence[str]  # the names of the claims that the sweep asks
     here: Mapping[str, Finding]  # over seeds
-    in_general: Mapping[str, Finding] | None  # over seeds and schemes
+    in_general: Mapping[str, Finding] | None  # over seeds and schemes; None if there is one scheme
     by: Mapping[str, Mapping[str, Mapping[str, Finding]]]  # knob, its value, claim
 
 
@@ -40,7 +40,7 @@ def measured(sweep: RunTables) -> dict[str, Values]:
 
 
 def judge_sweep(sweep: RunTables, alpha: float) -> dict[str, Finding]:
-    """Judge the claims that a sweep asks for its configurations, at an error rate alpha."""
+    """Judge the claims that a sweep asks, for its own configurations, at the error rate alpha."""
     claims = {name: CLAIMS[name] for name in asked_of(sweep)}
     values = {name: claim.measure(sweep) for name, claim in claims.items()}
     trials = trials_to_judge(sweep)
@@ -58,18 +58,18 @@ def claim_findings(
     plan: InterimPlan | None = None,
     alpha: float = ALPHA,
 ) -> ClaimFindings:
-    """Judge every claim for a sweep, in general, and for the parts of the sweep.
+    """Judge every claim for the configurations of a sweep, in general, and by knob.
 
-    The parts are the values of scheme, subset and optimiser, where they vary. In a part a claim is
-    tested only if the part has all the numbers that the sweep has. Each of these tables has an
-    error rate of its own, alpha over all its verdicts.
+    The knobs are scheme, subset and optimiser, as far as they vary. For one value of a knob, a
+    claim is tested only if these trials have all the numbers that the sweep has. The verdicts by
+    one knob share an error rate alpha, and so do the verdicts in general.
 
     Args:
         sweep: the runs.
-        values: the numbers of every claim.
-        plan: the interim analyses of the sweep, if any. What they have found takes the place of new
-            findings for these configurations.
-        alpha: the error rate of everything else.
+        values: the numbers of every claim, by the name of the claim.
+        plan: the interim analyses of the sweep, if any. Their findings then count for the
+            configurations of the sweep, and no new ones are made.
+        alpha: the error rate of all other verdicts.
     """
     trials, asked = trials_to_judge(sweep), asked_of(sweep)
     claims = {name: CLAIMS[name] for name in asked}
@@ -112,10 +112,10 @@ def judge_by(
     trials: pl.DataFrame,
     alpha: float,
 ) -> dict[str, dict[str, Finding]]:
-    """Judge claims for each value of a knob. All these verdicts share one error rate.
+    """Judge claims for each value of a knob. All of these verdicts share one error rate.
 
     Returns:
-        By value of the knob and by claim.
+        The findings, by the value of the knob and the name of the claim.
     """
     labels = [str(label) for label in trials[knob].unique(maintain_order=True)]
     unadjusted = {}
@@ -144,9 +144,9 @@ def _parts_of(values: Values) -> set[str]:
 def _pooled(
     found: Finding, claim: str, by: Mapping[str, Mapping[str, Mapping[str, Finding]]]
 ) -> Finding:
-    """Return a finding on a whole sweep, or that the verdict depends on a knob.
+    """Return the finding for all trials together, or the verdict DEPENDS.
 
-    It does where the claim is supported for one value of the knob and contradicted for another.
+    A verdict depends on a knob if one value supports the claim and another value contradicts it.
     """
     for knob, labels in by.items():
         sides = {
@@ -159,5 +159,5 @@ def _pooled(
 
 
 def with_not_asked(found: Mapping[str, Finding]) -> dict[str, Finding]:
-    """Add a finding on each claim that was not asked."""
+    """Add a finding for each claim that was not asked."""
     return {name: found.get(name) or Finding.without_numbers(NOT_ASKED) for name in CLAIMS}

@@ -84,14 +84,14 @@ def test_no_verdict_is_said_of_all_schemes_where_one_has_another(read):
     for other in (CONTRADICTED, UNDERPOWERED):
         split = with_verdicts(findings, "order", **{first: SUPPORTED, second: other})
         (row,) = answers.matrix(split, ["order"], most=24).rows
-        assert row.pooled.seeds == "as a mean"
+        assert row.pooled.remark == "as a mean"
         assert [cell.verdict for cell in row.schemes] == [SUPPORTED, other]
         assert ALL not in estimates(split).filter(claim="order")["scheme"].to_list()
         asked = replace(split, claims=replace(split.claims, asked=["order"]))
         assert "all 2 schemes" not in answers.answer(asked)[0]
     both = with_verdicts(findings, "order", **{first: SUPPORTED, second: SUPPORTED})
     (row,) = answers.matrix(both, ["order"], most=24).rows
-    assert row.pooled.seeds != "as a mean"
+    assert row.pooled.remark != "as a mean"
 
 
 def test_a_cell_tells_of_the_number_that_it_shows(read):
@@ -99,7 +99,7 @@ def test_a_cell_tells_of_the_number_that_it_shows(read):
     for row in answers.matrix(findings, list(CLAIMS), most=24).rows:
         part = weakest_part(findings.claims.here[row.name])
         for cell in row.schemes:
-            assert cell.effect == "" or f"{part} " in cell.told
+            assert cell.effect == "" or f"{part} " in cell.description
 
 
 def test_what_was_selected_has_no_command_of_its_own(read):

@@ -52,7 +52,7 @@ def test_a_table_in_latex_escapes_what_latex_reads():
 @pytest.mark.parametrize(
     ("weights", "data", "says"),
     [
-        ([0, 1], [0, 1], "A seed fixes the initial weights, the order of batches and the tokens"),
+        ([0, 1], [0, 1], "the order of the batches and the draws of tokens."),
         ([0, 1], [3, 3], "are the same in all trials."),
         ([0, 0, 1, 1], [2, 3, 2, 3], "have 2 seeds of their own."),
     ],
