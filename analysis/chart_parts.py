@@ -92,7 +92,7 @@ SOLID = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)
 
 
 def colour_by_layer() -> alt.Color:
-    """Colour by layer. The ends of the colour scale are cut, to be visible on dark and light pages."""
+    """Colour by layer. The colours are visible on dark and light pages."""
     scale = alt.Scale(scheme=alt.SchemeParams(name="plasma", extent=[0.1, 0.88]))
     return alt.Color("layer:O", title="layer", scale=scale, legend=SOLID)
 

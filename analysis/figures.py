@@ -91,7 +91,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "tau_by_rate": Figure(
         "depth", "depth_gradient", plots.fig_tau_by_rate,
-        "tau at the last step against the learning rate. Each dot is one run. Line: median of runs.",
+        "tau at the last step against the learning rate. Each dot is one run. Line: median.",
     ),
     "histograms": Figure(
         "tails", "histograms", plots.fig_histograms,
@@ -113,8 +113,8 @@ FIGURES: dict[str, Figure] = {
     ),
     "mechanism": Figure(
         "unused", "group_changes", plots.fig_mechanism,
-        "Does a group's log-probability change because of its logits, or because of log Z, which is "
-        "the same for all tokens? Bars: means over runs. Tick: the sum of both.",
+        "Does a group's log-probability change because of its logits, or because of log Z, which "
+        "is the same for all tokens? Bars: means over runs. Tick: the sum of both.",
     ),
     **{
         f"specifications_{claim}": Figure(

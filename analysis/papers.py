@@ -176,9 +176,10 @@ def methods(sweep: RunTables, findings: Findings) -> str:
         "that sequence. The units of every test are seeds. Means are tested with Student's t-test, "
         "guarded against skewed numbers, medians with the sign test, and shares with the exact "
         f"binomial test. Verdicts on {counted(len(findings.claims.asked), 'claim')} share one "
-        f"error rate of {ALPHA:.2g} over both directions (weighted Holm). The digest of the claims and "
-        f"rules is {findings.claims.digest}. The trials are {findings.claims.standing}. Verdicts "
-        f"are about training {scope_of(findings)}." + "".join(f" {note}" for note in sweep.notes)
+        f"error rate of {ALPHA:.2g} over both directions (weighted Holm). The digest of the claims "
+        f"and rules is {findings.claims.digest}. The trials are {findings.claims.standing}. "
+        f"Verdicts are about training {scope_of(findings)}."
+        + "".join(f" {note}" for note in sweep.notes)
     )
 
 
