@@ -69,8 +69,8 @@ class Watch:
         self.line, self.losses, self.share = "no trial has started", "", 0.0
         self.drawing, self.json = 0, "{}"
         self.drawn = (
-            f"There is no figure yet. Drawing may take {SHARE:.0%} of the time, so the first "
-            f"figures appear when a trial has finished, but not before {clock(FIRST_DRAWING / SHARE)}."
+            f"There is no figure yet. Drawing may take {SHARE:.0%} of the time. The first figures "
+            f"appear when a trial has finished, after {clock(FIRST_DRAWING / SHARE)} or later."
         )
         self.begun, self.spent, self.latest = time.monotonic(), 0.0, 0.0
         self._threads: list[threading.Thread] = []
