@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -120,6 +121,39 @@ def test_of_several_drivers_that_wait_for_a_new_sweep_each_has_it_alone(shared, 
     assert most == [1, 1, 1, 1]
     assert len(runs) == 1
     assert len(Store(shared[0]).search("tags.lease_of = 'sweep'", shared[1])) == 1
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_driver_whose_new_run_another_one_took_is_told_so(shared, hasty, monkeypatch, wait):
+    """Both ask at once, and the run that this one has made is the only one there is."""
+    real, held, said = lease._runs_of_sweep, ExitStack(), []
+    looks = iter(range(1000))
+
+    def runs_of_sweep(*arguments):
+        found = real(*arguments)
+        if next(looks) == 1:  # it has made a run, and does not own it yet
+            monkeypatch.setattr(lease, "_runs_of_sweep", real)
+            held.enter_context(leased(shared))
+        return found
+
+    def asks():
+        try:
+            with leased(shared, wait=wait, say=said.append):
+                said.append("mine")
+        except InputError as error:
+            said.append(str(error))
+
+    monkeypatch.setattr(lease, "_runs_of_sweep", runs_of_sweep)
+    asking = threading.Thread(target=asks, daemon=True)
+    asking.start()
+    try:
+        wait_for(lambda: said, 20)
+        assert f"sweep sweep is being run by process {os.getpid()} on " in said[0]
+        assert ("waiting for it" if wait else "wait for it (--wait)") in said[0]
+    finally:
+        held.close()
+        asking.join(20)
+    assert said[1:] == ["mine"] * wait
 
 
 def _hold(shared, ready):

@@ -284,6 +284,8 @@ def sweep_lease(
         if made and (delete_twin(store, made, me) or made not in [run.info.run_id for run in runs]):
             made = ""  # another process has made one at the same time
         holder = _holder(other, latest_claim(other).number)
+        if holder and made == other.info.run_id:
+            made = ""  # another driver was faster to own it, and now works with it
         by = str(holder or "another process")
         if made:
             pass  # another process owns it for a moment
