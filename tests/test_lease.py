@@ -241,7 +241,11 @@ def _train(shared, sweep, keys, job, trained, begin):
         for key in keys:
             mine = job_of(job, key)
             run = own_trial(
-                store, key, held.owner, lambda mine=mine: make_run(store, experiment_id, mine)
+                store,
+                key,
+                held.owner,
+                lambda mine=mine: make_run(store, experiment_id, mine),
+                is_new=store.find_run("trial", trial_key=key) is None,
             )
             if run is None:
                 continue
@@ -304,6 +308,26 @@ def test_a_run_that_a_killed_process_made_twice_is_set_aside(shared, tiny):
         (run,) = store.find_runs("trial", trial_key=job.key)
         assert run.info.status == "RUNNING"
         assert len(store.search("tags.kind = 'replaced'")) == 1
+
+
+def test_a_worker_that_does_not_know_of_a_newer_experiment_trains_nothing_twice(shared, tiny):
+    """It makes a run, finds the one with the result, and deletes its own."""
+    address, experiment_id = shared
+    store, job = Store(address), job_of(tiny, "2" * 12)
+    known = tuple(store.experiment_ids())
+    newer = store.client.create_experiment("newer")
+    done = make_run(store, newer, job)
+    store.set_tags(done.info.run_id, trial_status="finished")
+    store.client.set_terminated(done.info.run_id, "FINISHED")
+    assert store.find_run("trial", trial_key=job.key, known=known) is None
+
+    def make():
+        return make_run(store, experiment_id, job)
+
+    with leased(shared) as held:
+        assert own_trial(store, job.key, held.owner, make, is_new=True) is None
+    (run,) = store.search(f"tags.trial_key = '{job.key}'")
+    assert run.info.run_id == done.info.run_id
 
 
 @pytest.mark.full
