@@ -19,6 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,16 +132,21 @@ def build_report(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch)
-            for name in charts if figures else charts.keys() & MAIN_FIGURES:
-                kinds = formats if figures else ["png"]
-                write_figure(charts[name], new / "figures", name, kinds)
-            if not figures:
-                (new / "report.html").write_text(page, encoding="utf-8")
-                (new / "findings.json").write_text(contents)
-                (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
-                write_tables(tables_of(findings, by_scheme), new / "tables")
-                for table, frame in frames.items():
-                    frame.write_parquet(new / f"{table}.parquet")
+            kinds = formats if figures else ["png"]
+            with ThreadPoolExecutor() as pool:
+                drawing = [
+                    pool.submit(write_figure, charts[name], new / "figures", name, kinds)
+                    for name in (charts if figures else charts.keys() & MAIN_FIGURES)
+                ]
+                if not figures:
+                    (new / "report.html").write_text(page, encoding="utf-8")
+                    (new / "findings.json").write_text(contents)
+                    (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
+                    write_tables(tables_of(findings, by_scheme), new / "tables")
+                    for table, frame in frames.items():
+                        frame.write_parquet(new / f"{table}.parquet")
+                for one in drawing:
+                    one.result()
             put_in_place(new, folder)
             if not figures:
                 remove_older_figures(folder / "figures", charts)
