@@ -1,4 +1,4 @@
-"""The first screen of a report: what was asked, what came out, and the matrix of verdicts."""
+"""Make the first screen of a report: the question, the answer, and the matrix of verdicts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SYMBOLS = {
     NOT_MEASURED: "·", NOT_ASKED: "",
 }  # fmt: skip
 MOST_NAMED = 8
-"""No sentence names more schemes; more are counted."""
+"""The largest number of schemes that a sentence names. More schemes are only counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class Cell:
 
     verdict: str
     symbol: str
-    effect: str  # the number of the part that is furthest from support
-    told: str  # all that is known, in a sentence
-    seeds: str  # the seeds that would decide it, that it is a mean of schemes, or nothing
+    effect: str  # the value of the part that is furthest from support
+    description: str  # verdict, number, bound and forecast
+    remark: str  # how many seeds would decide the claim, or that the value is a mean; or empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixRow:
-    """The verdicts on one claim: of all schemes together, and of each scheme."""
+    """The verdicts on one claim: for all schemes together, and for each scheme."""
 
     name: str
     says: str
     must_be: str
-    differs: str  # where the verdict depends on a knob other than the scheme, both sides
-    pooled: Cell  # of all schemes together
+    differs: str  # if the verdict depends on a knob other than the scheme: the values of the knob
+    pooled: Cell  # for all schemes together
     depends_on: str  # the knobs on which the verdict depends, if any
     schemes: Sequence[Cell]
 
@@ -71,13 +71,13 @@ class MatrixRow:
 class Matrix:
     """The verdicts of a sweep: claims by schemes."""
 
-    schemes: Sequence[str]  # the columns; none where the sweep has one scheme
-    left_out: int  # schemes for which the page has no space; the files have them
+    schemes: Sequence[str]  # the columns; empty if the sweep has one scheme
+    left_out: int  # the number of schemes without a column; the files have all schemes
     rows: Sequence[MatrixRow]
 
 
 def question(sweep: RunTables, findings: Findings) -> str:
-    """Say what a sweep asked: the claims, how its trials were trained, and what varied."""
+    """Ask the question of a sweep: the claims, how the trials were trained, and what varied."""
     asked = findings.claims.asked
     few = len(asked) <= 3
     claims = (
@@ -105,7 +105,7 @@ def question(sweep: RunTables, findings: Findings) -> str:
 
 
 def _named(schemes: Sequence[str], word: str) -> str:
-    """Name schemes where they are few, else count them."""
+    """Count schemes, and also name them if they are few."""
     if len(schemes) == 1:
         return f"{word} {schemes[0]}"
     names = f" ({', '.join(schemes)})" if len(schemes) <= MOST_NAMED else ""
@@ -113,7 +113,7 @@ def _named(schemes: Sequence[str], word: str) -> str:
 
 
 def reading(sweep: RunTables, by_run: RunFrames) -> str:
-    """Say how many trials there are, and how often each reads its text."""
+    """Say how many trials there are, and how often each trial reads its text."""
     trials = sweep.trials.with_columns(
         read=pl.col("train.steps") * pl.col("train.batch_size") * pl.col("model.context")
     )
@@ -132,7 +132,7 @@ def reading(sweep: RunTables, by_run: RunFrames) -> str:
 
 
 def answer(findings: Findings) -> list[str]:
-    """Say what came out: how many claims have which verdict, then the headline claims."""
+    """Say the verdicts on the headline claims, and how many claims have each verdict."""
     here, asked = findings.claims.here, findings.claims.asked
     if not any(here[name].parts for name in asked):
         return ["No finished trial has numbers, so nothing is decided yet."]
@@ -148,20 +148,20 @@ def answer(findings: Findings) -> list[str]:
 
 
 def _say_claim(name: str, findings: Findings) -> str:
-    """Say where a claim holds: `Supported under model5 (tau 0.6), undecided under gpt2.`"""
+    """Say the verdicts on a claim by scheme: `... is supported under model5 (median tau 0.6).`"""
     statement = CLAIMS[name].says.rstrip(".")
     by = findings.claims.by.get("scheme", {})
     pooled = findings.claims.here[name]
     course = _course(name, findings)
     if not by and pooled.depends_on:
-        return f"“{statement}” has no verdict of its own. {say_dependence(pooled)}{course}"
+        return f"“{statement}” has no single verdict. {say_dependence(pooled)}{course}"
     if not by or agree(name, findings):
         over = f" under all {counted(len(by), 'scheme')}" if by else ""
         return f"“{statement}” is {_word(pooled)}{over} ({_number(name, pooled)}).{course}"
     groups: dict[str, list[str]] = {}
     for scheme, found in by.items():
         groups.setdefault(_word(found[name]), []).append(scheme)
-    told = [
+    verdicts = [
         f"{word} under "
         + (
             ", ".join(f"{scheme} ({_number(name, by[scheme][name])})" for scheme in schemes)
@@ -172,7 +172,7 @@ def _say_claim(name: str, findings: Findings) -> str:
     ]
     other = {knob: sides for knob, sides in (pooled.depends_on or {}).items() if knob != "scheme"}
     depends = f" {say_dependence(replace(pooled, depends_on=other))}" if other else ""
-    return f"“{statement}” is {'; '.join(told)}.{depends}{course}"
+    return f"“{statement}” is {'; '.join(verdicts)}.{depends}{course}"
 
 
 def _word(found: Finding) -> str:
@@ -184,14 +184,14 @@ def _word_of(verdict: str) -> str:
 
 
 def _course(name: str, findings: Findings) -> str:
-    """Say under which schemes the gradient over depth does not last."""
+    """Say under which schemes the gradient over depth disappears or reverses."""
     if name != "depth_gradient":
         return ""
     by = findings.claims.by.get("scheme") or {ALL: findings.claims.here}
-    said = {"transient": "is there early and gone at the last step",
-            "reversed": "is there early and reversed at the last step"}  # fmt: skip
+    changes = {"transient": "is there at an early step and has become smaller by the last step",
+               "reversed": "is there at an early step and reversed at the last step"}  # fmt: skip
     sentences = []
-    for course, words in said.items():
+    for course, words in changes.items():
         some = [scheme for scheme, found in by.items()
                 if found["depth_gradient_lasts"].course == course]  # fmt: skip
         if some:
@@ -203,7 +203,7 @@ def _course(name: str, findings: Findings) -> str:
 
 
 def _number(name: str, found: Finding) -> str:
-    """Return the number that is furthest from support: `median tau 0.60 [0.33, 0.87]`."""
+    """Return the part that is furthest from support, with its interval."""
     part = weakest_part(found)
     return (
         f"{named(CLAIMS[name], part)} {format_estimate(found.parts[part].estimate)}"
@@ -216,9 +216,9 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
     """Make the matrix of verdicts.
 
     Args:
-        findings: of a sweep.
-        shown: the claims.
-        most: the number of schemes that have a column.
+        findings: the findings of a sweep.
+        shown: the names of the claims.
+        most: the largest number of schemes with a column.
     """
     by = findings.claims.by.get("scheme", {})
     schemes = list(by)[:most]
@@ -246,7 +246,7 @@ def matrix(findings: Findings, shown: Sequence[str], most: int) -> Matrix:
 
 
 def must_be(name: str, part: str | None) -> str:
-    """Say what a number of a claim has to be: `median tau > 0.3`."""
+    """Say the rule of a part: `median tau > 0.3`."""
     if part is None:
         return ""
     claim = CLAIMS[name]
@@ -256,32 +256,32 @@ def must_be(name: str, part: str | None) -> str:
 
 
 def in_matrix(names: Sequence[str]) -> list[str]:
-    """Order claims as a matrix has them: the headline claims first."""
+    """Put the headline claims first, as in the matrix."""
     return sorted(names, key=lambda name: name not in HEADLINES)
 
 
 def _cell(name: str, found: Finding, part: str | None, *, mean: bool = False) -> Cell:
-    """Make a cell with the number of one part, which is the same in a row of the matrix.
+    """Make a cell of the matrix. All cells of a row show the same part.
 
     Args:
-        name: of the claim.
-        found: the finding on it.
-        part: the part.
-        mean: whether it is the mean of schemes with other verdicts.
+        name: the name of the claim.
+        found: the finding for the claim.
+        part: the part whose number is shown.
+        mean: whether the number is a mean over schemes with different verdicts.
     """
     part = part if part in found.parts else None
     value = found.parts[part].estimate.value if part else None
-    told = found.verdict
+    description = found.verdict
     if part:
         number = f"{named(CLAIMS[name], part)} {format_estimate(found.parts[part].estimate)}"
-        told += f": {number}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
+        description += f": {number}, has to be {rule_in_words(CLAIMS[name].rule(part))}"
     if found.forecast:
-        told += f". {say_forecast(found.forecast)}"
+        description += f". {say_forecast(found.forecast)}"
     needed = found.forecast.half if found.forecast else None
     return Cell(
         verdict=found.verdict,
         symbol=SYMBOLS[found.verdict],
         effect="" if value is None else f"{value:.2g}" if abs(value) < 1e4 else f"{value:.0e}",
-        told=told,
-        seeds="as a mean" * mean or (f"needs {needed} seeds" if needed else ""),
+        description=description,
+        remark="as a mean" * mean or (f"needs {needed} seeds" if needed else ""),
     )

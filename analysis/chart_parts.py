@@ -1,4 +1,4 @@
-"""The parts that figures share: lines of seeds, panels, colours, tooltips."""
+"""Draw the parts that figures share: lines of seeds, panels, colours, tooltips."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import polars as pl
 from tracking.colours import COLOURS
 
 INK = "currentColor"
-"""The colour of the page's text, which is light on a dark page."""
+"""The text colour of the page: dark on a light page, and light on a dark page."""
 GREY = "#767676"
 
 MOST_SCHEMES = 24
-"""A figure shows the first schemes of a sweep; the file has all."""
+"""The largest number of schemes in a figure. The file of the figure has all schemes."""
 MOST_ROWS = 3000
-"""A figure shows as many seeds as fit into this number of rows; the file has all."""
+"""The largest number of rows in a figure, which limits the seeds. The file has all seeds."""
 
 BOLD = alt.Header(title=None, labelLimit=220, labelFontWeight="bold", labelPadding=2)
-"""How a panel is headed."""
+"""The heading of a panel."""
 
 Chart = Any
-"""A chart of Altair, which has a type for each way to combine charts."""
+"""A chart of Altair. Altair has one type for each way to combine charts."""
 
 alt.data_transformers.disable_max_rows()
 
@@ -36,12 +36,13 @@ def seeds_and_mean(frame: pl.DataFrame, *axes_and_value: str) -> pl.DataFrame:
 
     Args:
         frame: the rows of runs, with the columns scheme and seed.
-        axes_and_value: the column is the last one. For each combination of the columns before it
-            there is one number for each seed.
+        axes_and_value: the last name is the column to average. For each combination of the other
+            columns, there is one number for each seed.
 
     Returns:
-        Columns scheme, the axes, the column, seed (null in the rows of the mean), seeds (their
-        number, in the rows of the mean). Of seeds, the lowest ones that fit into MOST_ROWS.
+        Columns scheme, the axes, the averaged column, seed (null in the rows of the mean), seeds
+        (the number of seeds, in the rows of the mean). Only the lowest seeds that fit into
+        MOST_ROWS have rows.
     """
     *axes, value = axes_and_value
     by = ["scheme", *axes]
@@ -55,24 +56,24 @@ def seeds_and_mean(frame: pl.DataFrame, *axes_and_value: str) -> pl.DataFrame:
         pl.col(value).mean(), seed=pl.lit(None, pl.Int64), seeds=pl.len()
     )
     rank = pl.col("seed").rank("dense").over("scheme")
-    several = pl.col("seed").n_unique().over("scheme") > 1  # the line of one seed is the mean
+    several = pl.col("seed").n_unique().over("scheme") > 1  # a single seed equals the mean
     shown = seeds.filter(several, rank <= MOST_ROWS // max(1, means.height))
     return pl.concat([means, shown], how="diagonal")
 
 
 def first_schemes(frame: pl.DataFrame, most: int = MOST_SCHEMES) -> pl.DataFrame:
-    """Keep the schemes for which a figure has space."""
+    """Keep the rows of the first schemes."""
     schemes = frame["scheme"].unique(maintain_order=True).head(most)
     return frame.filter(pl.col("scheme").is_in(schemes.implode()))
 
 
-def told(*names: str | alt.Tooltip) -> list[alt.Tooltip]:
-    """Return what a tooltip tells. Altair takes 10 ms for each name that it wraps itself."""
+def tooltips(*names: str | alt.Tooltip) -> list[alt.Tooltip]:
+    """Make tooltips from column names. This saves the 10 ms that Altair takes for each name."""
     return [alt.Tooltip(name) if isinstance(name, str) else name for name in names]
 
 
 def each(*names: str) -> list[alt.Detail]:
-    """Draw a line for each combination of the values of these columns."""
+    """Separate the lines of a chart by the values of these columns."""
     return [alt.Detail(name) for name in names]
 
 
@@ -87,17 +88,17 @@ def colour_by_scheme(title: str | None = "scheme") -> alt.Color:
 
 
 SOLID = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)
-"""A legend of lines that stand out, also where the first line of a figure is a thin one."""
+"""A legend with thick lines, even if the first line of the figure is thin."""
 
 
 def colour_by_layer() -> alt.Color:
-    """Colour by layer. The ends of the scale would vanish on a dark page or on a light one."""
+    """Colour by layer. The colours are visible on dark and light pages."""
     scale = alt.Scale(scheme=alt.SchemeParams(name="plasma", extent=[0.1, 0.88]))
     return alt.Color("layer:O", title="layer", scale=scale, legend=SOLID)
 
 
 def one_scheme(frame: pl.DataFrame) -> Chart:
-    """Make a list from which to choose one of several schemes. The other schemes are dimmed."""
+    """Make a menu that selects one of several schemes. The other schemes are dimmed."""
     schemes = frame["scheme"].unique(maintain_order=True).to_list()
     if len(schemes) < 2:
         return alt.selection_point(fields=["scheme"])
@@ -118,12 +119,12 @@ def in_panels(
     """Draw a chart once for each value of a column, in the order of the frame."""
     values = frame[of].drop_nulls().unique(maintain_order=True).to_list()
     facet = alt.Facet(f"{of}:N", sort=values, header=header)
-    # Vega draws an axis in the empty place of a grid, so three panels stand in one row.
+    # Vega draws an axis in an empty cell of a grid, so three panels get a row of three.
     return chart.facet(facet=facet, columns=3 if len(values) == 3 and columns > 1 else columns)
 
 
 def panel_size(frame: pl.DataFrame) -> tuple[int, int]:
-    """Return the size of a panel of in_panels: three of them have the width of two others."""
+    """Return width and height of a panel in pixels. Three panels are as wide as two usually are."""
     return (125, 130) if frame["scheme"].n_unique() == 3 else (180, 130)
 
 
@@ -139,15 +140,17 @@ def seed_lines(
     choose: bool = False,
     size: tuple[int, int] = (180, 130),
 ) -> Chart:
-    """Draw rows of seeds_and_mean: thin lines of seeds, and thick ones of their mean.
+    """Draw rows of seeds_and_mean: thin lines for seeds, and thick lines for the means.
 
     Args:
         frame: the rows.
-        y: the column that is drawn, with the title of its axis.
-        colour: what the colour says.
-        x: the column of the other axis.
-        dash: the column that the dashes of a line tell, if any.
-        choose: whether the reader can choose one scheme.
+        y: the column of the y axis.
+        y_title: the title of the y axis.
+        colour: the colour of the lines.
+        x: the column of the x axis.
+        dash: the column that the dashes of a line encode, if any.
+        y_scale: the scale of the y axis.
+        choose: whether the reader can select one scheme.
         size: width and height of the chart in pixels.
     """
     others = [name for name in frame.columns if name not in (x, y, "seed", "seeds")]
@@ -162,7 +165,7 @@ def seed_lines(
             strokeDash=alt.StrokeDash(f"{dash}:N", title=dash, sort=None, legend=SOLID)
         )
     number = alt.Tooltip(f"{y}:Q", format=".4f")
-    tooltip = told(*(f"{name}:N" for name in others), f"{x}:Q", number, "seeds:Q")
+    tooltip = tooltips(*(f"{name}:N" for name in others), f"{x}:Q", number, "seeds:Q")
     means = base.mark_line(strokeWidth=2).transform_filter("!isValid(datum.seed)")
     layers = [means.encode(tooltip=tooltip)]
     if frame["seed"].drop_nulls().len():
@@ -180,6 +183,6 @@ def seed_lines(
 
 
 def grey_rules(axis: str, *at: float, **style: Any) -> Chart:
-    """Draw grey lines across a chart, at values of x or y."""
+    """Draw grey lines across a chart, at some values of x or y."""
     rules = alt.Chart(pl.DataFrame({"at": at})).mark_rule(color=GREY, **style)
     return rules.encode(alt.X("at:Q") if axis == "x" else alt.Y("at:Q"))

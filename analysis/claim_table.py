@@ -1,6 +1,6 @@
-"""The numbers of every claim as one table: run by run, and by scheme with interval and bounds.
+"""Make tables of the numbers of claims: by run, by scheme with intervals, and by specification.
 
-The figures of claims and the files verdicts.csv and verdicts.tex are made of it.
+The figures of claims, and the files effects.csv and effects.tex, are made from these tables.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from analysis.claims import CLAIMS
 from analysis.decisions import NOT_ASKED, NOT_MEASURED
 from analysis.findings import Findings
 from analysis.frames import with_trial
+from analysis.jsonable import to_json
 from analysis.measures import Values
 from analysis.runs import RunTables
 from analysis.verdicts import Finding
@@ -29,14 +30,14 @@ COLUMNS: dict[str, type[pl.DataType]] = {
 
 
 def estimates(findings: Findings) -> pl.DataFrame:
-    """Tell the centre of each part of each claim over seeds, for each scheme.
+    """Return the centre over seeds of each part of each claim, for each scheme.
 
     Returns:
-        One row for each claim, part and scheme, with the columns of COLUMNS. `value` is the centre,
-        and `low` and `high` are its interval, null where there are too few seeds. `verdict` is on
-        this number alone, `claim_verdict` on the whole claim. The centre has to lie above `above`
-        and below `below`, and refutes the claim beyond `against`. The rows of ALL schemes are there
-        where all schemes have the same verdict.
+        One row for each claim, part and scheme, with the columns of COLUMNS. `value` is the centre.
+        `low` and `high` are the ends of the interval, and null with too few seeds. `verdict` is
+        about this part alone, and `claim_verdict` about the claim. The centre has to lie above
+        `above` and below `below`. Beyond `against` it contradicts the claim. There are rows of ALL
+        schemes if all schemes have the same verdict.
     """
     rows = [
         row
@@ -48,7 +49,7 @@ def estimates(findings: Findings) -> pl.DataFrame:
 
 
 def _by_scheme(name: str, findings: Findings) -> dict[str, Finding]:
-    """Return the findings on a claim by scheme, first those of all schemes where these agree."""
+    """Return the findings for a claim by scheme. If all schemes agree, ALL is the first entry."""
     pooled, by = findings.claims.here[name], findings.claims.by.get("scheme", {})
     if pooled.verdict in (NOT_ASKED, NOT_MEASURED) and not pooled.parts:
         return {}
@@ -59,7 +60,7 @@ def _by_scheme(name: str, findings: Findings) -> dict[str, Finding]:
 
 
 def agree(name: str, findings: Findings) -> bool:
-    """Return whether all schemes have the verdict that they have together."""
+    """Return whether the verdict for each scheme equals the verdict for all schemes together."""
     others = {some[name].verdict for some in findings.claims.by.get("scheme", {}).values()}
     return others <= {findings.claims.here[name].verdict}
 
@@ -79,12 +80,12 @@ def _rows(name: str, scheme: str, finding: Finding) -> Iterator[dict[str, Any]]:
 def of_claims(
     sweep: RunTables, values: Mapping[str, Values], by_scheme: pl.DataFrame
 ) -> pl.DataFrame:
-    """Put the numbers of runs below the rows of estimates.
+    """Append the numbers of runs to the rows of estimates.
 
     Args:
         sweep: the runs.
         values: the numbers of every claim, run by run.
-        by_scheme: the rows of estimates.
+        by_scheme: the result of estimates.
 
     Returns:
         The rows of estimates. Then one row for each claim, part and run that has a number: claim,
@@ -100,7 +101,7 @@ def of_claims(
 
 
 def weakest(by_scheme: pl.DataFrame, findings: Findings, claims: Sequence[str]) -> pl.DataFrame:
-    """Keep, of each of some claims, the part that decides it and is furthest from support."""
+    """Select one part of each claim: the deciding part that is furthest from support."""
     here = findings.claims.here
     part_of = {name: weakest_part(here[name]) for name in claims if here[name].parts}
     chosen = pl.DataFrame(
@@ -112,6 +113,31 @@ def weakest(by_scheme: pl.DataFrame, findings: Findings, claims: Sequence[str]) 
 
 
 def weakest_part(finding: Finding) -> str | None:
-    """Return the part that decides a claim and is furthest from support."""
+    """Return the deciding part that is furthest from support."""
     deciding = {part: found for part, found in finding.parts.items() if found.decides}
     return max(deciding, key=lambda part: deciding[part].supported_p, default=None)
+
+
+def specified(findings: Findings) -> dict[str, pl.DataFrame]:
+    """Return the specifications of claims as frames, by the name of the frame."""
+    return {
+        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
+        for claim, found in findings.specifications.items()
+    }
+
+
+def variance(findings: Findings) -> pl.DataFrame:
+    """Return the shares of each source in the variance of each deciding part, if schemes vary.
+
+    Returns:
+        Columns number (`claim: part`), source, share.
+    """
+    general = findings.claims.in_general or {}
+    rows = [
+        (f"{claim}: {part}", source, share)
+        for claim, found in general.items()
+        for part, numbers in found.parts.items()
+        if numbers.decides
+        for source, share in numbers.variance.items()
+    ]
+    return pl.DataFrame(rows, schema=["number", "source", "share"], orient="row")

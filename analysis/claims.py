@@ -1,8 +1,8 @@
-"""The claims: what each says, how a run is measured for it, and which rule decides it.
+"""The claims: what each one says, how a run is measured for it, and which rule decides it.
 
-A claim has parts. A part gives every run one number. The centre of that number over independent
-units (mean, median or share) has an interval, and the rule of the part says where the centre has to
-lie. Claims and their margins are data, fixed before the runs: `digest` names them.
+A claim has parts. A part gives every run one number. The centre of these numbers over independent
+units is a mean, a median or a share. It has an interval, and the rule of the part says where the
+centre has to lie. Claims and their rules are fixed before the runs. `digest` identifies them.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from gptcore.config import InputError, did_you_mean
 class Part:
     """The rule for one number of a run: where its centre over units has to lie.
 
-    The part is supported where the centre is shown to lie above `low` and below `high`, as far as
-    they are given. It is contradicted where the centre is shown to lie beyond `against`, which is
-    the same bound unless given. A part that does not decide is only reported.
+    The part is supported if the centre is shown to lie above `low` and below `high`, as far as
+    these are given. It is contradicted if the centre is shown to lie beyond `against`. Without
+    `against`, the same bound is used for both. A part that does not decide is only reported.
     """
 
     centre: str  # mean, median or share
     low: float | None = None
     high: float | None = None
     against: float | None = None
-    limits: tuple[float, float] = (-math.inf, math.inf)  # no number can lie beyond them
+    limits: tuple[float, float] = (-math.inf, math.inf)  # of all possible numbers
     decides: bool = True
 
 
@@ -58,18 +58,18 @@ class Claim:
     says: str
     source: str  # where the claim comes from, such as an experiment or a paper
     unit: str  # of the number
-    parts: Mapping[str, Part]  # the name `*` means: all parts that the measure names
+    parts: Mapping[str, Part]  # the name `*` means all other parts that the measure returns
     measure: Callable[[RunTables], Values]
     section: str  # a key of analysis.page.SECTIONS; a new section also needs a figure
-    course: bool = False  # the parts are one number at several steps, in the order of steps
-    over_subsets: bool = False  # the number of a run needs runs on other subsets
+    course: bool = False  # the parts are one number at several steps of training
+    over_subsets: bool = False  # the number of a run also depends on runs on other subsets
 
     def rule(self, part: str) -> Part:
-        """Return the rule of a part by the name of the part."""
+        """Return the rule of the part with this name."""
         return self.parts.get(part) or self.parts["*"]
 
     def has_part(self, part: str) -> bool:
-        """Return whether the measure may give a number of this name."""
+        """Return whether the claim may have a part with this name."""
         return part in self.parts or "*" in self.parts
 
 
@@ -77,7 +77,7 @@ ATTENTION, TOKENS = "weight initialisation and the spread of attention weights",
 """The experiments that the claims come from."""
 
 OF_TAU, POSITIVE = (-1.0, 1.0), (0.0, math.inf)
-"""Limits of numbers. No interval goes beyond them."""
+"""Limits of all possible numbers. Intervals are cut there."""
 
 CLAIMS: dict[str, Claim] = {
     "init_table": Claim(
@@ -87,7 +87,7 @@ CLAIMS: dict[str, Claim] = {
         parts={"largest error of a kind": Part(centre="mean", high=0.03, limits=POSITIVE)},
     ),
     "untrained_level": Claim(
-        says="Untrained, all token groups stand at -(ln V + d std^2 / 2), equally.",
+        says="Untrained, all token groups have the same log-probability, -(ln V + d std^2 / 2).",
         source=TOKENS, unit="nats", measure=measures.untrained_level, section="start",
         parts={
             **dict.fromkeys(level_parts(DRAWN), Part(centre="mean", low=-0.05, high=0.05,
@@ -204,13 +204,14 @@ CLAIMS: dict[str, Claim] = {
 
 
 def digest(asked: Sequence[str] = ()) -> str:
-    """Return 12 hex digits that name the claims that are asked, and how they are decided.
+    """Return 12 hex digits that identify the claims that are asked, and how they are decided.
 
-    They change with any statement and rule, and with the code that measures and decides: the stamp
-    of a trial has to show that nothing was chosen after its result was seen. Comments do not count.
+    The digest changes with every statement and rule, and with the code that measures and decides.
+    It is the stamp of a trial. The stamp has to show that nothing was changed after the result of
+    the trial was seen. Comments in the code do not count.
 
     Args:
-        asked: names of the claims that a sweep asks; without names, it is all of them.
+        asked: the names of the claims that a sweep asks. Without names, all claims.
     """
     data = {
         name: {
@@ -228,11 +229,11 @@ def digest(asked: Sequence[str] = ()) -> str:
 RULES = tuple(
     f"analysis.{name}"
     for name in (
-        "decisions", "depth_gradient", "power", "rare_tokens", "runs", "skew", "stats", "variance",
-        "verdicts",
+        "decisions", "depth_gradient", "differences", "part_verdicts", "power", "rare_tokens",
+        "runs", "skew", "stats", "sweep_verdicts", "variance", "verdicts",
     )
 )  # fmt: skip
-"""The modules that decide, besides those of the measures."""
+"""The modules that decide claims, in addition to the modules of the measures."""
 
 
 @functools.cache
@@ -246,7 +247,7 @@ def _code(module: str) -> str:
 
 
 def check_claims(names: Sequence[str]) -> None:
-    """Raise InputError for a name that is no claim."""
+    """Raise InputError if one of the names is not the name of a claim."""
     for name in names:
         if name not in CLAIMS:
             raise InputError(

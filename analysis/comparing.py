@@ -1,4 +1,4 @@
-"""Compare two sweeps: their verdicts side by side, and the paired difference of their numbers."""
+"""Compare two sweeps: the verdicts of both, and the paired differences of their numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import polars as pl
 from analysis.answers import in_matrix, must_be
 from analysis.claim_table import COLUMNS, weakest_part
 from analysis.claims import CLAIMS
+from analysis.differences import Comparison, compare
 from analysis.findings import Findings
 from analysis.frames import trials_to_judge
 from analysis.measures import Values
 from analysis.runs import RunTables
 from analysis.sentences import format_estimate
 from analysis.stats import holm
-from analysis.verdicts import Comparison, compare
 from gptcore.config import KNOBS, spelling
 from gptcore.units import counted
 
@@ -38,15 +38,15 @@ class Row:
     part: str | None  # the number that is compared
     says: str
     must_be: str
-    sides: Sequence[tuple[str, str]]  # of each sweep the verdict, and the number
-    difference: Comparison | None  # None where no runs are paired
+    sides: Sequence[tuple[str, str]]  # the verdict and the number of each sweep
+    difference: Comparison | None  # None if there are no pairs
 
 
 def compare_sweeps(first: Side, second: Side) -> list[Row]:
-    """Put the verdicts of two sweeps side by side.
+    """Compare the verdicts and numbers of two sweeps, claim by claim.
 
-    Runs are paired where scheme, seed, data seed and subset are the same. All other knobs may
-    differ between the sweeps, and that is what the difference shows.
+    Two runs are a pair if scheme, seed, data seed and subset are the same. All other knobs may
+    differ. The difference of a pair shows the effect of these knobs.
     """
     names = _names(first, second)
     trials = pl.concat(
@@ -96,9 +96,9 @@ def _names(first: Side, second: Side) -> tuple[str, str]:
 
 
 def _trials(side: Side, name: str) -> pl.DataFrame:
-    """Return the finished trials of a sweep, as `compare` takes them: the sweeps are the schemes.
+    """Return the finished trials of a sweep for `compare`, with the sweep in place of the scheme.
 
-    The column corpus.subset has scheme and subset, so that runs are paired within both.
+    The column corpus.subset contains scheme and subset, so that both are the same in a pair.
     """
     finished = trials_to_judge(side.sweep).filter(status="finished")
     return finished.with_columns(
@@ -109,7 +109,7 @@ def _trials(side: Side, name: str) -> pl.DataFrame:
 
 
 def say_difference(first: Side, second: Side) -> str:
-    """Ask what two sweeps are compared for: the knobs in which they differ."""
+    """Ask the question of a comparison, and name the knobs in which the sweeps differ."""
     names = _names(first, second)
     differ = []
     for knob in KNOBS:
@@ -123,28 +123,28 @@ def say_difference(first: Side, second: Side) -> str:
             )
             differ.append(f"{knob} ({here}; {there})")
     if not differ:
-        return f"Do {names[0]} and {names[1]}, which have the same trials, give the same verdicts?"
+        return f"{names[0]} and {names[1]} have the same knobs. Do they give the same verdicts?"
     which = f"Which verdicts of {names[0]} and {names[1]} differ?"
     return f"{which} The sweeps differ in {', '.join(differ)}."
 
 
 def say_rows(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Say how many verdicts agree, and how many numbers differ."""
+    """Say how many verdicts agree, and which numbers differ significantly."""
     same = sum(row.sides[0][0] == row.sides[1][0] for row in rows)
     paired = [row for row in rows if row.difference is not None]
     clear = [row for row in paired if row.difference and (row.difference.p_holm or 0) < 0.05]
-    said = f"{same} of {counted(len(rows), 'claim')} have the same verdict in both."
+    said = f"{same} of {counted(len(rows), 'claim')} have the same verdict in both sweeps."
     if not paired:
-        return f"{said} No runs are paired, so differences are not tested."
+        return f"{said} There are no pairs of runs, so differences are not tested."
     which = ", ".join(row.claim for row in clear) or "none"
     return (
-        f"{said} Of {counted(len(paired), 'paired number')}, these differ clearly between "
+        f"{said} Of {counted(len(paired), 'paired number')}, these differ significantly between "
         f"{names[0]} and {names[1]}: {which}."
     )
 
 
 def estimates_of(rows: Sequence[Row], first: Side, second: Side) -> pl.DataFrame:
-    """Return the rows that fig_forest draws, with the sweeps in place of schemes."""
+    """Return the rows of fig_forest, with the sweeps in place of schemes."""
     found = []
     for row in rows:
         if row.part is None:

@@ -11,8 +11,8 @@ import polars as pl
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, CONTRADICTED, combined, only_bound
 from analysis.jsonable import to_json
+from analysis.part_verdicts import PartFinding, judge_part
 from analysis.sentences import format_estimate
-from analysis.verdicts import PartFinding, judge_part
 from gptcore.config import Scalar, spelling
 from gptcore.files import JsonObject
 from gptcore.units import counted

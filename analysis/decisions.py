@@ -1,8 +1,10 @@
-"""Decide one rule: the p-values of its numbers, and the verdict that they give.
+"""Decide one rule: compute its p-values and its verdict.
 
-Three sentences can be said of a rule, and each has a p-value of its own, which tests that sentence:
-the centre is where the rule wants it (supported), it is not there (not supported), it lies beyond
-the bound of contradiction (contradicted).
+There are three statements about a rule, and each one has a p-value of its own:
+
+- supported: the centre lies where the rule says;
+- not supported: the centre does not lie there;
+- contradicted: the centre lies beyond the bound against the claim.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ VERDICTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PValues:
-    """The one-sided p-values of the three sentences about a rule."""
+    """The one-sided p-values of the three statements about a rule."""
 
     supported: float
     not_supported: float
     contradicted: float
 
     def worst(self, other: PValues) -> PValues:
-        """Return the larger p-value of each sentence."""
+        """Return the larger of two p-values for each statement."""
         return PValues(
             supported=max(self.supported, other.supported),
             not_supported=max(self.not_supported, other.not_supported),
@@ -45,16 +47,16 @@ class PValues:
 
     @property
     def two_sided(self) -> float:
-        """The p-value of a claim, whichever way it is decided."""
+        """The p-value of a claim for both directions together."""
         return min(1.0, 2 * min(self.supported, self.contradicted))
 
     def verdict(self, factor: float, alpha: float, *, decided: bool = True) -> str:
         """Return the verdict at an error rate alpha.
 
         Args:
-            factor: by what the p-values are multiplied, for the number of claims.
+            factor: the factor by which p-values are multiplied, because of the number of claims.
             alpha: the error rate of both directions together.
-            decided: whether the adjusted two-sided p-value is small enough.
+            decided: whether the adjusted two-sided p-value is below alpha.
         """
 
         def is_shown(p: float) -> bool:
@@ -68,15 +70,15 @@ class PValues:
 
 
 def p_values(rule: Part, spread: Spread, centre: str | None = None) -> PValues:
-    """Return the p-values of the three sentences about a rule.
+    """Return the p-values of the three statements about a rule.
+
+    A rule with two bounds is supported if both one-sided tests reject (TOST). The centre can lie
+    outside on either side, so the smaller of these two p-values counts twice.
 
     Args:
         rule: the rule of a part.
-        spread: the units.
-        centre: mean, median or share, where it is not that of the rule.
-
-    For a rule with two bounds, support needs both of two one-sided tests (TOST). Outside is either
-    side, so the smaller of two p-values counts twice.
+        spread: the numbers of the units.
+        centre: mean, median or share, if it is not the centre of the rule.
     """
 
     def p(bound: float, sign: int) -> float:
@@ -97,18 +99,18 @@ def p_values(rule: Part, spread: Spread, centre: str | None = None) -> PValues:
 
 
 def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
-    """Return the one-sided p-value that a centre lies beyond a bound.
+    """Return the one-sided p-value for a centre beyond a bound.
 
-    The test of a mean is Student's, guarded against skewness. Where units are equal, the sign test
-    has to agree: the larger of both p-values counts. Where their skewness is seen, the guard is
-    stronger. The sign test would not do there, because it is about the median. The test of a median
-    is the sign test, and that of a share is binomial. Both are exact.
+    A mean has Student's t-test, guarded against skewed numbers. If some units are equal, the larger
+    p-value of the t-test and the sign test counts. If the units are visibly skewed, the guard is
+    stronger. The sign test cannot help there, because it is about the median. A median has the sign
+    test, and a share has the binomial test. Both tests are exact.
 
     Args:
         centre: mean, median or share.
-        spread: the units.
+        spread: the numbers of the units.
         bound: the centre under the null hypothesis.
-        sign: 1 where the centre has to be larger, -1 where it has to be smaller.
+        sign: 1 if the centre has to be larger, -1 if it has to be smaller.
     """
     if spread.error is None:
         return 1.0
@@ -144,11 +146,11 @@ def combined(verdicts: Sequence[str]) -> str:
 
 
 def only_bound(rule: Part) -> tuple[float, int]:
-    """Return the bound of a rule that has one, and the direction of the claim.
+    """Return the bound of a rule with one bound, and the direction of the claim.
 
-    The direction is 1 where the centre has to be larger, -1 where it has to be smaller.
+    The direction is 1 if the centre has to be larger, -1 if it has to be smaller.
     """
     if rule.low is not None:
         return rule.low, 1
-    assert rule.high is not None, "a rule has a bound"
+    assert rule.high is not None, "every rule has a bound"
     return rule.high, -1

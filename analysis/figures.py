@@ -1,4 +1,4 @@
-"""The figures of a report: what each shows, and in which section."""
+"""List the figures of a report: the frame, the section and the caption of each."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from gptcore.files import Json, JsonObject
 from tracking.colours import COLOURS
 
 FIRST_SCREEN, ALL_CLAIMS, RECORDED = "first screen", "all claims", "recorded"
-"""Sections that are no subject of claims."""
+"""Sections of the report that contain no claims."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """One figure of the report."""
 
-    section: str  # a key of analysis.page.SECTIONS, or one of those above
+    section: str  # a key of analysis.page.SECTIONS, or one of the constants above
     frame: str  # the name of the frame that is drawn, and of its Parquet file
-    draw: Callable[[pl.DataFrame], Chart | None]  # None where there is nothing to show
+    draw: Callable[[pl.DataFrame], Chart | None]  # returns None if there is nothing to show
     caption: str
 
 
-LINES = "Thick: mean over seeds. Thin: one seed."
-BY_SCHEME = f"A panel is a scheme; at most {MOST_SCHEMES} are drawn."
+LINES = "Thick line: mean over seeds. Thin line: one seed."
+BY_SCHEME = f"Each panel is one scheme; at most {MOST_SCHEMES} are drawn."
 ONE_RUN = "In one run of each scheme; MLflow has the table of every run."
 
 
 def _of_claim(name: str) -> Callable[[pl.DataFrame], Chart | None]:
-    """Return what draws the figure of one claim."""
+    """Return the function that draws the figure of one claim."""
 
     def draw(rows: pl.DataFrame) -> Chart | None:
         some = rows.filter(pl.col("decides"), claim=name)
@@ -61,9 +61,9 @@ FIGURES: dict[str, Figure] = {
     "forest": Figure(
         ALL_CLAIMS, "forest", verdict_plots.fig_forest,
         "Every claim under every scheme: the centre over seeds and its interval, coloured by the "
-        "verdict. A tall grey tick: what the number has to be above or below. A short one: beyond "
-        "it the claim is contradicted. Of a claim with several numbers, the one that is furthest "
-        "from support.",
+        "verdict. Tall grey tick: the centre has to lie above or below it. Short grey tick: beyond "
+        "it, the claim is contradicted. If a claim has several numbers, the figure shows the "
+        "number that is furthest from support.",
     ),
     "losses": Figure(
         "trained", "losses", plots.fig_losses,
@@ -72,17 +72,18 @@ FIGURES: dict[str, Figure] = {
     "init_errors": Figure(
         "start", "init_errors", plots.fig_init_errors,
         "Standard deviation of each kind of weight at step 0, relative to that of the init scheme. "
-        "A dot is one run. Dashed: the claim's margin.",
+        "Each dot is one run. Dashed line: the bound of the claim.",
     ),
     "growth_by_layer": Figure(
         "widening", "growth_of_kinds", plots.fig_growth_by_layer,
-        "Q, K and V of each layer at the last step: how much their std has grown, how far they "
-        f"have moved, and their std at the start, which growth depends on. {LINES}",
+        "Q, K and V of each layer: growth of the std and RMS displacement at the last step, and "
+        f"the std at the start, on which the growth depends. {LINES}",
     ),
     "law": Figure(
         "widening", "growth_of_kinds", plots.fig_law,
-        "Growth of Q, K and V against how far they have moved. A dot is a layer, as a mean over "
-        "runs. Dashed: 1/2 ln(1 + x^2), the growth of a weight that moves in random directions.",
+        "Growth of Q, K and V against their displacement. Each dot is one layer, as a mean over "
+        "runs. Dashed line: 1/2 ln(1 + x^2), the growth of a weight that moves in random "
+        "directions.",
     ),
     "tau_over_steps": Figure(
         "depth", "tau_over_steps", plots.fig_tau_over_steps,
@@ -90,18 +91,18 @@ FIGURES: dict[str, Figure] = {
     ),
     "tau_by_rate": Figure(
         "depth", "depth_gradient", plots.fig_tau_by_rate,
-        "tau at the last step against the learning rate. A dot is one run. Line: median of runs.",
+        "tau at the last step against the learning rate. Each dot is one run. Line: median.",
     ),
     "histograms": Figure(
         "tails", "histograms", plots.fig_histograms,
-        "Distribution of the QKV weights of each layer at one step, in one run of each scheme, of "
-        f"the first {plots.MOST_HISTOGRAMS} where there are more. "
-        "Choose the step with the slider. A normal distribution is a parabola here.",
+        "Distribution of the QKV weights of each layer at one step, in one run of each of the "
+        f"first {plots.MOST_HISTOGRAMS} schemes. Choose the step with the slider. A normal "
+        "distribution is a parabola here.",
     ),
     "rare_by_size": Figure(
         "rare", "rare_by_size", plots.fig_rare_by_size,
         "Change of the tokens that occur once from step 0 to the last step, against the number of "
-        "tokens in the text that a run trains on. A dot is one run. Dashed: the change to "
+        "tokens in the text that a run trains on. Each dot is one run. Dashed line: the change to "
         "ln(1 / N), which a calibrated model gives to a token that occurs once in N tokens.",
     ),
     "same_tokens": Figure(
@@ -112,15 +113,15 @@ FIGURES: dict[str, Figure] = {
     ),
     "mechanism": Figure(
         "unused", "group_changes", plots.fig_mechanism,
-        "What changes a group's log-probability: its logits, or log Z, which is the same for all "
-        "tokens. Bars: means over runs. Tick: both together.",
+        "Does a group's log-probability change because of its logits, or because of log Z, which "
+        "is the same for all tokens? Bars: means over runs. Tick: the sum of both.",
     ),
     **{
         f"specifications_{claim}": Figure(
             section, f"specifications_{claim}", verdict_plots.fig_specifications,
             f"{number}, over all schemes together, measured in every way, in ascending order. The "
-            "choices of each way are below it. Colour: the verdict of the claim's rule, without a "
-            "correction for their number.",
+            "choices of each way are marked below. Colour: the verdict, without a correction for "
+            "the number of ways.",
         )
         for claim, section, number in (
             ("depth_gradient", "depth", "Median tau"),
@@ -131,15 +132,16 @@ FIGURES: dict[str, Figure] = {
     **{
         f"claim_{name}": Figure(
             claim.section, "claims", _of_claim(name),
-            f"{claim.says} A grey mark is one run. The coloured one is the centre over seeds with "
-            "its interval, and its colour is the verdict on the claim. A tall grey tick: "
-            "what it has to be above or below. A short one: beyond it the claim is contradicted.",
+            f"{claim.says} Each grey mark is one run. The coloured mark is the centre over seeds "
+            "with its interval, and the colour is the verdict on the claim. Tall grey tick: the "
+            "centre has to lie above or below it. Short grey tick: beyond it, the claim is "
+            "contradicted.",
         )
         for name, claim in CLAIMS.items()
     },
     "variance": Figure(
         RECORDED, "variance", verdict_plots.fig_variance,
-        "How the variance of each claim's number splits over what differs between runs.",
+        "The sources of the variance of each claim's number between runs, as shares.",
     ),
     "updates": Figure(
         RECORDED, "updates",
@@ -153,7 +155,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "activations": Figure(
         RECORDED, "activations", plots.fig_activations,
-        f"RMS of the residual stream behind each block, on the probe text. {ONE_RUN}",
+        f"RMS of the residual stream after each block, on the probe text. {ONE_RUN}",
     ),
     "attention": Figure(
         RECORDED, "attention",
@@ -165,7 +167,7 @@ FIGURES: dict[str, Figure] = {
 
 
 def check_figures(names: Sequence[str]) -> None:
-    """Raise InputError for a name that is no figure."""
+    """Raise InputError if one of the names is not the name of a figure."""
     for name in names:
         if name not in FIGURES:
             raise InputError(
@@ -175,14 +177,14 @@ def check_figures(names: Sequence[str]) -> None:
 
 
 def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict[str, JsonObject]:
-    """Draw figures for which there are numbers.
+    """Draw the figures for which there are numbers.
 
     Args:
-        frames: by name.
-        names: of figures; without names, all.
+        frames: the data frames, by name.
+        names: the names of the figures. Without names, all figures.
 
     Returns:
-        Their Vega-Lite by name.
+        The Vega-Lite specifications, by the name of the figure.
     """
     specs = {}
     trials = frames.get("trials")
@@ -205,7 +207,7 @@ def drawn(frames: Mapping[str, pl.DataFrame], names: Sequence[str] = ()) -> dict
 
 
 def _with_colours(part: Json, schemes: Sequence[str]) -> Json:
-    """Give every scheme the colour that it has in all figures, also where some have no numbers."""
+    """Give every scheme the same colour in all figures, even if a figure lacks some schemes."""
     if isinstance(part, list):
         return [_with_colours(one, schemes) for one in part]
     if not isinstance(part, dict):
@@ -234,4 +236,4 @@ STYLE: JsonObject = {
     "header": {"labelColor": INK, "titleColor": INK},
     "title": {"color": INK, "fontSize": 11, "anchor": "start"},
 }
-"""How all figures look. Their text has the colour of the page's text, also on a dark page."""
+"""The style of all figures. The text has the same colour as the text of the page."""

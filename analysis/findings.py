@@ -1,20 +1,20 @@
-"""From runs to findings: all numbers and verdicts of a report.
+"""Compute the findings of a sweep: all numbers and verdicts of a report.
 
-The dataclasses here are the contents of findings.json: their fields are its keys, in their order.
-This is one file so that findings.json is described in one place.
+The dataclasses here are the contents of findings.json. The fields of a dataclass are the keys of a
+JSON object, in the same order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import polars as pl
 
-from analysis.claims import CLAIMS, Claim, digest
-from analysis.decisions import ALPHA, CONTRADICTED, DEPENDS, NOT_ASKED, SUPPORTED
+from analysis.claims import CLAIMS
 from analysis.depth_gradient import last_steps
+from analysis.differences import Comparisons, comparisons
 from analysis.frames import RunFrames, trials_to_judge
 from analysis.interim import (
     InterimPlan,
@@ -25,24 +25,23 @@ from analysis.interim import (
 )
 from analysis.jsonable import FLAT, KEY
 from analysis.measures import Values
-from analysis.power import shares_of_error
 from analysis.rare_tokens import ORDERS
 from analysis.runs import RunTables
 from analysis.specifications import Curve, Specification, specifications
-from analysis.stats import Estimate, holm, mean_interval, median_interval, share_interval
+from analysis.stats import Estimate, mean_interval, median_interval, share_interval
+from analysis.sweep_verdicts import ClaimFindings, claim_findings
 from analysis.variance import over_units
-from analysis.verdicts import Comparison, Finding, Trials, adjusted, compare, judge, judge_one
 from gptcore.config import Scalar, spelling, varying_knobs
 from gptcore.records import PRIMARY
 from gptcore.units import counted
 
 UNPLANNED = (
-    "These trials were judged while seeds were added, and this report is none of the planned "
-    "interim analyses: every verdict is at the error rate {:.2g} that those leave for it."
+    "These trials were judged while seeds were added. This report is not one of the planned "
+    "interim analyses, so its verdicts use the error rate {:.2g} that the interim analyses leave."
 )
 PROVISIONAL = (
-    "No interim analysis has been made yet: these verdicts are provisional, at the error rate of "
-    "the first one."
+    "No interim analysis has been made yet. These verdicts are provisional. They use the error "
+    "rate of the first interim analysis."
 )
 
 
@@ -55,26 +54,12 @@ class MadeAnalysis(PlannedAnalysis):
 
 @dataclass(frozen=True, kw_only=True)
 class InterimSummary:
-    """The interim analyses of a sweep, without their findings, which are among the claims'."""
+    """The interim analyses of a sweep. Their findings are in ClaimFindings."""
 
     schedule: Sequence[PlannedAnalysis]
     made: Sequence[MadeAnalysis] = field(metadata={KEY: "taken"})
     undecided: Sequence[str] = field(metadata={KEY: "open"})
     not_waited_for: Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClaimFindings:
-    """The verdicts on all claims, for a sweep, in general, and for the parts of the sweep."""
-
-    digest: str
-    standing: str  # confirmatory, exploratory, or confirmatory for some of the trials
-    exploratory_trials: Sequence[str]  # keys of trials that were planned in view of results
-    alpha: float
-    asked: Sequence[str]  # claims
-    here: Mapping[str, Finding]  # over seeds
-    in_general: Mapping[str, Finding] | None  # over seeds and schemes
-    by: Mapping[str, Mapping[str, Mapping[str, Finding]]]  # knob, its value, claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,20 +87,12 @@ class TokenFinding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparisons:
-    """The differences of all schemes from the first one."""
-
-    reference: str
-    claims: Mapping[str, Mapping[str, Mapping[str, Comparison]]]  # claim, part, scheme
-
-
-@dataclass(frozen=True, kw_only=True)
 class CountedSpecifications:
-    """The specifications of one claim, and how many have which verdict."""
+    """The specifications of one claim, and the number of specifications with each verdict."""
 
     verdicts: Mapping[str, int]
     by_choice: Mapping[str, Mapping[str, Mapping[str, int]]]  # choice, option, verdict
-    joint_p: float | None  # how often they would agree so well by chance, all together
+    joint_p: float | None  # of one test of all specifications together
     all: Sequence[Specification]
 
 
@@ -130,7 +107,7 @@ class Findings:
     sweep: str
     notes: Sequence[str]
     trials: Mapping[str, int]  # by status
-    scope: Mapping[str, Sequence[str]]  # what the verdicts are about: by knob, its values
+    scope: Mapping[str, Sequence[str]]  # the values of the knobs that the verdicts are about
     interim: InterimSummary | None = field(metadata={KEY: "looks"})
     claims: ClaimFindings
     depth_gradient: Mapping[str, DepthFinding]  # by scheme
@@ -144,9 +121,9 @@ def find(sweep: RunTables, by_run: RunFrames, values: Mapping[str, Values]) -> F
     """Compute the findings of a sweep.
 
     Args:
-        sweep: the runs; its trials have the column of with_scheme.
-        by_run: their statistics.
-        values: the numbers of every claim.
+        sweep: the runs. The trials need the column of with_scheme.
+        by_run: the statistics of the runs.
+        values: the numbers of every claim, by the name of the claim.
     """
     counts = Counter(sweep.trials["status"])
     ended = {status: counts[status] for status in ("finished", "diverged", "failed", "unreadable")}
@@ -176,18 +153,18 @@ def find(sweep: RunTables, by_run: RunFrames, values: Mapping[str, Values]) -> F
     )
 
 
-HARDLY = 0.15
-"""A trial has hardly trained if its loss has fallen by less than this share of the first loss."""
+LEAST_FALL = 0.15
+"""A trial has hardly trained if its loss fell by less than this share of the first loss."""
 
 
 def _hardly_trained(sweep: RunTables) -> list[str]:
-    """Say which trials have hardly trained: what they show is about the start of training."""
+    """Say which trials have hardly trained."""
     losses = (
         sweep.tables["training"]
         .sort("step", maintain_order=True)
         .group_by("trial_key", maintain_order=True)
         .agg(first=pl.col("loss").first(), last=pl.col("loss").last())
-        .filter(pl.col("last") > (1 - HARDLY) * pl.col("first"))
+        .filter(pl.col("last") > (1 - LEAST_FALL) * pl.col("first"))
         .sort("trial_key")
     )
     if losses.is_empty():
@@ -195,12 +172,13 @@ def _hardly_trained(sweep: RunTables) -> list[str]:
     some = ", ".join(losses["trial_key"].head(5)) + (", ..." if losses.height > 5 else "")
     return [
         f"{counted(losses.height, 'trial')} hardly trained: the last loss is above "
-        f"{1 - HARDLY:.0%} of the first one ({some}). They show the start of training."
+        f"{1 - LEAST_FALL:.0%} of the first loss ({some}). Verdicts on such trials are about the "
+        "start of training."
     ]
 
 
 def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
-    """Say which trials are left out of the report or of a figure, and why."""
+    """Say which trials are missing from the report or from a figure, and why."""
     unreadable = sweep.trials.filter(status="unreadable").select("trial_key", "reason").rows()
     return [
         *(f"Trial {key} is left out: {why}." for key, why in unreadable),
@@ -211,8 +189,6 @@ def _left_out(sweep: RunTables, of_figures: pl.DataFrame) -> list[str]:
     ]
 
 
-MOST_FORECAST = 24
-"""With more schemes, the verdicts of each have no forecast: forecasts take most of the time."""
 TEXT = "text"
 SCOPE = {
     "corpus.name": TEXT,
@@ -221,142 +197,13 @@ SCOPE = {
     "optim.lr": "lr",
     "train.steps": "steps",
 }
-"""The knobs that say what any verdict is about, and what each is called."""
+"""The knobs that say what the verdicts are about, and their names in the report."""
 
 
 def scope(sweep: RunTables) -> dict[str, list[str]]:
-    """Return what the verdicts of a sweep are about: sizes, learning rates, steps and text."""
+    """Return the scope of the verdicts: text, sizes, learning rates and steps."""
     names = {name: sorted(sweep.trials[knob].unique()) for knob, name in SCOPE.items()}
     return {name: [spelling(value) for value in values] for name, values in names.items()}
-
-
-def measured(sweep: RunTables) -> dict[str, Values]:
-    """Measure the numbers of every claim."""
-    return {name: claim.measure(sweep) for name, claim in CLAIMS.items()}
-
-
-def judge_sweep(sweep: RunTables, alpha: float) -> dict[str, Finding]:
-    """Judge the claims that a sweep asks for its configurations, at an error rate alpha."""
-    claims = {name: CLAIMS[name] for name in asked_of(sweep)}
-    values = {name: claim.measure(sweep) for name, claim in claims.items()}
-    trials = trials_to_judge(sweep)
-    return judge(claims, values, trials, general=False, alpha=alpha, forecasts=True)
-
-
-def asked_of(sweep: RunTables) -> list[str]:
-    """Return the claims that a sweep asks, in the order of CLAIMS."""
-    return [name for name in CLAIMS if not sweep.asked or name in sweep.asked]
-
-
-def claim_findings(
-    sweep: RunTables,
-    values: Mapping[str, Values],
-    plan: InterimPlan | None = None,
-    alpha: float = ALPHA,
-) -> ClaimFindings:
-    """Judge every claim for a sweep, in general, and for the parts of the sweep.
-
-    The parts are the values of scheme, subset and optimiser, where they vary. In a part a claim is
-    tested only if the part has all the numbers that the sweep has. Each of these tables has an
-    error rate of its own, alpha over all its verdicts.
-
-    Args:
-        sweep: the runs.
-        values: the numbers of every claim.
-        plan: the interim analyses of the sweep, if any. What they have found takes the place of new
-            findings for these configurations.
-        alpha: the error rate of everything else.
-    """
-    trials, asked = trials_to_judge(sweep), asked_of(sweep)
-    claims = {name: CLAIMS[name] for name in asked}
-    by = {
-        knob: judge_by(knob, claims, values, trials, alpha)
-        for knob in ("scheme", "corpus.subset", "optim.name")
-        if trials[knob].n_unique() > 1
-    }
-    current: Mapping[str, Finding] = plan.current_findings() if plan else {}
-    here = current or judge(claims, values, trials, general=False, alpha=alpha, forecasts=True)
-    general = (
-        judge(claims, values, trials, alpha=alpha) if trials["init.scheme"].n_unique() > 1 else None
-    )
-    ended = trials.filter(status="finished")["trial_key"]
-    current_digest = digest(sweep.asked)
-    seen = [key for key in ended if sweep.stamps.get(key) != current_digest]
-    return ClaimFindings(
-        digest=current_digest,
-        standing="confirmatory"
-        if not seen
-        else "exploratory"
-        if len(seen) == len(ended)
-        else f"confirmatory for {len(ended) - len(seen)} of {len(ended)} trials",
-        exploratory_trials=seen,
-        alpha=alpha,
-        asked=asked,
-        here=with_not_asked({name: _pooled(found, name, by) for name, found in here.items()}),
-        in_general=with_not_asked(general) if general else None,
-        by={
-            knob: {label: with_not_asked(found) for label, found in labels.items()}
-            for knob, labels in by.items()
-        },
-    )
-
-
-def judge_by(
-    knob: str,
-    claims: Mapping[str, Claim],
-    values: Mapping[str, Values],
-    trials: pl.DataFrame,
-    alpha: float,
-) -> dict[str, dict[str, Finding]]:
-    """Judge claims for each value of a knob. All these verdicts share one error rate.
-
-    Returns:
-        By value of the knob and by claim.
-    """
-    labels = [str(label) for label in trials[knob].unique(maintain_order=True)]
-    unadjusted = {}
-    for label in labels:
-        some = trials.filter(pl.col(knob).cast(pl.String) == label)
-        judged = Trials.of(some)
-        for name, claim in claims.items():
-            numbers = values[name]
-            if _parts_of(numbers.join(some, on="trial_key")) != _parts_of(numbers):
-                numbers = numbers.head(0)
-            unadjusted[label, name] = judge_one(claim, numbers, judged, False, alpha)
-    shares = shares_of_error(list(claims))
-    found = adjusted(
-        unadjusted,
-        {(label, name): shares[name] / len(labels) for label, name in unadjusted},
-        alpha,
-        forecasts=len(labels) <= MOST_FORECAST,
-    )
-    return {label: {name: found[label, name] for name in claims} for label in labels}
-
-
-def _parts_of(values: Values) -> set[str]:
-    return set(values["part"])
-
-
-def _pooled(
-    found: Finding, claim: str, by: Mapping[str, Mapping[str, Mapping[str, Finding]]]
-) -> Finding:
-    """Return a finding on a whole sweep, or that the verdict depends on a knob.
-
-    It does where the claim is supported for one value of the knob and contradicted for another.
-    """
-    for knob, labels in by.items():
-        sides = {
-            verdict: [label for label, some in labels.items() if some[claim].verdict == verdict]
-            for verdict in (SUPPORTED, CONTRADICTED)
-        }
-        if all(sides.values()):
-            return replace(found, verdict=DEPENDS, depends_on={knob: sides}, forecast=None)
-    return found
-
-
-def with_not_asked(found: Mapping[str, Finding]) -> dict[str, Finding]:
-    """Add a finding on each claim that was not asked."""
-    return {name: found.get(name) or Finding.without_numbers(NOT_ASKED) for name in CLAIMS}
 
 
 def _summary(plan: InterimPlan) -> InterimSummary:
@@ -375,43 +222,8 @@ def _summary(plan: InterimPlan) -> InterimSummary:
     )
 
 
-def comparisons(
-    sweep: RunTables, values: Mapping[str, Values], alpha: float = ALPHA
-) -> Comparisons | None:
-    """Compare every claim's numbers under each scheme with those under the first scheme.
-
-    The p-values are adjusted for the number of all differences (Holm).
-
-    Returns:
-        None where there is one scheme.
-    """
-    trials = trials_to_judge(sweep).filter(status="finished")
-    reference = str(trials["scheme"].first())
-    if trials["scheme"].n_unique() < 2:
-        return None
-    found = {
-        name: compare(CLAIMS[name], numbers, trials, reference, alpha)
-        for name, numbers in values.items()
-    }
-    p_values = [
-        one.p for parts in found.values() for schemes in parts.values() for one in schemes.values()
-    ]
-    p_holm = iter(holm(p_values)[0])
-    return Comparisons(
-        reference=reference,
-        claims={
-            name: {
-                part: {scheme: replace(one, p_holm=next(p_holm)) for scheme, one in some.items()}
-                for part, some in parts.items()
-            }
-            for name, parts in found.items()
-            if parts
-        },
-    )
-
-
 def _counted(curve: Curve) -> CountedSpecifications:
-    """Count the verdicts of specifications: of all, and of each option of each choice."""
+    """Count the verdicts of all specifications, and for each option of each choice."""
     every = curve.all
     choices = list(every[0].choices) if every else []
     options = {choice: dict.fromkeys(one.choices[choice] for one in every) for choice in choices}
@@ -430,7 +242,7 @@ def _counted(curve: Curve) -> CountedSpecifications:
 
 
 def runs(sweep: RunTables, by_run: RunFrames) -> list[RunRow]:
-    """List every trial of the plan: its knobs that vary, how it ended, and its main numbers."""
+    """List every trial of the plan with the knobs that vary, the status and the main numbers."""
     losses = (
         sweep.tables["training"]
         .group_by("trial_key")
@@ -491,11 +303,14 @@ def _token_finding(by_run: RunFrames, scheme: str) -> TokenFinding:
 
 
 def of_seeds(runs: pl.DataFrame, column: str) -> list[float]:
-    """Return one number for each seed, because the runs of a seed are not independent.
+    """Average a column over the runs of each seed, because these runs are not independent.
 
     Args:
-        runs: columns seed, subset and the column that is averaged. Nulls are left out.
-        column: the name of that column.
+        runs: columns seed, subset and `column`. Nulls are left out.
+        column: the name of the column to average.
+
+    Returns:
+        One number for each seed.
     """
     known = runs.drop_nulls(column).select(
         "seed", config="subset", value=pl.col(column).cast(pl.Float64)

@@ -1,4 +1,4 @@
-"""Compute what the report shows of each run: one frame for each statistic."""
+"""Compute the data frames of the report: one frame for each statistic of runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gptcore.config import VOCAB_SIZES, compared_knobs, spelling, varying_knobs
 from gptcore.tokenizer import spell
 
 SEEDS_OF_LARGE_TABLES = 4
-"""Tables that are too large to read for all runs are read for this many seeds."""
+"""The number of seeds for which large tables are read."""
 TOKENS_FOLLOWED = 12
 
 
 def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
-    """Add a column `scheme` to the trials: the configurations that are never averaged.
+    """Add a column `scheme` to the trials. Results of different schemes are never averaged.
 
-    It is init.scheme, followed by every other knob of COMPARED_KNOBS that the sweep varies, such as
-    `model5, optim.name sgd`. Intervals and lines are over the seeds of one scheme.
+    A scheme is init.scheme and every other knob of COMPARED_KNOBS that the sweep varies. An example
+    is `model5, optim.name sgd`. Intervals and lines are over the seeds of one scheme.
     """
     scheme, *others = compared_knobs(varying_knobs(trials.to_dicts()))
     labels = [f"{knob} " + pl.col(knob).map_elements(spelling, pl.String) for knob in others]
@@ -30,16 +30,15 @@ def with_scheme(trials: pl.DataFrame) -> pl.DataFrame:
 
 
 def with_trial(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
-    """Add columns scheme, subset and seed of each row's trial. The order of rows stays."""
+    """Add the columns scheme, subset and seed of the trial to each row, and keep the order."""
     trials = sweep.trials.select("trial_key", "scheme", subset="corpus.subset", seed="init.seed")
     return frame.join(trials, on="trial_key", maintain_order="left")
 
 
 def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
-    """Select what analysis.verdicts needs of the trials.
+    """Select the columns of the trials that analysis.verdicts needs.
 
-    The column `scheme` has the configurations that are compared, as with_scheme names them. The
-    column `config` adds the subset.
+    The column `scheme` is the column of with_scheme. The column `config` is scheme and subset.
     """
     return sweep.trials.select(
         "trial_key", "status", "scheme", "init.scheme", "corpus.subset", "corpus.data_seed",
@@ -52,8 +51,8 @@ def trials_to_judge(sweep: RunTables) -> pl.DataFrame:
 class RunFrames:
     """The frame of each statistic of runs, with the columns of with_trial.
 
-    A frame is empty where the sweep has no such numbers. The fields name the report's Parquet
-    files, and figures choose a frame by the same name.
+    A frame is empty if the sweep has no such numbers. The names of the fields are also the names of
+    the Parquet files of the report. Figures use the same names.
     """
 
     losses: pl.DataFrame
@@ -114,9 +113,9 @@ def frames_of_runs(sweep: RunTables) -> RunFrames:
 
 
 def in_order_of_trials(frame: pl.DataFrame, sweep: RunTables) -> pl.DataFrame:
-    """Put the rows of each trial where the trial is in the sweep.
+    """Sort the rows in the order of the trials in the sweep.
 
-    Figures give colours to schemes in the order in which they come: each then has one colour.
+    Figures colour schemes in the order of rows. A scheme therefore has the same colour everywhere.
     """
     trials = sweep.trials.select("trial_key")
     return trials.join(frame, on="trial_key", maintain_order="left_right").select(frame.columns)
@@ -128,17 +127,17 @@ RECORDED = {
     "activations": ("step", "site", "layer", "rms"),
     "attention": ("step", "layer", "head", "entropy_share"),
 }
-"""Tables that no claim needs, and what a figure shows of them, in one run of each scheme."""
+"""Tables that no claim needs, and the columns that a figure shows, in one run of each scheme."""
 MOST_STEPS = 60
-"""A figure of losses shows no more steps."""
+"""The largest number of steps in the figure of losses."""
 
 
 def losses(sweep: RunTables) -> pl.DataFrame:
-    """Put the losses of training beside those on the fixed texts.
+    """Collect the losses of training and the losses on the fixed texts.
 
     Returns:
-        One row for each run, text and step, of evenly spaced steps and the last one: trial_key,
-        text, step, loss (nats per token).
+        One row for each run, text and step: trial_key, text, step, loss (nats per token). Training
+        has evenly spaced steps and the last step.
     """
     names = {"probe": "probe text", "held_out": "held-out text"}
     train = sweep.tables["training"].select(
@@ -187,8 +186,8 @@ def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
 
     Returns:
         One row for each bin that is not empty: trial_key, layer, step, low and high (its edges),
-        density (the share of elements in it, divided by its width). And by trial key, why a run
-        cannot be read.
+        density (the share of elements in it, divided by its width). Also the reason why a run
+        cannot be read, by trial key.
     """
     one = runs_of_lowest_seeds(sweep, 1).unique("scheme", keep="first", maintain_order=True)
     columns = ("step", "layer", "edges", "counts")
@@ -200,7 +199,7 @@ def histograms(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
         "trial_key", "layer", "step",
         low=pl.col("edges").list.head(pl.col("edges").list.len() - 1),
         high=pl.col("edges").list.tail(pl.col("edges").list.len() - 1),
-        # The first and the last count are of elements outside of the edges.
+        # The first and the last count are the elements outside of the edges.
         count=pl.col("counts").list.slice(1, pl.col("counts").list.len() - 2),
         size=pl.col("counts").list.sum(),
     )  # fmt: skip
@@ -215,7 +214,8 @@ def same_tokens(sweep: RunTables) -> tuple[pl.DataFrame, dict[str, str]]:
 
     Returns:
         One row for each run and token: trial_key, token, text, count (in the text that the run
-        trains on), log_prob (at its last step). And by trial key, why a run cannot be read.
+        trains on), log_prob (at its last step). Also the reason why a run cannot be read, by trial
+        key.
     """
     some = runs_of_lowest_seeds(sweep, SEEDS_OF_LARGE_TABLES)
     some = some.filter(pl.col("scheme") == pl.col("scheme").first())

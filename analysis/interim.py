@@ -1,16 +1,16 @@
-"""Interim analyses: judge a growing sweep several times, at one error rate over all of them.
+"""Interim analyses: judge a growing sweep several times, with one error rate over all analyses.
 
 A sweep with --until-decided gets seeds until its claims are decided. It is judged several times,
-and may err each time. How much of the error each analysis may spend is fixed before the first
-trial, by a spending function of the share of seeds that are finished: an analysis spends the
-increase of the function since the analysis before (Lan & DeMets 1983, *Discrete sequential
-boundaries for clinical trials*). The function is their approximation to the boundaries of Pocock
-(1977, *Group sequential methods in the design and analysis of clinical trials*), who found that
-five analyses save nearly as many trials as more would.
+and each time can give a false verdict. The error rate of each analysis is fixed before the first
+trial, by a spending function of the share of finished seeds. An analysis spends the increase of the
+function since the previous analysis (Lan & DeMets 1983, *Discrete sequential boundaries for
+clinical trials*). The function approximates the boundaries of Pocock (1977, *Group sequential
+methods in the design and analysis of clinical trials*). Pocock found that more than five analyses
+hardly save more trials.
 
-An analysis judges at the alpha that it spends. The chance that any of them errs is then at most the
-sum of all alphas. That holds for every kind of test, and for Holm's correction over claims. It is
-conservative, because the analyses of one growing sweep often err together.
+The alpha of an analysis is what it spends. The probability of any false verdict is then at most the
+sum of all alphas. This holds for every test, and for Holm's correction over claims. It is
+conservative, because the analyses of one sweep share their seeds, and often err together.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PlannedAnalysis:
     """One interim analysis of a schedule."""
 
     seeds: int  # of each configuration
-    alpha: float  # the error that it spends
+    alpha: float  # the error rate that it spends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,48 +50,48 @@ class InterimAnalysis(PlannedAnalysis):
     """An interim analysis that was made."""
 
     decided: tuple[str, ...]  # claims
-    findings: Mapping[str, Finding]  # on every claim that was undecided before
+    findings: Mapping[str, Finding]  # for every claim that was undecided before
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterimFinding(Finding):
-    """A finding, with the interim analysis that it comes from."""
+    """A finding, and the interim analysis that made it."""
 
-    analysis: int = field(metadata={KEY: "look"})  # its number, from 1
+    analysis: int = field(metadata={KEY: "look"})  # the number of the analysis, from 1
     alpha: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterimPlan:
-    """The interim analyses of a sweep, made and to come. It is stored as looks.json."""
+    """The past and the future interim analyses of a sweep. It is stored as looks.json."""
 
     seeds: tuple[int, ...]  # in the order in which they are added
     trials: tuple[str, ...]  # keys of all trials that the sweep may get
     claims_digest: str
-    asked: tuple[str, ...]  # claims; without any, all of them
+    asked: tuple[str, ...]  # claims; if empty, all claims
     waits_for: tuple[str, ...]  # the claims that have to be decided
     schedule: tuple[PlannedAnalysis, ...]
     made: tuple[InterimAnalysis, ...] = field(default=(), metadata={KEY: "looks"})
 
     @classmethod
     def from_json(cls, stored: JsonObject) -> InterimPlan:
-        """Read what to_json gave.
+        """Read a plan that was written by to_json.
 
         Raises:
-            ValueError: it is something else, or contradicts itself.
+            ValueError: this is not a plan, or the plan contradicts itself.
         """
         plan = from_json(cls, stored)
         is_ours, before = plan.claims_digest == digest(plan.asked), set[str]()
         if not plan.schedule or len(plan.made) > len(plan.schedule):
-            raise ValueError("it has more analyses than it plans, or plans none")
+            raise ValueError("there are more analyses than planned, or none is planned")
         for planned in (*plan.schedule, *plan.made):
             if not (0 < planned.alpha <= ALPHA and 0 < planned.seeds <= len(plan.seeds)):
-                raise ValueError("an analysis has an alpha or a number of seeds that none can have")
+                raise ValueError("an analysis has an impossible alpha or number of seeds")
         for one in plan.made:
             # Claims of another version are not looked up.
             is_whole = not is_ours or one.findings.keys() == set(plan.asked or CLAIMS) - before
             if not is_whole or not set(one.decided) <= one.findings.keys():
-                raise ValueError("an analysis has no finding on a claim that was undecided")
+                raise ValueError("an analysis lacks the finding for an undecided claim")
             before |= set(one.decided)
             for name, found in one.findings.items():
                 said = {found.verdict, found.verdict_of_finished}
@@ -102,9 +102,9 @@ class InterimPlan:
                           [*one.doubts, *one.variance])]  # fmt: skip
                 is_shown = all(map(is_plain, [name, found.course or "", *found.parts, *labels]))
                 if not (said <= set(VERDICTS) and has_rules and is_shown):
-                    raise ValueError(f"the finding on {one_line(name)} is none that can be made")
+                    raise ValueError(f"the finding for {one_line(name)} is impossible")
         if is_ours and not set(plan.waits_for) <= CLAIMS.keys():
-            raise ValueError("it waits for claims that there are not")
+            raise ValueError("it waits for claims that do not exist")
         return plan
 
     def to_json(self) -> JsonObject:
@@ -114,16 +114,16 @@ class InterimPlan:
 
     @property
     def is_over(self) -> bool:
-        """Whether no analysis is to come: no claim is undecided, or all analyses were made."""
+        """Whether the analyses are over: no claim is undecided, or no analysis is left."""
         return not self.undecided() or len(self.made) == len(self.schedule)
 
     def with_findings(self, found: Mapping[str, Finding]) -> InterimPlan:
-        """Return the plan with its next analysis made.
+        """Return a plan in which the next analysis has been made.
 
-        A claim that was decided before keeps its verdict, because its error is spent.
+        A claim that was decided before keeps its verdict, because its error rate is spent.
 
         Args:
-            found: the findings of verdicts.judge, at the alpha of the next analysis.
+            found: the findings of verdicts.judge at the alpha of the next analysis, by claim.
         """
         before = {name for analysis in self.made for name in analysis.decided}
         findings = {name: one for name, one in found.items() if name not in before}
@@ -141,9 +141,9 @@ class InterimPlan:
         return replace(self, made=(*self.made, made))
 
     def current_findings(self) -> dict[str, InterimFinding]:
-        """Return the finding on each claim: the one that decided it, else the latest one.
+        """Return the finding for each claim: the deciding one, or else the latest one.
 
-        It is empty before the first analysis.
+        The result is empty before the first analysis.
         """
         return {
             name: InterimFinding(**vars(found), analysis=number, alpha=analysis.alpha)
@@ -152,7 +152,7 @@ class InterimPlan:
         }
 
     def undecided(self) -> list[str]:
-        """Return the claims that keep the sweep going: those of `waits_for` still underpowered."""
+        """Return the claims of `waits_for` that are still underpowered."""
         current = self.current_findings()
         return [
             name for name in self.waits_for if not current or current[name].verdict == UNDERPOWERED
@@ -166,9 +166,9 @@ def plan_interim(
 
     Args:
         seeds: all seeds that a configuration may get, in the order in which they are added.
-        first_seeds: number of seeds before --until-decided adds more.
+        first_seeds: the number of seeds before --until-decided adds more.
         trials: the keys of all trials that the sweep may get.
-        asked: the claims; without names, all of them.
+        asked: the names of the claims. Without names, all claims.
     """
     return InterimPlan(
         seeds=tuple(seeds),
@@ -181,7 +181,7 @@ def plan_interim(
 
 
 def spent(share: float) -> float:
-    """Return how much of ALPHA is spent when a share of all seeds is finished.
+    """Return the part of ALPHA that is spent when this share of all seeds is finished.
 
     The spending function is alpha_3* of Lan & DeMets (1983).
     """
@@ -189,7 +189,7 @@ def spent(share: float) -> float:
 
 
 def supportable(seeds: int, alpha: float, asked: Sequence[str] = ()) -> set[str]:
-    """Return the claims, of those asked, that so many seeds can support at an error rate alpha."""
+    """Return the asked claims that this number of seeds can support at the error rate alpha."""
     claims = {name: CLAIMS[name] for name in CLAIMS if not asked or name in asked}
     return {name for name, least in least_seeds(claims, alpha).items() if least <= seeds}
 
@@ -199,10 +199,10 @@ def schedule(
 ) -> tuple[PlannedAnalysis, ...]:
     """Choose the number of seeds and the alpha of each interim analysis.
 
-    The first analysis has at least `first_seeds`, and is the first that can support every claim
-    that `max_seeds` can. An earlier analysis would spend error, and could not end a sweep in which
-    the claims hold. The last analysis has `max_seeds`. Up to three more are evenly spaced between
-    them, as many as can each support all of these claims.
+    The first analysis has at least `first_seeds`. It has the smallest number of seeds that can
+    support every claim that `max_seeds` can support. An earlier analysis would spend a part of the
+    error rate, but could not end the sweep. The last analysis has `max_seeds`. Up to three more are
+    evenly spaced in between, if each of them can support all of these claims.
     """
     wanted = supportable(max_seeds, ALPHA, asked)
     first = next(
@@ -219,7 +219,7 @@ def schedule(
 
 
 def _evenly_spaced(first: int, last: int, n_analyses: int) -> tuple[PlannedAnalysis, ...]:
-    """Plan analyses at evenly spaced numbers of seeds; fewer where numbers coincide."""
+    """Plan analyses at evenly spaced numbers of seeds. Equal numbers are planned once."""
     steps = range(n_analyses)
     sizes = sorted({round(first + (last - first) * step / (n_analyses - 1)) for step in steps})
     return tuple(
@@ -229,11 +229,11 @@ def _evenly_spaced(first: int, last: int, n_analyses: int) -> tuple[PlannedAnaly
 
 
 def remaining_alpha(plans: Sequence[InterimPlan]) -> float:
-    """Return the alpha for everything else that is judged on the runs of some sweeps.
+    """Return the alpha for all other verdicts on the runs of some sweeps.
 
-    It is what the last analysis of each sweep has spent, as a product of shares of ALPHA where
-    there are several sweeps. Its sum over all analyses at which the sweeps might have ended is then
-    at most ALPHA. Without interim analyses it is ALPHA.
+    For one sweep it is the alpha of the last analysis. For several sweeps, the shares of ALPHA are
+    multiplied. The sum over all analyses at which the sweeps could have ended is then at most
+    ALPHA. Without interim analyses, the result is ALPHA.
     """
     alphas = [plan.schedule[max(0, len(plan.made) - 1)].alpha for plan in plans]
     if not alphas:
@@ -243,7 +243,7 @@ def remaining_alpha(plans: Sequence[InterimPlan]) -> float:
 
 
 def find_sweep(store: Store, name: str) -> Run | None:
-    """Return the own run of a sweep, None where there is no such sweep."""
+    """Return the run that records a sweep. None if there is no such sweep."""
     if not store.address.exists:
         return None
     store.open()
@@ -251,7 +251,7 @@ def find_sweep(store: Store, name: str) -> Run | None:
 
 
 def read_interim_plan(store: Store, sweep_run: Run) -> InterimPlan | None:
-    """Read the interim analyses of a sweep, None where it was run without."""
+    """Read the interim analyses of a sweep. None if the sweep has none."""
     if "until_decided" not in sweep_run.data.tags:
         return None
     stored = store.read_json(sweep_run, INTERIM_FILE)
@@ -266,16 +266,16 @@ def read_interim_plan(store: Store, sweep_run: Run) -> InterimPlan | None:
 
 
 def interim_plans(sweep: RunTables) -> list[InterimPlan]:
-    """Read the interim analyses of all sweeps that were read as one."""
+    """Read the interim analyses of all sweeps in a report."""
     plans = (read_interim_plan(sweep.store, run) for run in sweep.sweep_runs)
     return [plan for plan in plans if plan]
 
 
 def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | None:
-    """Return the plan whose findings are those of this sweep.
+    """Return the interim plan whose findings hold for these runs.
 
-    That takes one sweep with interim analyses, all its trials, labels that are not shuffled, and
-    the claims that were fixed before its first trial. None for anything else.
+    There is one only for a single sweep with interim analyses, with all trials, without shuffled
+    labels, and with the claims that were fixed before the first trial. Otherwise None.
     """
     is_one = len(sweep.sweep_runs) == len(plans) == 1
     is_whole = bool(sweep.stamps)
@@ -285,9 +285,9 @@ def own_plan(sweep: RunTables, plans: Sequence[InterimPlan]) -> InterimPlan | No
 
 
 def _without_findings(stored: JsonObject) -> JsonObject:
-    """Leave out what older rules have found: findings had other fields then.
+    """Remove the findings of an older version, in which findings had other fields.
 
-    When the sweep was judged, and at which alphas, stays.
+    The seeds and the alphas of the analyses stay.
     """
     looks = [{**look, "decided": [], "findings": {}} for look in stored.get("looks", [])]
     return {"asked": [], **stored, "looks": looks, "waits_for": []}

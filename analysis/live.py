@@ -1,4 +1,4 @@
-"""The two main pictures of a report, drawn again and again while the trials of a sweep run."""
+"""Draw the two main figures of a report repeatedly while the trials of a sweep run."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from tracking.store import Store
 
 PICTURES = ("qkv_std", "group_log_probs")
 TABLES = ("init", "weights", "token_groups")
-"""What the pictures are drawn from."""
+"""The tables that the figures need."""
 
 
 class LivePictures:
-    """The pictures of one sweep. The tables of each trial are read once, after it has finished."""
+    """The figures of one sweep. The tables of a trial are read once, after the trial has ended."""
 
     def __init__(self, store: Store, sweep: str, runs_dir: Path) -> None:
-        """Begin with nothing read.
+        """Start without any trial.
 
         Args:
             store: where the sweep is recorded.
-            sweep: its name.
+            sweep: the name of the sweep.
             runs_dir: the runs folder.
         """
         self.store, self.sweep, self.cache = store, sweep, runs_dir / "cache"
         self.read: set[str] = set()  # keys of trials
-        self.shown = 0  # how many of them the pictures show: neither diverged nor unreadable
+        self.shown = 0  # the number of trials in the figures: neither diverged nor unreadable
         self._frames: dict[str, pl.DataFrame] = {}
 
     def draw(self, keys: Collection[str], planned: Mapping[str, Mapping[str, Scalar]]) -> str:
-        """Read the trials that were not read before. Return the Vega-Lite of the pictures, as JSON.
+        """Read the new trials, and return the Vega-Lite of the figures as JSON.
 
         Args:
-            keys: of trials that have a result; those that diverged are not drawn.
-            planned: by trial key the knobs of all trials, which give schemes their names.
+            keys: the keys of trials with a result. Diverged trials are not drawn.
+            planned: the knobs of all trials, by trial key. Schemes are named by these knobs.
         """
         trials = with_scheme(pl.DataFrame([{"trial_key": key, **planned[key]} for key in planned]))
         if new := [key for key in keys if key not in self.read]:
@@ -76,7 +76,7 @@ class LivePictures:
 
 
 def live_page(sweep: str) -> str:
-    """Return the page that shows the pictures. It fetches all that changes."""
+    """Return the HTML page of the figures. The page fetches everything that changes."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=folder, autoescape=True, undefined=jinja2.StrictUndefined,

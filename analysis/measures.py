@@ -1,6 +1,6 @@
 """Measure a run: the numbers that decide the claims, computed from the tables of runs.
 
-Each measure takes a sweep and returns Values. analysis.claims says which claim it belongs to.
+Each measure takes a sweep and returns Values. analysis.claims says which measure a claim has.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ LOGIT, LOG_Z = "unused tokens, logit's part (nats)", "unused tokens, log Z's par
 """Names of parts, as claims have them."""
 
 GROUPS = {COMMON: "common_100", ONCE: "singletons", UNUSED: "never_used"}
-"""Groups that decide claims: whole bins, and the most common tokens, of which none is drawn."""
+"""The token groups that decide claims. They are complete: no token is drawn at random."""
 DRAWN = {COMMON: "common_100", RARE_100: "rare_100", NEVER_100: "never_100"}
-"""The source's three groups of 100 tokens, of which two are drawn. They are reported beside."""
+"""The source's groups of 100 tokens. Two of them are drawn at random. They are reported, too."""
 ALL_GROUPS = list(dict.fromkeys([*GROUPS.values(), *DRAWN.values()]))
 
 
 @functools.lru_cache(maxsize=8)
 def growth_of(sweep: RunTables, kind: str) -> pl.DataFrame:
-    """Compute layer_growth of a sweep, once."""
+    """Return layer_growth of a sweep. It is computed once."""
     return layer_growth(sweep.tables["weights"].lazy(), kind)
 
 
 @functools.lru_cache(maxsize=2)
 def changes_of(sweep: RunTables) -> pl.DataFrame:
-    """Compute group_changes of a sweep, once."""
+    """Return group_changes of a sweep. It is computed once."""
     return group_changes(sweep.tables["token_groups"].lazy())
 
 
 def init_table(sweep: RunTables) -> Values:
     """Measure the largest relative error of the std at step 0, over the kinds of weights.
 
-    A weight that the scheme sets to zeros has no std to compare. If any of its elements is not 0,
-    the run's error counts as 1, which is beyond the claim's bound.
+    A weight that the scheme sets to zero has no std to compare. If any of its elements is not 0,
+    the error of the run is 1, which is beyond the bound of the claim.
     """
     zeros = (
         sweep.tables["init"]
@@ -99,8 +99,8 @@ def init_errors(sweep: RunTables) -> pl.DataFrame:
 def untrained_level(sweep: RunTables) -> Values:
     """Measure the log-probs of token groups at step 0.
 
-    The parts are the difference of each group from closed_form, and the differences of the groups
-    from each other (nats), as level_parts names them.
+    The parts are the difference between each group and closed_form, and the differences between the
+    groups (nats). Their names are those of level_parts.
     """
     start = (
         sweep.tables["token_groups"]
@@ -150,9 +150,9 @@ def closed_form(sweep: RunTables) -> pl.DataFrame:
 def widening(sweep: RunTables) -> Values:
     """Measure d(log std) of Q, K and V at the last step, as the median over the layers.
 
-    The last part is what of it a law does not explain. A weight of std s that moves by d (RMS) in
-    random directions grows by d(log std) = 1/2 ln(1 + (d / s)^2). Growth therefore depends on the
-    std at step 0, even where all weights move by the same distance.
+    The last part is the growth that a law does not explain. A weight of std s that moves by d (RMS)
+    in random directions grows by d(log std) = 1/2 ln(1 + (d / s)^2). Growth therefore depends on
+    the std at step 0, even if all weights move by the same distance.
     """
     frames, beyond = [], []
     for kind in "qkv":
@@ -182,7 +182,7 @@ def depth_gradient(sweep: RunTables) -> Values:
 
 
 def depth_gradient_lasts(sweep: RunTables) -> Values:
-    """Measure tau at the last step, and at each of STEPS that was recorded."""
+    """Measure tau at the last step, and at each recorded step of STEPS."""
     growth = at_report_steps(growth_of(sweep, "qkv"))
     at = pl.format("tau at step {}", "step")
     part = pl.when("is_last").then(pl.lit("tau at the last step")).otherwise(at)
@@ -193,7 +193,7 @@ def depth_gradient_lasts(sweep: RunTables) -> Values:
 def first_layer_widest(sweep: RunTables) -> Values:
     """Measure how much more the QKV weight of layer 0 grows than any other layer's.
 
-    The second part is 1 where it grows most, else 0.
+    The second part is 1 if layer 0 grows most, else 0.
     """
     growth = last_steps(growth_of(sweep, "qkv"))
     by_run = growth.group_by("trial_key", maintain_order=True).agg(
@@ -207,8 +207,8 @@ def first_layer_widest(sweep: RunTables) -> Values:
 def heavier_tails(sweep: RunTables) -> Values:
     """Measure the change of the excess kurtosis, as the median over the layers.
 
-    It is measured of Q, K and V, and of the merged QKV. The merged weight mixes three stds, so its
-    tails can get longer where those of its parts do not.
+    The weights are Q, K, V and the merged QKV. The merged weight mixes three stds, so its tails can
+    get longer although the tails of Q, K and V do not.
     """
     frames = []
     for kind in ("q", "k", "v", "qkv"):
@@ -222,7 +222,7 @@ def heavier_tails(sweep: RunTables) -> Values:
 
 
 def order(sweep: RunTables) -> Values:
-    """Measure how far each group's last log-prob is above that of the next one (nats)."""
+    """Measure the last log-prob of each group minus that of the next group (nats)."""
     changes = changes_of(sweep)
     last = changes.pivot("group", ALL_GROUPS, index="trial_key", values="end")
     return _long(
@@ -238,7 +238,7 @@ def order(sweep: RunTables) -> Values:
 def rare_falls(sweep: RunTables) -> Values:
     """Measure the change of the mean log-prob of rare tokens (nats).
 
-    The last part is how far they end above the smoothed unigram model of the text.
+    The last part is their last log-prob minus that of the smoothed unigram model of the text.
     """
     return _change(
         sweep,
@@ -251,7 +251,7 @@ def rare_falls(sweep: RunTables) -> Values:
 
 
 def rare_flips(sweep: RunTables) -> Values:
-    """Measure how far the log-prob of rare tokens goes in the predicted direction (nats).
+    """Measure the change of the log-prob of rare tokens in the predicted direction (nats).
 
     A calibrated model gives ln(1 / N) to a token that occurs once in a text of N tokens. That is
     below the start of training for a long text, and above it for a short text.

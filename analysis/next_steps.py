@@ -1,4 +1,4 @@
-"""What to do after a report: commands that would decide more."""
+"""Suggest what to do after a report: commands that would decide more claims."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from analysis.runs import RunTables
 from gptcore.config import KNOBS, spelling
 
 MOST_SEEDS = 32
-"""No command for more seeds is proposed: another size or rate then says more."""
+"""The largest number of seeds that is suggested. Beyond it, another size or rate says more."""
 ONCE_ONLY = ("redo", "watch", "wait", "dry-run")
-"""Flags that are about one run of a command."""
+"""Flags that apply to one run of a command, and are left out of a suggestion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class Next:
 
 
 def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
-    """Say what would decide more: more seeds, fresh seeds at a held error rate, another rate."""
-    # What is selected, shuffled, joined or searched has no stamps, and no command of its own.
+    """Suggest fresh seeds, more seeds, and other learning rates, with their commands."""
+    # A selection, a control, several sweeps as one, and a search have no stamps: one command cannot
+    # repeat them.
     if len(sweep.commands) != 1 or not sweep.stamps or findings.interim:
         return []
     try:
@@ -63,8 +64,8 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
         fresh = [str(seeds[-1] + 1 + seed) for seed in range(min(8, len(seeds)))]
         steps.append(
             Next(
-                says="Fresh seeds, added until every claim is decided, with one error rate over "
-                "all interim analyses:",
+                says="Run fresh seeds until every claim is decided. All interim analyses share one "
+                "error rate:",
                 command=with_flags(
                     command, name=f"{name}-fresh", **{"until-decided": str(max(needed, 24)),
                                                       "init.seed": fresh},
@@ -75,9 +76,9 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
         more = with_flags(command, name=name, **{"init.seed": [*map(str, [*seeds, *new])]})
         steps.append(
             Next(
-                says=f"With {needed} seeds, {first[0]}{under} would be decided in half of all "
-                "cases. Finished trials are not run again. The new ones are exploratory, because "
-                "this report was seen:",
+                says=f"Add seeds. With {needed} seeds, {first[0]}{under} would be decided in half "
+                "of all cases. Finished trials are not run again. The new trials are exploratory, "
+                "because this report exists already:",
                 command=more,
             )
         )
@@ -85,7 +86,7 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
         others = [spelling(float(f"{rates[0] * factor:.1g}")) for factor in (0.3, 3)]
         steps.append(
             Next(
-                says="The learning rate can decide a verdict. The same at other rates:",
+                says="Try other learning rates, because the learning rate can change a verdict:",
                 command=with_flags(command, name=f"{name}-rates", **{"optim.lr": others}),
             )
         )
@@ -93,7 +94,7 @@ def next_steps(sweep: RunTables, findings: Findings) -> list[Next]:
 
 
 def without_flags(command: str, flags: Collection[str]) -> str:
-    """Leave flags and their values out of a command."""
+    """Remove flags and their values from a command."""
     kept, dropping = list[str](), False
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -104,7 +105,7 @@ def without_flags(command: str, flags: Collection[str]) -> str:
 
 
 def with_flags(command: str, **flags: str | Sequence[str]) -> str:
-    """Give flags to a command, in place of those of the same names."""
+    """Add flags to a command. They replace flags of the same names."""
     words = shlex.split(without_flags(command, flags))
     for flag, value in flags.items():
         words += [f"--{flag}", *([value] if isinstance(value, str) else value)]

@@ -33,7 +33,7 @@ from analysis.sentences import (
     say_forecast,
     say_interim,
     say_outcome,
-    say_standing,
+    say_whether_confirmatory,
     scope_of,
     short,
 )
@@ -53,10 +53,10 @@ SECTIONS = {
     "unused": "Are unused tokens pushed down, and by what?",
     RECORDED: "What else was recorded?",
 }
-"""The sections of the report behind its first screen. Every claim is in one, and every figure that
-is not on the first screen."""
+"""The sections of the report after the first screen. Every claim has a section, and so has every
+figure that is not on the first screen."""
 MOST_TRIALS = 500
-"""The page lists no more trials; the file trials.csv has all."""
+"""The largest number of trials on the page. The file trials.csv has all trials."""
 
 
 def render(
@@ -73,18 +73,18 @@ def render(
     Args:
         sweep: the runs.
         charts: the Vega-Lite of the figures, by name.
-        groups: of tokens, in the order of tables.
+        groups: the token groups, in the order of the columns of tables.
         by_run: the statistics of runs.
-        findings: of the sweep.
-        shown: the claims.
-        runs_dir: for the commands that the page shows.
+        findings: the findings of the sweep.
+        shown: the names of the claims.
+        runs_dir: the runs folder, for the commands on the page.
     """
     differ = varying_knobs(sweep.trials.to_dicts())
     if (sweep.trials["corpus.data_seed"] == sweep.trials["init.seed"]).all():
         differ = [knob for knob in differ if knob != "corpus.data_seed"]
     specs, datasets = shared_data(charts)
     is_search = any(run.data.tags.get("preset") in SEARCH_GOALS for run in sweep.sweep_runs)
-    # What a search was for, such as its counterexamples, is among the notes of its plan.
+    # The result of a search, such as a counterexample, is in the notes of its plan.
     found = list(sweep.notes) if is_search else []
     return (
         environment()
@@ -127,7 +127,7 @@ def render(
             say_forecast=say_forecast,
             say_outcome=say_outcome,
             scope_of=scope_of,
-            say_standing=say_standing,
+            say_whether_confirmatory=say_whether_confirmatory,
             holds_in=holds_in,
             say_interim=say_interim,
             mlflow_commands=dict.fromkeys(
@@ -140,17 +140,17 @@ def render(
 
 
 def report_command(sweep: RunTables, runs_dir: Path) -> str:
-    """Return the command that reports on a sweep, or on several as one."""
+    """Return the command that writes this report."""
     names = [run.data.tags["sweep"] for run in sweep.sweep_runs]
     folder = [] if runs_dir == Path("runs") else ["--runs-dir", str(runs_dir)]
     return shlex.join(["python", "analysis/report.py", *folder, "--name", *names])
 
 
 def ties_cannot(findings: Findings) -> int | None:
-    """Return the number of seeds where the sign test cannot pass for one of all differences.
+    """Return the number of seeds if they are too few for the sign test of one difference.
 
     Returns:
-        None where it can, or where nothing is compared.
+        None if the seeds are enough, or if nothing is compared.
     """
     if findings.comparisons is None:
         return None
@@ -166,7 +166,7 @@ def ties_cannot(findings: Findings) -> int | None:
 
 
 def environment() -> jinja2.Environment:
-    """Return what renders the templates of this folder, with the filters that they use."""
+    """Return the Jinja environment of the templates in this folder, with their filters."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -188,7 +188,7 @@ def environment() -> jinja2.Environment:
 def render_comparison(
     first: Side, second: Side, rows: Sequence[Row], charts: Mapping[str, JsonObject]
 ) -> str:
-    """Return the page on two sweeps."""
+    """Return the page that compares two sweeps."""
     specs, datasets = shared_data(charts)
     names = [side.sweep.name for side in (first, second)]
     return (
@@ -212,10 +212,11 @@ def render_comparison(
 def shared_data(
     charts: Mapping[str, JsonObject],
 ) -> tuple[dict[str, JsonObject], dict[str, JsonObject]]:
-    """Take the data out of figures, so that the page has each set once, column by column.
+    """Separate the data from the figures, so that the page contains each data set only once.
 
     Returns:
-        The figures without data; and by the name of a data set its columns, as _coded gives them.
+        The figures without data, by name. The columns of each data set, in the form of _coded, by
+        the name of the data set.
     """
     specs, datasets = {}, {}
     for name, spec in charts.items():
@@ -230,9 +231,10 @@ def shared_data(
 
 
 def _coded(column: list[Json]) -> Json:
-    """Return a column. A column of texts has each text once: {values, at}, at which places.
+    """Compress a column for the page.
 
-    A column of equal values has the value and how often it is there: {value, times}.
+    A column of texts becomes {values, at}: each text once, and its index in every row. A column of
+    equal values becomes {value, times}. Other columns stay.
     """
     if column and all(value == column[0] for value in column):
         return {"value": column[0], "times": len(column)}

@@ -1,4 +1,4 @@
-"""What a paper needs of a sweep: figures as files, tables, a paragraph on methods, a citation."""
+"""Make the parts of a paper about a sweep: figures, tables, a paragraph on methods, a citation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from gptcore.units import counted
 
 FORMATS = ("svg", "pdf", "png")
 COLUMN, PAGE = 85, 170
-"""Millimetres: the width of a column of a paper, and of its text."""
+"""The width of a column of a paper, and of the text on a page, in millimetres."""
 WIDEST_IN_A_COLUMN = 420
-"""Pixels: a wider figure is printed over both columns, so that its type stays readable."""
+"""The widest figure of one column, in pixels. A wider figure takes both columns of a page."""
 DPI = 300
-"""Of a PNG."""
-INCH = 25.4
-"""Millimetres."""
+"""The resolution of a PNG, in pixels per inch."""
+MM_PER_INCH = 25.4
 
 PRINTED = {
     "background": "white",
@@ -36,20 +35,20 @@ PRINTED = {
     "header": {"labelFontSize": 14},
     "title": {"fontSize": 14},
 }
-"""The type of a figure in a file, which is made smaller to fit into a column: at least 7 points."""
+"""Font sizes of figures in files. Scaled to a column, all text has at least 7 points."""
 
 
 def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    """Write a figure as files, as wide as a column of a paper or as its text.
+    """Write a figure as files, as wide as a column of a paper or as the text on a page.
 
     Args:
-        spec: the figure's Vega-Lite.
-        folder: of the files, made if needed.
-        name: of the files, without an ending.
-        formats: of FORMATS.
+        spec: the figure in Vega-Lite.
+        folder: the folder of the files. It is made if needed.
+        name: the name of the files, without an ending.
+        formats: some of FORMATS.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     printed = {**spec, "config": {**spec.get("config", {}), **PRINTED}}
     svg = vl_convert.vegalite_to_svg(printed).replace("currentColor", "black")
@@ -73,9 +72,9 @@ def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[st
             file.write_text(sized(1, "mm"), encoding="utf-8")
         elif kind == "pdf":
             # vl_convert takes a pixel for a point.
-            file.write_bytes(vl_convert.svg_to_pdf(sized(72 / INCH, "")))
+            file.write_bytes(vl_convert.svg_to_pdf(sized(72 / MM_PER_INCH, "")))
         else:
-            file.write_bytes(vl_convert.svg_to_png(sized(72 / INCH, ""), ppi=DPI))
+            file.write_bytes(vl_convert.svg_to_png(sized(72 / MM_PER_INCH, ""), ppi=DPI))
         files.append(file)
     return files
 
@@ -89,7 +88,7 @@ def write_tables(tables: Mapping[str, pl.DataFrame], folder: Path) -> None:
 
 
 def latex(table: pl.DataFrame) -> str:
-    """Return a table in LaTeX. Numbers are at the right, and have three digits."""
+    """Return a table in LaTeX. Numbers have three digits and are aligned to the right."""
     numeric = [table.schema[column].is_numeric() for column in table.columns]
     rows = [[_in_latex(value) for value in row] for row in table.iter_rows()]
     lines = [" & ".join(map(_in_latex, table.columns)), *(" & ".join(row) for row in rows)]
@@ -122,8 +121,11 @@ def tables_of(findings: Findings, estimates: pl.DataFrame) -> dict[str, pl.DataF
     """Make the tables of a paper: the verdicts, the numbers behind them, and the trials.
 
     Args:
-        findings: of a sweep.
+        findings: the findings of a sweep.
         estimates: the rows of analysis.claim_table.estimates.
+
+    Returns:
+        The tables `verdicts`, `effects` and `trials`.
     """
     claims = findings.claims
     verdicts = [
@@ -148,7 +150,7 @@ def tables_of(findings: Findings, estimates: pl.DataFrame) -> dict[str, pl.DataF
 
 
 def methods(sweep: RunTables, findings: Findings) -> str:
-    """Describe how trials were trained and claims decided, as in a paper's section on methods."""
+    """Describe how trials were trained and how claims were decided, for the methods of a paper."""
     trials = sweep.trials
     knobs = trials.row(0, named=True)
 
@@ -168,28 +170,29 @@ def methods(sweep: RunTables, findings: Findings) -> str:
         f"{all_of('optim.lr')}, {all_of('optim.schedule')}, weight decay "
         f"{all_of('optim.weight_decay')}) on {all_of('corpus.name')} ({all_of('corpus.tokenizer')} "
         f"tokens; subsets {', '.join(subsets)}), under {counted(len(schemes), 'init scheme')} "
-        f"({', '.join(schemes)}) and {counted(trials['init.seed'].n_unique(), 'seed')}. "
-        f"{say_seeds(trials)} Seeds are paired over schemes. Token groups are measured on a "
-        "fixed text, without the tokens "
-        "among the inputs of a sequence. The units of every test are seeds: means have Student's t "
-        "test, guarded against skewed numbers; medians the sign test; shares the exact binomial "
-        f"test. Verdicts on {counted(len(findings.claims.asked), 'claim')} share one error rate of "
-        f"{ALPHA:.2g} over both directions (weighted Holm). Claims and rules have the digest "
-        f"{findings.claims.digest}; the trials are {findings.claims.standing}. Verdicts are about "
-        f"training {scope_of(findings)}." + "".join(f" {note}" for note in sweep.notes)
+        f"({', '.join(schemes)}) and with {counted(trials['init.seed'].n_unique(), 'seed')}. "
+        f"{say_seeds(trials)} Runs of one seed are paired over schemes. Token groups are measured "
+        "on a fixed text. A token that is among the inputs of a sequence is left out of "
+        "that sequence. The units of every test are seeds. Means are tested with Student's t-test, "
+        "guarded against skewed numbers, medians with the sign test, and shares with the exact "
+        f"binomial test. Verdicts on {counted(len(findings.claims.asked), 'claim')} share one "
+        f"error rate of {ALPHA:.2g} over both directions (weighted Holm). The digest of the claims "
+        f"and rules is {findings.claims.digest}. The trials are {findings.claims.standing}. "
+        f"Verdicts are about training {scope_of(findings)}."
+        + "".join(f" {note}" for note in sweep.notes)
     )
 
 
 def say_seeds(trials: pl.DataFrame) -> str:
-    """Say what a seed fixes, as the trials vary it."""
+    """Say what a seed fixes: the weights, and also the data if its seed follows."""
     weights, data = trials["init.seed"], trials["corpus.data_seed"]
-    drawn = "the order of batches and the tokens that are drawn"
     if (weights == data).all():
-        return f"A seed fixes the initial weights, {drawn}."
+        return "A seed fixes the initial weights, the order of the batches and the draws of tokens."
+    drawn = "The order of the batches and the draws of tokens"
     if data.n_unique() == 1:
-        return f"A seed fixes the initial weights; {drawn} are the same in all trials."
+        return f"A seed fixes the initial weights. {drawn} are the same in all trials."
     return (
-        f"A seed fixes the initial weights; {drawn} have {counted(data.n_unique(), 'seed')} of "
+        f"A seed fixes the initial weights. {drawn} have {counted(data.n_unique(), 'seed')} of "
         "their own."
     )
 
@@ -210,7 +213,7 @@ def bibtex(sweep: RunTables, findings: Findings) -> str:
 
 
 def provenance(sweep: RunTables, findings: Findings) -> dict[str, str]:
-    """Tell what the numbers of a report were made with."""
+    """Return the versions, devices, texts and commands that the numbers of a report come from."""
     names = {
         "git_commit": "commit", "versions": "versions", "device": "devices",
         "corpus_digest": "SHA-256 of the text",

@@ -1,7 +1,7 @@
-"""Draw what runs show: each fig_* turns a frame of analysis.frames into an Altair chart.
+"""Draw the runs: each fig_* turns a frame of analysis.frames into an Altair chart.
 
-Where a figure follows runs, a thin line is one seed, averaged over subsets unless the figure tells
-subsets apart. A thick line is the mean over seeds.
+In figures over steps or layers, a thin line is one seed, and a thick line is the mean over seeds.
+Lines are averaged over subsets, unless the figure shows each subset.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from analysis.chart_parts import (
     panel_size,
     seed_lines,
     seeds_and_mean,
-    told,
+    tooltips,
 )
 from analysis.claims import CLAIMS
 from tracking.colours import COLOURS
 
 ERROR = CLAIMS["init_table"].rule("largest error of a kind").high or 0.0
 MOST_HISTOGRAMS = 4
-"""The figure of histograms, which has thousands of bins for each, shows so many schemes."""
+"""The largest number of schemes in the figure of histograms. Each scheme has thousands of bins."""
 
 
 def fig_init_errors(errors: pl.DataFrame) -> Chart:
-    """Draw the error of each kind's std at step 0: a dot for each run, and the claim's margin."""
+    """Draw the relative error of the std of each kind of weight at step 0: one dot for each run."""
     runs = alt.Chart(errors).mark_circle(opacity=0.5).encode(
         x=alt.X("error:Q", title="std at step 0 against the scheme's", axis=alt.Axis(format="+%")),
         y=alt.Y("kind:N", title=None, sort=None),
         yOffset=alt.YOffset("scheme:N", sort=None),
         color=colour_by_scheme(),
-        tooltip=told("scheme:N", "subset:N", "seed:N", "kind:N",
+        tooltip=tooltips("scheme:N", "subset:N", "seed:N", "kind:N",
                       alt.Tooltip("expected:Q", format=".5f"),
                       alt.Tooltip("found:Q", format=".5f")),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def fig_qkv_std(growth: pl.DataFrame) -> Chart:
 def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
     """Draw the mean log-prob of token groups over steps: a panel for each scheme.
 
-    Grey lines are the log-probs of an untrained model. Dotted lines are those of a calibrated one.
+    Grey lines belong to an untrained model, and dotted lines to a calibrated model.
 
     Args:
         token_groups: the primary rows, with the column level of closed_form.
@@ -89,7 +89,7 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
     untrained = base.mark_line(color=GREY, strokeWidth=1).encode(y=alt.Y("level:Q"))
     calibrated = base.mark_line(strokeDash=[1, 3]).encode(
         y=alt.Y("calibrated:Q"), color=colour,
-        tooltip=told("group:N", "subset:N", alt.Tooltip("calibrated:Q", format=".3f")),
+        tooltip=tooltips("group:N", "subset:N", alt.Tooltip("calibrated:Q", format=".3f")),
     )  # fmt: skip
     lines = seed_lines(
         frame, "mean_logprob", "mean log-prob (nats)", colour, dash=dash, size=panel_size(frame)
@@ -100,7 +100,7 @@ def fig_group_log_probs(token_groups: pl.DataFrame) -> Chart:
 GROUP_NAMES = {
     "common_100": "100 most common", "singletons": "occur once", "never_used": "never occur"
 }  # fmt: skip
-"""The groups of the main figure of tokens, and what they are called there."""
+"""The token groups of the main figure, and their names there."""
 
 
 def fig_losses(losses: pl.DataFrame) -> Chart:
@@ -116,7 +116,7 @@ QUANTITIES = {
 
 
 def fig_growth_by_layer(growth: pl.DataFrame) -> Chart:
-    """Draw growth, displacement and the std at the start against depth, for Q, K and V each."""
+    """Draw growth, displacement and the std at the start against depth, for each of Q, K and V."""
     rows = growth.unpivot(
         list(QUANTITIES), index=["scheme", "seed", "kind", "layer"], variable_name="quantity"
     ).with_columns(pl.col("quantity").replace(QUANTITIES), pl.col("kind").str.to_uppercase())
@@ -131,7 +131,7 @@ def fig_growth_by_layer(growth: pl.DataFrame) -> Chart:
 def fig_law(growth: pl.DataFrame) -> Chart:
     """Draw the growth of Q, K and V of each layer against displacement over std at the start.
 
-    The line is what a weight grows by that moves in random directions.
+    The dashed line is the growth of a weight that moves in random directions.
     """
     points = (
         growth.filter(pl.col("start") > 0)
@@ -156,7 +156,7 @@ def fig_law(growth: pl.DataFrame) -> Chart:
             y=alt.Y("growth:Q", title="growth, d(log std)"),
             color=colour_by_scheme(),
             shape=alt.Shape("kind:N", title="weight"),
-            tooltip=told("scheme:N", "kind:N", "layer:O", alt.Tooltip("moved:Q", format=".3f"),
+            tooltip=tooltips("scheme:N", "kind:N", "layer:O", alt.Tooltip("moved:Q", format=".3f"),
                           alt.Tooltip("growth:Q", format=".4f")),
         )
     )  # fmt: skip
@@ -164,7 +164,7 @@ def fig_law(growth: pl.DataFrame) -> Chart:
 
 
 def fig_tau_over_steps(tau: pl.DataFrame) -> Chart:
-    """Draw tau over depth at every step that was recorded."""
+    """Draw tau over depth at every recorded step."""
     frame = seeds_and_mean(tau, "step", "tau")
     chart = seed_lines(
         frame, "tau", "tau over depth", colour_by_scheme(), choose=True, size=(420, 220),
@@ -174,7 +174,7 @@ def fig_tau_over_steps(tau: pl.DataFrame) -> Chart:
 
 
 def fig_tau_by_rate(gradients: pl.DataFrame) -> Chart | None:
-    """Draw tau at the last step against the learning rate, where that varies.
+    """Draw tau at the last step against the learning rate. Return None for a single rate.
 
     Args:
         gradients: tau of runs, with the columns lr and init_scheme.
@@ -188,7 +188,7 @@ def fig_tau_by_rate(gradients: pl.DataFrame) -> Chart | None:
     )  # fmt: skip
     runs = base.mark_circle(opacity=0.4).encode(
         y=alt.Y("tau:Q", title="tau over depth", scale=alt.Scale(domain=[-1, 1])),
-        tooltip=told("init_scheme:N", "seed:N", "subset:N", "lr:Q",
+        tooltip=tooltips("init_scheme:N", "seed:N", "subset:N", "lr:Q",
                       alt.Tooltip("tau:Q", format=".3f")),
     )  # fmt: skip
     medians = base.mark_line(point=True).encode(y=alt.Y("median(tau):Q"))
@@ -214,7 +214,7 @@ def fig_histograms(bins: pl.DataFrame) -> Chart:
             y=alt.Y("density:Q", title="density (log scale)", scale=alt.Scale(type="log")),
             color=colour_by_scheme(),
             opacity=alt.condition(one, alt.value(1), alt.value(0.08)),
-            tooltip=told("scheme:N", "step:Q", alt.Tooltip("low:Q", format=".4f"),
+            tooltip=tooltips("scheme:N", "step:Q", alt.Tooltip("low:Q", format=".4f"),
                           alt.Tooltip("high:Q", format=".4f"),
                           alt.Tooltip("density:Q", format=".4g")),
         )
@@ -227,7 +227,7 @@ def fig_histograms(bins: pl.DataFrame) -> Chart:
 
 
 def fig_rare_by_size(changes: pl.DataFrame) -> Chart | None:
-    """Draw the change of rare tokens against the number of tokens that a run trains on.
+    """Draw the change of rare tokens against the size of the training text in tokens.
 
     A dashed line is the change that calibration predicts.
 
@@ -244,9 +244,9 @@ def fig_rare_by_size(changes: pl.DataFrame) -> Chart | None:
         )
     )
     runs = base.mark_circle(opacity=0.5).encode(
-        y=alt.Y("change:Q", title="change of rare's mean log-prob (nats)"),
+        y=alt.Y("change:Q", title="change of mean log-prob of rare tokens (nats)"),
         color=colour_by_scheme(),
-        tooltip=told("scheme:N", "subset:N", "seed:N", "n_tokens:Q",
+        tooltip=tooltips("scheme:N", "subset:N", "seed:N", "n_tokens:Q",
                       alt.Tooltip("change:Q", format=".3f"),
                       alt.Tooltip("predicted:Q", format=".3f")),
     )  # fmt: skip
@@ -266,7 +266,7 @@ def fig_same_tokens(tokens: pl.DataFrame) -> Chart:
             y=alt.Y("log_prob:Q", title="log-prob (nats)", scale=alt.Scale(zero=False)),
             shape=alt.Shape("subset:N", title="corpus.subset"),
             color=alt.Color("subset:N", title="corpus.subset", scale=alt.Scale(range=COLOURS)),
-            tooltip=told("text:N", "token:Q", "subset:N", "seed:N", "count:Q",
+            tooltip=tooltips("text:N", "token:Q", "subset:N", "seed:N", "count:Q",
                           alt.Tooltip("log_prob:Q", format=".3f")),
         )
         .properties(width=130, height=110)
@@ -278,7 +278,7 @@ def fig_same_tokens(tokens: pl.DataFrame) -> Chart:
 def fig_mechanism(changes: pl.DataFrame) -> Chart:
     """Draw the change of each group's log-prob, as means over the runs of a scheme.
 
-    Bars are what the logit adds and what log Z adds. A tick is both together.
+    The bars are the parts of the logit and of log Z. A tick is their sum.
     """
     parts = {
         "logit": pl.col("logit_change"), "log Z": -pl.col("log_z_change"), "both": pl.col("change")
@@ -294,7 +294,7 @@ def fig_mechanism(changes: pl.DataFrame) -> Chart:
     base = alt.Chart(means).encode(
         x=alt.X("nats:Q", title="change of mean log-prob (nats)"),
         y=alt.Y("scheme:N", title=None, sort=None, axis=alt.Axis(labelLimit=0)),
-        tooltip=told("scheme:N", "group:N", "part:N", alt.Tooltip("nats:Q", format=".3f")),
+        tooltip=tooltips("scheme:N", "group:N", "part:N", alt.Tooltip("nats:Q", format=".3f")),
     )
     bars = base.transform_filter("datum.part != 'both'").mark_bar().encode(
         color=alt.Color("part:N", title="part of", scale=alt.Scale(range=["#0072B2", "#E69F00"])),

@@ -1,4 +1,4 @@
-"""How many seeds a claim needs: what a plan can decide, and how many more seeds would decide."""
+"""Compute how many seeds a claim needs, before a sweep and after it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from analysis.stats import holm
 from analysis.variance import SKEW, TIES, Spread
 
 MAX_SEEDS = 1000
-"""No larger number of seeds is recommended."""
+"""The largest number of seeds that is recommended."""
 POWER = 0.8
 """The probability with which a recommended number of seeds decides a claim."""
 FUTURES = 400
-"""A forecast is made from so many ways in which a sweep may go on."""
+"""The number of simulated continuations of a sweep in a forecast."""
 
 HEADLINES = {"depth_gradient": 0.64, "never_suppressed": 0.26}
-"""The claims that a sweep is asked first, and their shares of the error rate. The other claims have
-the rest, evenly. With 0.64, six seeds that agree decide the first one."""
+"""The claims that matter most, and their shares of the error rate. The other claims share the rest
+evenly. With the share 0.64, six seeds that agree are enough to support depth_gradient."""
 
 Draws = NDArray[np.float64]
 
@@ -42,8 +42,8 @@ def say_power(seeds: int, claims: Mapping[str, Claim], alpha: float = ALPHA) -> 
     """Say what a number of seeds can decide, as lines for the console.
 
     Args:
-        seeds: of each configuration.
-        claims: those that are asked, by name.
+        seeds: the number of seeds of each configuration.
+        claims: the claims that are asked, by name.
         alpha: the error rate at which claims will be judged.
     """
     by_least: dict[int, list[str]] = {}
@@ -55,9 +55,9 @@ def say_power(seeds: int, claims: Mapping[str, Claim], alpha: float = ALPHA) -> 
         last = detectable(seeds, min(shares.values()) * alpha)
         alone = detectable(seeds, alpha)
         lines.append(
-            f"  a claim about a mean is decided in {POWER:.0%} of sweeps if its number lies "
-            f"{alone:.2g} standard deviations (between seeds) beyond the bound and all other "
-            f"claims are decided, {last:.2g} if none is"
+            f"  a claim about a mean is decided in {POWER:.0%} of sweeps if the mean lies beyond "
+            f"the bound by {alone:.2g} standard deviations (between seeds) and all other claims "
+            f"are decided; by {last:.2g} if no other claim is decided"
         )
     for least, names in sorted(by_least.items()):
         if seeds >= least:
@@ -71,15 +71,16 @@ def say_power(seeds: int, claims: Mapping[str, Claim], alpha: float = ALPHA) -> 
 def least_seeds(claims: Mapping[str, Claim], alpha: float = ALPHA) -> dict[str, int]:
     """Return the smallest number of seeds that can support each claim.
 
-    It is the number at which a claim is supported if every seed agrees with every claim. The
-    p-value of a median or a share is then as small as it can be. That of a mean has no least.
+    With this number, the claim is supported if every seed agrees with every claim. The p-value of a
+    median or a share then has the smallest possible value. The p-value of a mean can be as small as
+    you like.
 
     Args:
         claims: all claims that are judged together, by name.
         alpha: the error rate.
 
     Returns:
-        By name of the claim the number of seeds, and MAX_SEEDS + 1 where no number can.
+        The number of seeds by the name of the claim. MAX_SEEDS + 1 means that no number suffices.
     """
     shares = list(shares_of_error(list(claims)).values())
     rules = [[rule for rule in one.parts.values() if rule.decides] for one in claims.values()]
@@ -128,7 +129,7 @@ def detectable(n_seeds: int, alpha: float = ALPHA) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def critical_t(df: float, alpha: float, guard: float = ASSUMED) -> float:
-    """Return the t from which a guarded test finds a mean, for both directions together."""
+    """Return the smallest t at which a guarded two-sided test rejects at the error rate alpha."""
 
     def excess(log_p: float) -> float:
         return guarded(math.exp(log_p), df, guard) - alpha / 2
@@ -140,25 +141,25 @@ def critical_t(df: float, alpha: float, guard: float = ASSUMED) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """How many seeds would decide a claim, if new seeds are like those that were run."""
+    """The numbers of seeds that would decide a claim, if new seeds resemble the seeds so far."""
 
-    half: int | None  # decide it in half of the ways in which the sweep may go on
-    most: int | None  # and in POWER of them; None where it takes more than MAX_SEEDS
-    would_be: str  # the verdict that is likelier then
+    half: int | None  # decide the claim with probability 0.5; None for more than MAX_SEEDS
+    most: int | None  # decide the claim with probability POWER; None for more than MAX_SEEDS
+    would_be: str  # the most likely verdict
 
 
 def forecast(rules: Sequence[tuple[Part, Spread]], alpha: float) -> Forecast | None:
-    """Forecast how many seeds would decide a claim that is undecided.
+    """Forecast how many seeds would decide an undecided claim.
 
-    The seeds so far leave many centres and spreads possible. For each of FUTURES of them, further
-    seeds are drawn, and the tests of analysis.decisions are made.
+    The true centre and spread are only known roughly. FUTURES possible pairs are drawn. For each
+    pair, further seeds are simulated, and tested as in analysis.decisions.
 
     Args:
         rules: the parts that decide the claim, and their units.
-        alpha: the error rate that the claim has, for both directions together.
+        alpha: the error rate of the claim, for both directions together.
 
     Returns:
-        None where there is only one seed.
+        None if there is only one seed.
     """
     n = min(len(spread.units) for _, spread in rules)
     if n < 2 or any(spread.error is None for _, spread in rules):
@@ -186,7 +187,7 @@ def forecast(rules: Sequence[tuple[Part, Spread]], alpha: float) -> Forecast | N
 
 
 def _sizes(n: int) -> list[int]:
-    """Return numbers of seeds above n: all at first, then ever fewer."""
+    """Return the numbers of seeds to try: from n + 1 up to MAX_SEEDS, in growing steps."""
     sizes = [n + 1]
     while sizes[-1] < MAX_SEEDS:
         sizes.append(max(sizes[-1] + 1, math.ceil(sizes[-1] * 1.15)))
@@ -194,7 +195,7 @@ def _sizes(n: int) -> list[int]:
 
 
 class _Part:
-    """The ways in which the numbers of one part may go on."""
+    """Simulated continuations of the numbers of one part."""
 
     def __init__(self, rule: Part, spread: Spread, rng: np.random.Generator) -> None:
         self.rule, self.rng, self.units = rule, rng, spread.units
@@ -205,10 +206,19 @@ class _Part:
         self.centre = self.mean + self.sigma / math.sqrt(self.n) * rng.standard_normal(FUTURES)
         self.doubts = spread.doubts
         self.guard = SEEN if SKEW in spread.doubts else ASSUMED
-        self.at: dict[tuple[float, int], Draws] = {}  # by bound and direction, shares beyond it
+        self.at: dict[tuple[float, int], Draws] = {}  # shares beyond a bound, by bound and sign
 
     def shown(self, seeds: int, alpha: float, parts: int) -> dict[str, NDArray[np.bool_]]:
-        """Return which futures show each sentence about the rule at a number of seeds."""
+        """Return in which futures each statement about the rule is shown.
+
+        Args:
+            seeds: the number of seeds, larger than the number so far.
+            alpha: the error rate of both directions together.
+            parts: the number of parts that decide the claim.
+
+        Returns:
+            One boolean for each future, by verdict.
+        """
         rule = self.rule
         means = self._means(seeds) if rule.centre == "mean" else None
 
@@ -244,7 +254,7 @@ class _Part:
         return mean, np.sqrt(squares / (seeds - 1) / seeds)
 
     def _counts(self, bound: float, sign: int, seeds: int, level: float) -> NDArray[np.bool_]:
-        """Return which futures show a median or a share beyond a bound."""
+        """Return in which futures a median or a share is shown to lie beyond a bound."""
         is_share = self.rule.centre == "share"
         one = sign * (self.units - (0.5 if is_share else bound)) > 0
         held, null = int(one.sum()), (bound if sign > 0 else 1 - bound) if is_share else 0.5
@@ -256,7 +266,7 @@ class _Part:
 
 @functools.lru_cache(maxsize=4096)
 def critical_count(n: int, null: float, alpha: float) -> int:
-    """Return from how many of n successes on an exact test finds more than a share `null` of them.
+    """Return the smallest number of successes at which an exact binomial test rejects.
 
     Args:
         n: the number of seeds.
@@ -264,7 +274,7 @@ def critical_count(n: int, null: float, alpha: float) -> int:
         alpha: the error rate of both directions together.
 
     Returns:
-        n + 1 where not even n successes are enough.
+        n + 1 if not even n successes are enough.
     """
     p_values = stats.binom.sf(np.arange(n + 1) - 1, n, null)  # of 0 to n successes
     return int((2 * p_values >= alpha).sum())

@@ -61,7 +61,7 @@ def read_tables(
 
 
 def empty_tables(what: Mapping[str, Rows]) -> dict[str, pl.DataFrame]:
-    """Return tables without rows, for a sweep of which no trial has finished."""
+    """Return tables without rows, for a sweep without a finished trial."""
     empty = {
         table: pl.DataFrame(schema={**schema_of(TABLES[table]), "file": pl.String})
         for table in what

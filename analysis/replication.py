@@ -1,4 +1,4 @@
-"""The numbers that the source reports, and those of a sweep."""
+"""Compare the numbers that the source reports with the numbers of a sweep."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from analysis.sentences import short
 
 @dataclass(frozen=True, kw_only=True)
 class Replicated:
-    """A number of the source, beside those of a sweep."""
+    """A number of the source, and the same number in each scheme of a sweep."""
 
     what: str
     source: str
-    here: str  # what the source's formula gives at the size of the sweep, where it has one
-    found: Mapping[str, tuple[str, bool]]  # by scheme: number, and whether it agrees
+    here: str  # the result of the source's formula at the size of the sweep; empty without one
+    found: Mapping[str, tuple[str, bool]]  # by scheme: the number, and whether it agrees
 
 
 def replication(sweep: RunTables, findings: Findings, by_run: RunFrames) -> list[Replicated]:
-    """Put the numbers that the source reports beside those of a sweep, by scheme.
+    """Compare each number that the source reports with the number of each scheme of a sweep.
 
-    The source's are those of one model with d_model 768 and context 256. Where a formula gives its
-    number, the formula decides at the size of the sweep.
+    The source has one model with d_model 768 and context 256. If the source's number follows from
+    a formula, the sweep is compared with the formula at its own size.
     """
     knobs = sweep.trials.row(0, named=True)
     wpe = (2 / (knobs["model.context"] + knobs["model.d_model"])) ** 0.5

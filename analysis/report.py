@@ -27,13 +27,12 @@ if __name__ == "__main__":
     # Import from the root of the checkout, also where a package of that name is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import polars as pl
 
-from analysis.claim_table import estimates, of_claims, weakest
+from analysis.claim_table import estimates, of_claims, specified, variance, weakest
 from analysis.claims import CLAIMS, check_claims
 from analysis.comparing import Side, compare_sweeps, estimates_of
 from analysis.figures import FIGURES, FIRST_SCREEN, check_figures, drawn
-from analysis.findings import Findings, find, measured
+from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.page import render, render_comparison
@@ -47,6 +46,7 @@ from analysis.sentences import (
     say_where_it_holds,
     scope_of,
 )
+from analysis.sweep_verdicts import measured
 from gptcore.config import InputError
 from tracking.access import private_files, write_for
 from tracking.address import store_address
@@ -56,7 +56,7 @@ from tracking.store import Store
 from tracking.untrusted import check_no_link, in_markdown, one_line, printable
 
 MAIN_FIGURES = [name for name, figure in FIGURES.items() if figure.section == FIRST_SCREEN]
-"""The figures that every report has as pictures too, for pages that show no HTML."""
+"""The figures that every report also has as PNG files, for pages that cannot show HTML."""
 
 
 def build_report(
@@ -75,21 +75,21 @@ def build_report(
 
     Args:
         store: where the sweeps are recorded.
-        names: of the sweeps. Without names, it is the sweep launched last.
-        out: the folder of the report. By default it is reports/NAME in the runs folder, with
-            `-selected`, `-claims` or `-shuffled` after the name where only some trials or claims
-            are reported, or labels are shuffled.
+        names: the names of the sweeps. Without names, the sweep that was started last.
+        out: the folder of the report. By default it is reports/NAME in the runs folder. The name
+            ends with `-selected` for some trials, `-claims` for some claims, or `-shuffled` for
+            shuffled labels.
         runs_dir: the runs folder.
         where: report only the trials for which this SQL expression over the knobs is true.
         claims: show only the verdicts on these claims, corrected for the number of all claims.
         shuffle: a seed. With it, the names of token groups are shuffled within each run.
-        figures: write these figures as files into the folder `figures`, and nothing else. The one
-            name `all` means all.
-        formats: of the files of figures, from FORMATS.
+        figures: write only these figures, as files in the folder `figures`. The name `all` means
+            all figures.
+        formats: the formats of the files of figures, from FORMATS.
 
     Raises:
         InputError: there is nothing to report, or the folder cannot be written. An earlier report
-            in the folder is then left unchanged.
+            in the folder stays unchanged.
     """
     check_claims(claims)
     some = [] if list(figures) == ["all"] else figures
@@ -100,7 +100,7 @@ def build_report(
         sweep = shuffled_labels(sweep, shuffle)
     shown = list(dict.fromkeys(claims)) or list(CLAIMS)
     if claims:
-        note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all of them."
+        note = f"{len(shown)} of {len(CLAIMS)} claims are shown, corrected for all claims."
         sweep = replace(sweep, notes=(*sweep.notes, note))
     # The report of a part or of a control does not replace the report of the sweep.
     kind = (
@@ -128,32 +128,25 @@ def build_report(
         groups = frames["group_changes"]["group"].unique(maintain_order=True).to_list()
         page = render(sweep, charts, groups, by_run, findings, shown, runs_dir)
         contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch)
-            kinds = formats if figures else ["png"]
-            with ThreadPoolExecutor() as pool:
-                drawing = [
-                    pool.submit(write_figure, charts[name], new / "figures", name, kinds)
-                    for name in (charts if figures else charts.keys() & MAIN_FIGURES)
-                ]
-                if not figures:
-                    (new / "report.html").write_text(page, encoding="utf-8")
-                    (new / "findings.json").write_text(contents)
-                    (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
-                    write_tables(tables_of(findings, by_scheme), new / "tables")
-                    for table, frame in frames.items():
-                        frame.write_parquet(new / f"{table}.parquet")
-                for one in drawing:
-                    one.result()
-            put_in_place(new, folder)
+    with writing(folder) as new:
+        kinds = formats if figures else ["png"]
+        with ThreadPoolExecutor() as pool:
+            drawing = [
+                pool.submit(write_figure, charts[name], new / "figures", name, kinds)
+                for name in (charts if figures else charts.keys() & MAIN_FIGURES)
+            ]
             if not figures:
-                remove_older_figures(folder / "figures", charts)
-    except OSError as error:
-        raise InputError(
-            f"the report folder {folder} cannot be written: {error.strerror}"
-        ) from error
+                (new / "report.html").write_text(page, encoding="utf-8")
+                (new / "findings.json").write_text(contents)
+                (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")
+                write_tables(tables_of(findings, by_scheme), new / "tables")
+                for table, frame in frames.items():
+                    frame.write_parquet(new / f"{table}.parquet")
+            for one in drawing:
+                one.result()
+        put_in_place(new, folder)
+        if not figures:
+            remove_older_figures(folder / "figures", charts)
     return folder
 
 
@@ -162,17 +155,15 @@ def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_
 
     Args:
         store: where the sweeps are recorded.
-        names: of the two sweeps.
-        out: the folder of the page. By default it is reports/ONE+vs+TWO in the runs folder.
+        names: the names of the two sweeps.
+        out: the folder of the page. By default, reports/ONE+vs+TWO in the runs folder.
         runs_dir: the runs folder.
 
     Raises:
-        InputError: these are not two sweeps, or the folder cannot be written.
+        InputError: there are not two sweeps, or the folder cannot be written.
     """
     if len(set(names)) != 2 or len(names) != 2:
-        raise InputError(
-            f"--compare takes the names of two sweeps, --name ONE TWO, not {len(names)} names"
-        )
+        raise InputError("--compare needs the names of two different sweeps: --name ONE TWO")
 
     def read(name: str) -> Side:
         sweep = read_sweeps(store, [name], None, runs_dir / "cache")
@@ -190,27 +181,37 @@ def build_comparison(store: Store, names: Sequence[str], out: Path | None, runs_
         check_no_link(folder, runs_dir)
     chart = drawn({"forest": frame}, ["forest"])
     page = render_comparison(first, second, rows, chart)
+    with writing(folder) as new:
+        (new / "report.html").write_text(page, encoding="utf-8")
+        (new / "comparison.json").write_text(json.dumps(to_json(rows), indent=2))
+        frame.write_parquet(new / "claims.parquet")
+        put_in_place(new, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Make the folder of a report, and an empty folder inside it for new files. Yield the latter.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch)
-            (new / "report.html").write_text(page, encoding="utf-8")
-            (new / "comparison.json").write_text(json.dumps(to_json(rows), indent=2))
-            frame.write_parquet(new / "claims.parquet")
-            put_in_place(new, folder)
+            yield Path(scratch)
     except OSError as error:
         raise InputError(
             f"the report folder {folder} cannot be written: {error.strerror}"
         ) from error
-    return folder
 
 
 def put_in_place(new: Path, folder: Path) -> None:
-    """Move the files of a folder, and of its subfolders, into another one, over earlier files.
+    """Move all files of a folder and its subfolders into another folder, and replace older files.
 
     Raises:
-        InputError: there is a folder in the place of a file, or a file in that of a folder. Nothing
-            is then moved.
+        InputError: there is a folder where a file has to be, or a file where a folder has to be.
+            Then no file is moved.
     """
     files = sorted(file.relative_to(new) for file in new.rglob("*") if file.is_file())
     for file in files:
@@ -229,8 +230,8 @@ def remove_older_figures(folder: Path, names: Collection[str]) -> None:
     """Remove the figures of an earlier report, which may have other numbers.
 
     Args:
-        folder: of the figures.
-        names: of the figures that this report has. Files with other names stay.
+        folder: the folder of the figures.
+        names: the names of all figures of this report. Files with other names stay.
     """
     new = {f"{name}.png" for name in MAIN_FIGURES}
     for file in folder.glob("*.*"):
@@ -238,36 +239,11 @@ def remove_older_figures(folder: Path, names: Collection[str]) -> None:
             file.unlink()
 
 
-def specified(findings: Findings) -> dict[str, pl.DataFrame]:
-    """Return the specifications of each claim that has them, as a frame for its figure."""
-    return {
-        f"specifications_{claim}": pl.DataFrame(to_json(found.all), infer_schema_length=None)
-        for claim, found in findings.specifications.items()
-    }
-
-
-def variance(findings: Findings) -> pl.DataFrame:
-    """Return how the variance of each number that decides a claim splits, where schemes vary.
-
-    Returns:
-        Columns number (`claim: part`), source, share.
-    """
-    general = findings.claims.in_general or {}
-    rows = [
-        (f"{claim}: {part}", source, share)
-        for claim, found in general.items()
-        for part, numbers in found.parts.items()
-        if numbers.decides
-        for source, share in numbers.variance.items()
-    ]
-    return pl.DataFrame(rows, schema=["number", "source", "share"], orient="row")
-
-
 @contextlib.contextmanager
 def naming_contradictions(sweep: str) -> Iterator[None]:
-    """Inside, raise InputError where numbers cannot be computed from tables that can be read.
+    """Turn an error that contradictory tables cause into an InputError.
 
-    Anybody may have made the tables. Python's option `-X dev` shows where it fails.
+    Somebody else may have made the tables. Python's option `-X dev` shows where the report fails.
     """
     try:
         yield
@@ -285,7 +261,7 @@ def naming_contradictions(sweep: str) -> Iterator[None]:
 
 
 def summary(findings: Findings, shown: Sequence[str]) -> str:
-    """Return the summary of a report in Markdown, to paste elsewhere."""
+    """Write the summary of a report in Markdown."""
     claims, general = findings.claims, findings.claims.in_general
     lines = [
         f"# Sweep {findings.sweep}",
@@ -320,7 +296,7 @@ def whole_number(text: str) -> int:
 
 @contextlib.contextmanager
 def refusing_faults(store: Store) -> Iterator[None]:
-    """Inside, raise InputError where the store fails, with a sentence that says how."""
+    """Turn an error of the store into an InputError with a sentence about the reason."""
     try:
         yield
     except Exception as error:
@@ -340,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--name", nargs="+", default=[], metavar="NAME",
-        help="name of the sweep, or of several that are read as one [the sweep launched last]",
+        help="name of the sweep, or of several sweeps to report as one [the sweep started last]",
     )  # fmt: skip
     parser.add_runs_dir()
     parser.add_argument(
@@ -348,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--claims", nargs="+", default=[], metavar="CLAIM",
-        help=f"show only these claims, corrected for the number of all: {', '.join(CLAIMS)}",
+        help=f"show only these claims, still corrected for all claims: {', '.join(CLAIMS)}",
     )  # fmt: skip
     parser.add_argument(
         "--shuffle-labels", type=whole_number, metavar="SEED",
@@ -360,11 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--figure", nargs="+", default=[], metavar="NAME",
-        help=f"write these figures as files, in place of the page: all, {', '.join(FIGURES)}",
+        help=f"write these figures as files instead of the page: all, {', '.join(FIGURES)}",
     )  # fmt: skip
     parser.add_argument(
         "--format", nargs="+", default=FORMATS, choices=FORMATS, dest="formats",
-        help="of the files of figures [svg pdf png]",
+        help="formats of the files of --figure [svg pdf png]",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the report [RUNS_DIR/reports/NAME]")
     try:
@@ -377,8 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.where or args.claims or args.figure or args.shuffle_labels is not None
         ):
             raise InputError(
-                "--compare takes two sweeps whole, so --where, --claims, --figure and "
-                "--shuffle-labels do not go with it"
+                "--compare compares all trials and claims of two sweeps: it cannot be combined "
+                "with --where, --claims, --figure or --shuffle-labels"
             )
         write_for(args.runs_dir)
         store = Store(store_address(args.runs_dir))

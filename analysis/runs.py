@@ -44,9 +44,9 @@ class RunTables:
     commands: tuple[str, ...]  # that made the sweeps
     pages: tuple[str, ...]  # addresses of a tracking server's charts of the sweeps
     stamps: Mapping[str, str]
-    """By trial key the digest of the claims when the trial was planned, before it had a result. It
-    is empty for trials that were planned, chosen, joined or changed in view of results."""
-    asked: tuple[str, ...]  # the claims that the sweeps ask; without any, all of them
+    """The digest of the claims when a trial was planned, before it had a result, by trial key. No
+    trial has one if trials were selected, combined or changed after a result was seen."""
+    asked: tuple[str, ...]  # the claims that the sweeps ask; empty for all claims
     trials: pl.DataFrame
     """One row for each trial of the plans: trial_key, run_id, status, reason, then every knob."""
     tables: Mapping[str, pl.DataFrame]
@@ -55,18 +55,18 @@ class RunTables:
     folders: Mapping[str, Path]
     """By trial key the folder of its tables: that of its run, or a folder of the cache."""
     made_with: Mapping[str, tuple[str, ...]]
-    """By each of PROVENANCE, what the runs of trials say of it."""
+    """The values of each tag of PROVENANCE in the runs of trials."""
     store: Store
     cache: Path
     sweep_runs: tuple[Run, ...]  # the own MLflow runs of the sweeps
 
 
 PROVENANCE = ("git_commit", "versions", "device", "corpus_digest")
-"""Tags of the runs of trials that say what their numbers were made with."""
+"""Tags of the runs of trials that say where the numbers come from."""
 
 
 ENDED = ("finished", "diverged", "failed")
-"""A sweep can be reported from its first trial with one of these."""
+"""A sweep can be reported when a trial has one of these statuses."""
 
 
 class ReadTables(dict[str, pl.DataFrame]):
@@ -121,8 +121,8 @@ def read_sweeps(
         where: an SQL expression over the knobs, for a selection of trials.
         cache: the folder for tables that are fetched from a server, in a folder for each run.
         keys: read only the trials with these keys.
-        tables_read: the tables, and which of their rows and columns are read.
-        quiet: whether to show no bar while tables are fetched.
+        tables_read: the tables to read, and a function that selects rows and columns of each.
+        quiet: whether to hide the progress bar while tables are downloaded.
 
     Raises:
         InputError: there is nothing to read, or a table has another schema version.

@@ -1,4 +1,4 @@
-"""Say what was found: the sentences and numbers of the report and the summary."""
+"""Write the sentences and numbers of the report and the summary."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections import Counter
 
 from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import ALPHA, NOT_ASKED, NOT_MEASURED, SUPPORTED, only_bound
-from analysis.findings import TEXT, ClaimFindings, Findings, InterimSummary
+from analysis.findings import TEXT, Findings, InterimSummary
 from analysis.interim import InterimFinding
 from analysis.measures import TAU_MOVED, TAUS
 from analysis.power import MAX_SEEDS, POWER, Forecast
 from analysis.stats import Estimate
+from analysis.sweep_verdicts import ClaimFindings
 from analysis.variance import LEAST_SCHEMES, LEAST_SEEDS, SKEW, TIES
 from analysis.verdicts import Finding
 from gptcore.units import counted
 
 CLEAR_TAU = 0.2
-"""Two taus of opposite signs contradict each other where both are larger than this."""
+"""Two taus of opposite signs contradict each other if both are larger than this, without sign."""
 
-NAMED = 3
-"""A sentence names no more configurations one by one."""
+MOST_CONFIGURATIONS = 3
+"""The largest number of configurations that a sentence names."""
 
 
 def say_outcome(name: str, findings: Findings) -> str:
-    """Say the verdict on a claim as a paper would: with its scope, by scheme, and in general."""
+    """Say the verdict on a claim, with its scope, its numbers, by scheme and in general."""
     claims = findings.claims
     claim, finding = CLAIMS[name], claims.here[name]
     if finding.verdict == NOT_ASKED:
-        return "Not asked: the sweep was started with --claims, without this one."
+        return "Not asked: the sweep was started with --claims, and this claim was not among them."
     sentences = [_verdict_and_numbers(claim, finding, scope_of(findings))]
     if finding.depends_on:
         sentences.append(say_dependence(finding))
@@ -37,17 +38,17 @@ def say_outcome(name: str, findings: Findings) -> str:
         sentences.append(say_forecast(finding.forecast))
     if finding.verdict_of_finished != finding.verdict and not finding.depends_on:
         sentences.append(
-            f"The finished runs alone: {finding.verdict_of_finished}. The verdict counts "
-            f"{counted(finding.counted_against, 'run')} without a result against it, because they "
-            "diverged or nothing of their configuration finished."
+            f"The finished runs alone give: {finding.verdict_of_finished}. The verdict counts "
+            f"{counted(finding.counted_against, 'run')} without a number against the claim: runs "
+            "that diverged, or runs of a configuration without a finished run."
         )
     if finding.undefined_in:
-        configurations = "; ".join(finding.undefined_in[:NAMED])
-        if (more := len(finding.undefined_in) - NAMED) > 0:
+        configurations = "; ".join(finding.undefined_in[:MOST_CONFIGURATIONS])
+        if (more := len(finding.undefined_in) - MOST_CONFIGURATIONS) > 0:
             configurations += f"; and {counted(more, 'further configuration')}"
         sentences.append(
-            f"Not defined for {configurations}: for example because a weight starts at 0 there, or "
-            "a group has too few tokens."
+            f"The number is not defined for {configurations}. Possible reasons: a weight starts at "
+            "0, or a token group has too few tokens."
         )
     sentences += _doubts(finding)
     schemes = {scheme: found[name] for scheme, found in claims.by.get("scheme", {}).items()}
@@ -62,9 +63,9 @@ def say_outcome(name: str, findings: Findings) -> str:
 def _verdict_and_numbers(claim: Claim, finding: Finding, scope: str) -> str:
     if finding.verdict == NOT_MEASURED:
         return "Not measured: " + (
-            "these runs have only some of the numbers that it needs."
+            "the finished runs have only some of the numbers that the claim needs."
             if finding.parts
-            else "no finished run has the numbers for it."
+            else "no finished run has the numbers that the claim needs."
         )
     numbers = "; ".join(
         f"{named(claim, part)} {format_estimate(found.estimate)}"
@@ -83,16 +84,16 @@ def _verdict_and_numbers(claim: Claim, finding: Finding, scope: str) -> str:
 
 
 def named(claim: Claim, part: str) -> str:
-    """Name a number as a verdict is about it: `median tau`, and `q` for a mean."""
+    """Name the centre of a part: `median tau`, or `q` for a mean."""
     return f"median {part}" if claim.rule(part).centre == "median" else part
 
 
 def say_dependence(finding: Finding) -> str:
-    """Say on which knob a verdict depends, with both sides."""
+    """Say on which knob a verdict depends, and which values give which verdict."""
     sentences = []
     for knob, sides in (finding.depends_on or {}).items():
         both = "; ".join(f"{verdict} for {', '.join(some)}" for verdict, some in sides.items())
-        sentences.append(f"It depends on {knob}: {both}.")
+        sentences.append(f"The verdict depends on {knob}: {both}.")
     return " ".join(sentences)
 
 
@@ -103,7 +104,7 @@ def holds_in(name: str, claims: ClaimFindings) -> str:
 
 
 def say_where_it_holds(name: str, claims: ClaimFindings) -> str:
-    """Say in how many schemes a claim holds; nothing where there is one scheme."""
+    """Say in how many schemes a claim holds. Return an empty text if there is one scheme."""
     schemes = claims.by.get("scheme", {})
     verdicts = Counter(found[name].verdict for found in schemes.values())
     if not schemes:
@@ -116,24 +117,29 @@ def say_where_it_holds(name: str, claims: ClaimFindings) -> str:
 
 
 def say_forecast(forecast: Forecast) -> str:
-    """Say how many seeds would decide a claim, and how often that comes true."""
-    half = f"{forecast.half or f'over {MAX_SEEDS}'} seeds would decide it in half of all cases"
-    most = f"{forecast.most or f'over {MAX_SEEDS}'} in {POWER:.0%} of them"
-    return f"If more seeds are like these, {half} and {most}, most likely as {forecast.would_be}."
+    """Say how many seeds would probably decide a claim."""
+    half = (
+        f"{forecast.half or f'over {MAX_SEEDS}'} seeds would decide the claim in half of all cases"
+    )
+    most = f"{forecast.most or f'over {MAX_SEEDS}'} seeds in {POWER:.0%} of all cases"
+    return (
+        f"If more seeds are like these, {half}, and {most}. The most likely verdict is "
+        f"{forecast.would_be}."
+    )
 
 
 def _doubts(finding: Finding) -> list[str]:
-    """Say where another test had to agree."""
+    """Say for which reasons a stricter test was used."""
     doubts = {doubt for part in finding.parts.values() if part.decides for doubt in part.doubts}
     sentences = {
-        TIES: "Because of equal numbers, the exact sign test had to agree with the t-test.",
-        SKEW: "Because the numbers are skewed, a stricter t-test was used.",
+        TIES: "Some numbers are equal, so the exact sign test had to agree with the t-test.",
+        SKEW: "The numbers are skewed, so a stricter t-test was used.",
     }
     return [says for doubt, says in sentences.items() if doubt in doubts]
 
 
 def _contrast(finding: Finding) -> str:
-    """Say where growth over depth has another sign than displacement, or than Q, K or V alone."""
+    """Say if tau of growth has another sign than tau of displacement, or than tau of Q, K or V."""
 
     def tau(part: str) -> float:
         return (finding.parts[part].estimate.value if part in finding.parts else None) or 0.0
@@ -144,12 +150,12 @@ def _contrast(finding: Finding) -> str:
     said = []
     if contrary(TAU_MOVED):
         said.append(
-            f"By RMS displacement, however, tau is {tau(TAU_MOVED):.2g}: d(log std) is larger "
-            "where a layer starts with a smaller std, so growth and displacement differ here."
+            f"For RMS displacement, however, tau is {tau(TAU_MOVED):.2g}. Growth d(log std) is "
+            "larger if a layer starts with a smaller std, so growth and displacement differ here."
         )
     if other := [f"{tau(part):.2g} for {kind.upper()}" for kind, part in TAUS.items()
                  if contrary(part)]:  # fmt: skip
-        said.append(f"Taken alone, however, tau is {' and '.join(other)}.")
+        said.append(f"For single weights, however, tau is {' and '.join(other)}.")
     return " ".join(said)
 
 
@@ -160,32 +166,30 @@ def say_in_general(finding: Finding) -> str:
         return "In general: not measured."
     if all(part.estimate.low is None for part in parts):
         return (
-            f"In general: too few schemes or seeds to say ({counted(finding.schemes, 'scheme')}; "
-            f"it takes {LEAST_SCHEMES} schemes and {LEAST_SEEDS} seeds)."
+            f"In general: too few schemes or seeds ({counted(finding.schemes, 'scheme')}; "
+            f"at least {LEAST_SCHEMES} schemes and {LEAST_SEEDS} seeds are needed)."
         )
     p = "" if finding.p_holm is None else f" (means; adjusted p = {finding.p_holm:.2g})"
     numbers = "; ".join(
         f"{name} {format_estimate(part.estimate)}"
-        + (f", another scheme {format_range(part.prediction)}" if part.prediction else "")
+        + (f", one more scheme {format_range(part.prediction)}" if part.prediction else "")
         for name, part in finding.parts.items()
         if part.decides
     )
     return (
-        f"In general, for other schemes of this kind on this text ({finding.schemes} schemes): "
-        f"{finding.verdict}: {numbers}{p}. Intervals are not corrected for the number of claims."
+        "In general, for other schemes of this kind on this text, the claim is "
+        f"{finding.verdict}: {numbers}{p} ({finding.schemes} schemes). Intervals are not corrected "
+        "for the number of claims."
     )
 
 
-def say_standing(claims: ClaimFindings) -> str:
-    """Say whether claims and rules were fixed before the results, for which trials."""
+def say_whether_confirmatory(claims: ClaimFindings) -> str:
+    """Say for which trials the claims and rules were fixed before the results."""
     if claims.standing == "confirmatory":
-        return (
-            "Confirmatory: the claims, their bounds and the rules were fixed before these trials "
-            "had results."
-        )
+        return "Confirmatory: the claims and rules were fixed before these trials had results."
     why = (
-        "were planned after a result was seen, were chosen in view of results, or are judged by "
-        "other claims or rules than those that they were planned with"
+        "were planned after a result was seen, were selected after a result was seen, or were "
+        "planned with other claims or rules"
     )
     if claims.standing == "exploratory":
         return f"Exploratory: these trials {why}."
@@ -195,7 +199,7 @@ def say_standing(claims: ClaimFindings) -> str:
 
 
 def scope_of(findings: Findings) -> str:
-    """Say what a verdict is about: `at d_model 64, n_layer 6, lr 0.001, steps 200, on gulliver`."""
+    """Say what verdicts are about: `at d_model 64, n_layer 6, lr 0.001, steps 200, on gulliver`."""
     sizes = [
         f"{name} {' and '.join(values)}" for name, values in findings.scope.items() if name != TEXT
     ]
@@ -203,19 +207,19 @@ def scope_of(findings: Findings) -> str:
 
 
 def say_interim(interim: InterimSummary) -> str:
-    """Say how often a growing sweep was judged, and what that decided."""
+    """Say how many interim analyses were made, and how many claims they decided."""
     sizes = ", ".join(str(one.seeds) for one in interim.schedule)
     decided = sum(len(one.decided) for one in interim.made)
     return (
         f"Seeds were added until claims were decided. {len(interim.made)} of at most "
-        f"{len(interim.schedule)} interim analyses (at {sizes} seeds) were made: {decided} claims "
+        f"{len(interim.schedule)} interim analyses (at {sizes} seeds) were made. {decided} claims "
         f"are decided and {len(interim.undecided)} are undecided. Each analysis spends a part of "
         f"the error rate {ALPHA:.2g} (Lan & DeMets 1983)."
     )
 
 
 def rule_in_words(rule: Part) -> str:
-    """Say where a number has to lie: `> 0.3 (contradicted below 0)`."""
+    """Say where the centre has to lie: `> 0.3 (contradicted below 0)`."""
     if rule.low is not None and rule.high is not None:
         return f"between {short(rule.low)} and {short(rule.high)}"
     bound, sign = only_bound(rule)
@@ -226,7 +230,7 @@ def rule_in_words(rule: Part) -> str:
 
 
 def format_estimate(estimate: Estimate) -> str:
-    """Return `-3.12 [-3.40, -2.84]`, or the value alone where there are too few units."""
+    """Return `-3.12 [-3.40, -2.84]`, or `-3.12 [too few]` if there are too few units."""
     if estimate.value is None:
         return "–"
     if estimate.low is None:
@@ -235,13 +239,13 @@ def format_estimate(estimate: Estimate) -> str:
 
 
 def format_range(estimate: Estimate) -> str:
-    """Return the interval alone: `[-3.40, -2.84]`."""
+    """Return the interval: `[-3.40, -2.84]`."""
     if estimate.low is None or estimate.high is None:
         return "[too few]"
     return f"[{short(estimate.low)}, {short(estimate.high)}]"
 
 
 def short(value: float) -> str:
-    """Spell a number with three digits. A number that rounds to 0 has no sign."""
+    """Format a number with three digits. A number that rounds to 0 has no sign."""
     text = f"{value:.3g}"
     return "0" if float(text) == 0 else text

@@ -1,16 +1,17 @@
 """Guard a t-test of a mean against skewed numbers.
 
-Student's test assumes normal numbers. On skewed numbers it errs more often than it says, and most
-where it says that errors are rare: for 8 seeds and p = 0.001, ten times as often. A few seeds do
-not show their skewness, so no test can tell. This module therefore assumes it: `guarded` returns
-the p-value that the test would have on lognormal numbers. They are exp(z / 2) for a normal z, whose
-skewness is 1.75, and exp(z), whose skewness is 6.2, where skewness is seen. That is the error rate
-of all such numbers, not only of those that show it. On normal numbers, on heavier tails and on less
-skewed numbers the guarded p-value is too large, which is the safe side.
+Student's t-test assumes normal numbers. On skewed numbers its p-values are too small. This is worst
+for small p-values: for 8 seeds and p = 0.001, errors are ten times as frequent. A few seeds do not
+show how skewed their distribution is, so no test can detect it. This module therefore assumes that
+numbers are skewed: `guarded` returns the p-value that holds for lognormal numbers. Always assumed
+are the numbers exp(z / 2) for a normal z, with a skewness of 1.75. If a test shows skewness, the
+numbers exp(z) are assumed, with a skewness of 6.2. The error rate is over all samples of such
+numbers, not only over samples that look skewed. For normal numbers, for heavier tails and for less
+skewed numbers, the guarded p-value is too large, which is safe.
 
-A claim can err in two directions, so its p-value counts twice. But numbers are skewed to one side:
-there the test errs as often as ERRORS says, and on the other side less often than Student's test
-says. `guarded` therefore returns half of the sum of both.
+A claim can be wrong in two directions, so its p-value counts twice. But numbers are skewed to one
+side. On that side, errors are as frequent as ERRORS says. On the other side, errors are rarer than
+Student's p-value says. `guarded` therefore returns half of the sum of both p-values.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SIZES = (2, 3, 4, 5, 6, 8, 12, 20, 40, 100)
 NOMINAL = tuple(10.0 ** (-half / 2) for half in range(1, 11))
 """The one-sided p-values of Student's test for which ERRORS has a column."""
 ASSUMED, SEEN = 0.5, 1.0
-"""The standard deviations of the logarithm of numbers: always, and where skewness is seen."""
+"""The standard deviation of the logarithm of numbers: always, and if skewness is seen."""
 # fmt: off
 ERRORS = {ASSUMED: (
     (0.419, 0.179, 0.0617, 0.0198, 0.00624, 0.00195, 0.000622, 0.0002, 6.04e-05, 1.76e-05),  # 2
@@ -48,7 +49,7 @@ ERRORS = {ASSUMED: (
     (0.369, 0.169, 0.0879, 0.049, 0.0284, 0.0169, 0.0104, 0.00649, 0.00417, 0.00276),  # 100
 )}
 # fmt: on
-"""How often Student's test errs where it says NOMINAL, as benchmarks/skew_guard.py computes it."""
+"""The true error rate of Student's test at each p-value of NOMINAL (benchmarks/skew_guard.py)."""
 
 _STEPS = -np.log10(NOMINAL)
 _RARITY = {sd: -np.log10(errors) for sd, errors in ERRORS.items()}
@@ -57,13 +58,13 @@ _RARITY = {sd: -np.log10(errors) for sd, errors in ERRORS.items()}
 def guarded(p: float, df: float, sd: float = ASSUMED) -> float:
     """Return half of the p-value of a two-sided t-test on numbers that may be skewed.
 
-    Between the numbers of ERRORS the logarithms are interpolated, over 1 / n for n units. Below the
-    smallest p-value they are extrapolated.
+    The logarithms of ERRORS are interpolated over p, and over 1 / n for n units. Below the smallest
+    p-value of the table they are extrapolated.
 
     Args:
-        p: the p-value of Student's test, one-sided.
-        df: its degrees of freedom.
-        sd: ASSUMED, or SEEN.
+        p: the one-sided p-value of Student's test.
+        df: the degrees of freedom of the test.
+        sd: ASSUMED or SEEN.
     """
     if p >= NOMINAL[0]:
         return p

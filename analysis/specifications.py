@@ -1,8 +1,8 @@
-"""Which choices change a verdict: a claim's number under every reasonable way to measure it.
+"""Measure a claim in every reasonable way, to see which choices change the verdict.
 
-Each way is a specification: a combination of choices. Its verdict is that of the claim's rule over
-the seeds of the sweep, without a correction for the number of specifications. All of them together
-are a specification curve (Simonsohn, Simmons & Nelson 2020).
+A specification is a combination of choices. Its verdict follows from the rule of the claim over the
+seeds of the sweep, without a correction for the number of specifications. All specifications
+together are a specification curve (Simonsohn, Simmons & Nelson 2020).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from analysis.decisions import ALPHA, only_bound
 from analysis.depth_gradient import at_report_steps, gradient_tau
 from analysis.jsonable import FLAT
 from analysis.measures import ONCE, UNUSED, closed_form, growth_of
+from analysis.part_verdicts import judge_units
 from analysis.runs import RunTables
 from analysis.stats import Estimate
 from analysis.variance import Spread
-from analysis.verdicts import Trials, judge_units
+from analysis.verdicts import Trials
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Specified:
     part: str  # the part of the claim whose rule decides
     choices: tuple[str, ...]
     measure: Callable[[RunTables], pl.DataFrame]
-    """Columns trial_key, the choices, value: a number for each run and specification."""
+    """Returns columns trial_key, the choices, value: one number for each run and specification."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Specification:
-    """One way to measure the number of a claim, and what it gives."""
+    """One way to measure the number of a claim, with the result."""
 
-    choices: Mapping[str, str] = field(metadata=FLAT)  # by name, the option that is chosen
+    choices: Mapping[str, str] = field(metadata=FLAT)  # the option of each choice
     estimate: Estimate = field(metadata=FLAT)
     verdict: str
 
@@ -51,8 +52,7 @@ class Curve:
 
     all: list[Specification]
     joint_p: float | None
-    """How often specifications would agree with the claim so well by chance, all taken together.
-    None where no seed has all of them."""
+    """The p-value of one test of all specifications together. None with fewer than two seeds."""
 
 
 def specifications(
@@ -60,13 +60,13 @@ def specifications(
 ) -> dict[str, Curve]:
     """Judge every specification of the claims in SPECIFIED.
 
-    A run that has no number under a specification is left out of it. A specification for which no
-    run has a number is left out.
+    A run without a number under a specification is left out of it. A specification without any
+    number is left out too.
 
     Args:
         sweep: the runs.
-        trials: as for verdicts.judge, and the columns of ACROSS_TRIALS.
-        alpha: the error rate. Intervals are of 1 - alpha.
+        trials: as for verdicts.judge, with the columns of ACROSS_TRIALS.
+        alpha: the error rate. Intervals have the level 1 - alpha.
     """
     found: dict[str, Curve] = {}
     units = Trials.of(trials).units.join(trials.select("trial_key", *ACROSS_TRIALS), on="trial_key")
@@ -88,13 +88,13 @@ def specifications(
 
 
 ACROSS_TRIALS = {"corpus.subset": "text", "optim.lr": "rate"}
-"""Knobs of which a specification may take one value alone, and the name of the choice."""
+"""Knobs of which a specification can select one value, and the names of these choices."""
 
 
 def _across_trials(
     choices: tuple[str, ...], values: pl.DataFrame
 ) -> tuple[tuple[str, ...], pl.DataFrame]:
-    """Add a choice for each knob of ACROSS_TRIALS that differs: every value together, or one."""
+    """Add a choice for each knob of ACROSS_TRIALS that varies: all values, or one value."""
     for knob, choice in ACROSS_TRIALS.items():
         if values[knob].n_unique() > 1:
             choices = (*choices, choice)
@@ -105,17 +105,21 @@ def _across_trials(
 
 
 def joint_p(rule: Part, spreads: Sequence[Spread]) -> float | None:
-    """Return how often so many specifications would agree with a rule by chance.
+    """Return the p-value of one test of all specifications together.
 
-    Specifications of one sweep agree with each other whatever holds, because they measure the same
-    seeds. Therefore all of them are tested at once (Simonsohn, Simmons & Nelson 2020): under the
-    null hypothesis each seed lies as often above the bound as below it, and flipping the signs of a
-    seed's numbers flips those of all specifications together. The test compares the median over
-    specifications of their t with that after all flips.
+    Specifications of one sweep often agree by chance, because they measure the same seeds.
+    Therefore all of them are tested at once (Simonsohn, Simmons & Nelson 2020). Under the null
+    hypothesis, a seed lies above the bound as often as below it. The signs of a seed are flipped in
+    all specifications together. The test compares the median t over specifications with the same
+    median after all flips.
 
     Args:
-        rule: the rule of the claim's part.
-        spreads: the units of each specification. Those with fewer seeds than others are left out.
+        rule: the rule of the part.
+        spreads: the units of each specification. Only specifications with the largest number of
+            seeds are used.
+
+    Returns:
+        None with fewer than two seeds.
     """
     bound, sign = only_bound(rule)
     n = max((len(one.units) for one in spreads if one.error is not None), default=0)
@@ -137,14 +141,14 @@ def joint_p(rule: Part, spreads: Sequence[Spread]) -> float | None:
 
 
 EXACT_FLIPS = 12
-"""Up to this many seeds all ways to flip signs are taken."""
+"""Up to this many seeds, all ways to flip signs are used."""
 FLIPS = 4001
-"""For more seeds this many, drawn at random."""
+"""With more seeds, this many ways to flip signs are drawn at random."""
 
 
 @functools.lru_cache(maxsize=4)
 def _flips(n: int) -> NDArray[np.float64]:
-    """Return ways to give signs to n seeds, one column for each, the unflipped one first."""
+    """Return signs of n seeds, shape (n, ways). The first column flips nothing."""
     if n <= EXACT_FLIPS:
         return np.array(1 - 2 * (np.arange(2**n) >> np.arange(n)[:, None] & 1), dtype=np.float64)
     draws = np.random.default_rng(n).integers(0, 2, size=(n, FLIPS))
@@ -170,11 +174,11 @@ def _gradients(sweep: RunTables) -> pl.DataFrame:
 
 
 def _changes(sweep: RunTables, groups: Mapping[str, str]) -> pl.DataFrame:
-    """Measure how far a group's log-prob is above each baseline, for each mask, group and step.
+    """Measure the log-prob of a group minus each baseline, for each mask, group and step (nats).
 
     Args:
         sweep: the runs.
-        groups: by token group, the name of the group in a specification.
+        groups: the name of each token group in a specification, by token group.
     """
     rows = sweep.tables["token_groups"].filter(pl.col("group").is_in(list(groups)))
     start = rows.filter(step=0).select("trial_key", "group", "mask", start="mean_logprob")

@@ -1,8 +1,7 @@
 """Intervals and p-values over independent units.
 
-The units are seeds, or schemes. Layers, tokens and runs of one seed are not independent: their
-values are averaged before they come here. Where there are too few units for an interval, its ends
-are None.
+The units are seeds or schemes. Layers, tokens and runs of one seed are not independent, so their
+values are averaged first. If there are too few units for an interval, both ends are None.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from dataclasses import dataclass, replace
 from scipy import stats
 
 LEVEL = 0.95
-"""The confidence level of an interval, unless a caller gives another."""
+"""The default confidence level of an interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number over seeds, with its interval."""
+    """A number over seeds, with an interval."""
 
     seeds: int
     value: float | None
@@ -29,7 +28,7 @@ class Estimate:
     high: float | None
 
     def within(self, limits: tuple[float, float]) -> Estimate:
-        """Return the estimate with an interval that does not go beyond some limits."""
+        """Return the estimate with the interval cut at some limits."""
         low, high = limits
         return replace(
             self,
@@ -48,7 +47,7 @@ def t_quantile(n: int, level: float = LEVEL) -> float:
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Estimate a mean with Student's t interval, which takes at least 2 values."""
+    """Estimate a mean with Student's t interval, which needs at least 2 values."""
     low = high = None
     if len(values) >= 2:
         error = statistics.stdev(values) / math.sqrt(len(values))
@@ -61,9 +60,9 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate a median with the interval between two order statistics.
 
-    The interval needs no distribution and is conservative: with k from the binomial(n, 1/2), at
+    The interval assumes no distribution and is conservative: with k from the binomial(n, 1/2), at
     least `level` of samples have the median between their k-th smallest and k-th largest value
-    (Conover 1999, section 3.2). At 95% it takes at least 6 values.
+    (Conover 1999, section 3.2). At 95% it needs at least 6 values.
     """
     ordered, low, high = sorted(values), None, None
     if ordered:
@@ -80,8 +79,8 @@ def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate a mean of shares with the exact interval of Clopper & Pearson (1934).
 
     Args:
-        shares: one number between 0 and 1 for each independent unit. Numbers between them vary less
-            than 0 and 1 do, so the interval is then longer than it has to be.
+        shares: one number from 0 to 1 for each independent unit. Numbers strictly between 0 and 1
+            vary less than zeros and ones, so the interval is then longer than necessary.
         level: the confidence level.
     """
     if not shares:
@@ -94,7 +93,7 @@ def share_interval(shares: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def share_p(shares: Sequence[float], bound: float, sign: int) -> float:
-    """Return the exact one-sided p-value that a share is above a bound, or below it.
+    """Return the exact one-sided p-value for a share above a bound, or below it.
 
     Args:
         shares: as for share_interval.
@@ -108,10 +107,9 @@ def share_p(shares: Sequence[float], bound: float, sign: int) -> float:
 
 
 def sign_p(values: Sequence[float]) -> float:
-    """Return the one-sided p-value of the sign test that the median is above 0.
+    """Return the one-sided p-value of the sign test for a median above 0.
 
-    It is exact for every distribution: at least half of all values are 0 or less where the median
-    is (Conover 1999, section 3.4). A value of 0 counts as below.
+    It is exact for every distribution (Conover 1999, section 3.4). A value of 0 counts as below 0.
     """
     return binomial_p(sum(value > 0 for value in values), len(values), 0.5)
 
@@ -125,18 +123,19 @@ def binomial_p(successes: int, n: int, share: float) -> float:
 def holm(
     p_values: Sequence[float], weights: Sequence[float] | None = None
 ) -> tuple[list[float], list[float]]:
-    """Adjust p-values for their number (Holm 1979, with weights as in its section 4).
+    """Adjust p-values for their number (Holm 1979, with weights as in section 4 of that paper).
 
-    A rejected hypothesis leaves its share of the error rate to those that are left, in proportion
-    to their weights.
+    The share of a rejected hypothesis is divided among the remaining hypotheses, in proportion to
+    their weights.
 
     Args:
-        p_values: of the hypotheses.
-        weights: how the error rate is shared at first; without weights, evenly.
+        p_values: the p-value of each hypothesis.
+        weights: the share of the error rate that each hypothesis has at first. By default, all
+            shares are equal.
 
     Returns:
-        The adjusted p-values in the order given; and by what each was multiplied, which is at most
-        the multiplier of any hypothesis that is judged with it.
+        The adjusted p-values, and the factor by which each p-value was multiplied. Both are in the
+        order of the arguments.
     """
     weights = weights or [1.0] * len(p_values)
     order = sorted(range(len(p_values)), key=lambda i: p_values[i] / weights[i])

@@ -1,24 +1,24 @@
-"""Where the numbers of runs come from: one model of the variance in a sweep.
+"""The model of variance in a sweep: how the number of a run comes about.
 
 The number of a run is a sum:
 
     number = configuration + seed + interactions + the run itself
 
-A configuration is a scheme with the values of the other knobs. A seed stands for all that a run
-draws: its weights, the order of its data and its draws among tokens. Runs of one seed start from
-the same draws in every configuration, so seeds are crossed with configurations. Where each
-configuration has seeds of its own, the same formulas hold.
+A configuration is a scheme with the values of the other knobs. A seed is everything that a run
+draws: the initial weights, the order of the data, and the draws among tokens. Runs of one seed have
+the same draws in every configuration, so seeds are crossed with configurations. The same formulas
+hold if each configuration has seeds of its own.
 
-Three questions take three kinds of interval.
+Three questions need three kinds of interval.
 
 - `over_units`, *here*: what would these configurations give with other seeds? The seeds are a
   sample, and the configurations are fixed. The estimate is the mean over configurations of their
-  means over seeds. Its variance is that of clusters (the seeds), with the correction of each run's
-  deviation for small samples that is exact for complete designs (CR2, Bell & McCaffrey 2002), and
-  Satterthwaite's degrees of freedom.
-- `in_general`: what would other schemes of this kind give? The schemes are a sample too, and one
-  scheme is one unit, however many configurations it has. The variances over schemes and over seeds
-  add up, less the part that is in both.
+  means over seeds. The variance is cluster-robust, with seeds as clusters. The correction for small
+  samples is CR2 (Bell & McCaffrey 2002), which is exact for complete designs. The degrees of
+  freedom are Satterthwaite's.
+- `in_general`: what would other schemes of this kind give? The schemes are a sample too. One scheme
+  is one unit, however many configurations it has. The variances over schemes and over seeds add up,
+  minus the part that is in both.
 - `prediction`: where would one more scheme lie?
 """
 
@@ -37,17 +37,17 @@ from scipy import special, stats
 from analysis.stats import LEVEL, Estimate
 
 LEAST_SCHEMES, LEAST_SEEDS = 3, 3
-"""Fewer schemes, or fewer seeds, give no interval in general."""
+"""The smallest numbers of schemes and seeds for an interval in general."""
 DRAWS = 1024
-"""A prediction interval is computed from so many combinations of variances."""
+"""The number of draws of the variances in a prediction interval."""
 TIES, SKEW = "equal numbers", "skewed numbers"
-"""Doubts in the assumptions of a t-test. Where numbers are equal, the sign test has to agree. Where
-they are skewed, the test is stricter."""
+"""Reasons to doubt the assumptions of a t-test. If numbers are equal, the sign test has to agree.
+If numbers are skewed, the test is stricter."""
 TIE = 1e-9
-"""Two units are equal where they differ by less than this share of their largest deviation."""
+"""Two units are equal if they differ by less than this share of the largest deviation."""
 LEAST_FOR_SKEW = 8
 SKEW_ALPHA = 0.01
-"""From so many units on, skewness is seen by D'Agostino's test (1970) at this error rate."""
+"""From LEAST_FOR_SKEW units on, D'Agostino's test (1970) looks for skewness, at this error rate."""
 
 Numbers = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -61,12 +61,12 @@ class Spread:
     error: float | None  # the standard error of the mean; None where it cannot be estimated
     df: float  # its degrees of freedom
     units: Numbers
-    """One number for each unit. Their mean is `mean`, and their spread gives `error`. In a complete
-    sweep, the number of a seed is its mean over configurations."""
+    """One number for each unit. Their mean is `mean`, and their spread gives `error`. In a sweep
+    without missing runs, the number of a seed is the mean over configurations."""
 
     @functools.cached_property
     def doubts(self) -> tuple[str, ...]:
-        """Why a t-test of these units is in doubt; empty where it is not."""
+        """The reasons to doubt a t-test of these units: TIES, SKEW."""
         ordered = np.sort(self.units)
         scale = max(abs(ordered[0] - self.mean), abs(ordered[-1] - self.mean))
         found = [TIES] if (np.diff(ordered) <= TIE * scale).any() else []
@@ -87,8 +87,8 @@ class Spread:
 def unit_columns(runs: pl.DataFrame) -> list[str]:
     """Return the columns that name the units over which a mean varies.
 
-    A data seed that follows the seed, or is the same for all runs, is no unit of its own. Where
-    both were varied separately there are two kinds of units.
+    A data seed that follows the seed, or is the same for all runs, is not a unit of its own. If the
+    two seeds were varied separately, there are two kinds of units.
 
     Args:
         runs: columns seed and data_seed.
@@ -103,7 +103,8 @@ def unit_columns(runs: pl.DataFrame) -> list[str]:
 def over_units(runs: pl.DataFrame, unit: str = "seed") -> Spread:
     """Return the mean over configurations, and how it varies over units.
 
-    A configuration with a single unit shows no variance. It is left out where others have more.
+    A configuration with a single unit says nothing about the variance. It is left out if another
+    configuration has several units.
 
     Args:
         runs: columns config, `unit`, value. At least one row.
@@ -134,8 +135,8 @@ def over_units(runs: pl.DataFrame, unit: str = "seed") -> Spread:
 def over_seeds(runs: pl.DataFrame, units: list[str]) -> Spread:
     """Return the mean over configurations, and how it varies over seeds of all kinds.
 
-    Where weights and data have seeds of their own, both variances add up. The units are then those
-    of which there are fewer.
+    If weights and data have separate seeds, the two variances add up. The units of the result are
+    then the seeds of the kind with fewer seeds.
 
     Args:
         runs: columns config, value and those of `units`. At least one row.
@@ -158,7 +159,7 @@ def over_seeds(runs: pl.DataFrame, units: list[str]) -> Spread:
 def _table(
     configs: Codes, units: Codes, values: pl.Series | Numbers
 ) -> tuple[Codes, Codes, Numbers]:
-    """Average the runs of one configuration and unit. Return codes, from 0 again, and means."""
+    """Average the runs with the same configuration and unit. Return new codes from 0, and means."""
     width = int(units.max()) + 1
     cells, of_cell = np.unique(configs * width + units, return_inverse=True)
     means = np.bincount(of_cell, np.asarray(values)) / np.bincount(of_cell)
@@ -181,7 +182,7 @@ def in_general(runs: pl.DataFrame, units: list[str]) -> Spread:
     if n_schemes < LEAST_SCHEMES or found.seeds < LEAST_SEEDS or math.isnan(found.over_seeds):
         return Spread(mean=mean, error=None, df=0.0, units=schemes)
     of_schemes = float(schemes.var(ddof=1)) / n_schemes
-    # What a run varies by itself is in the variance over schemes, and again in that over seeds.
+    # The variance of single runs is in the variance over schemes, and again in that over seeds.
     more = found.over_seeds - found.in_both
     terms = [(of_schemes, n_schemes - 1.0)]
     if more > 0:
@@ -196,8 +197,8 @@ def in_general(runs: pl.DataFrame, units: list[str]) -> Spread:
 def prediction(runs: pl.DataFrame, units: list[str], level: float = LEVEL) -> Estimate:
     """Return an interval for the mean that one more scheme would have, over all its seeds.
 
-    The variances of a scheme and of the mean cannot be known well from few schemes. Each is
-    replaced by all values that the sweep leaves possible (a generalised interval, Weerahandi 1993).
+    Few schemes say little about the variance of a scheme and of the mean. Therefore each variance
+    is drawn from the values that agree with the sweep (a generalised interval, Weerahandi 1993).
 
     Args:
         runs, units: as for in_general.
@@ -226,7 +227,7 @@ class _Parts:
     seeds: int
     over_seeds: float  # NaN where it cannot be estimated
     seeds_df: float
-    in_both: float  # the part of it that is in the variance of `schemes` too
+    in_both: float  # the part of over_seeds that is also in the variance of `schemes`
     both_df: float
 
 
@@ -247,9 +248,9 @@ def _parts_of_variance(runs: pl.DataFrame, units: list[str]) -> _Parts:
 
 
 def _in_both(runs: pl.DataFrame, unit: str) -> tuple[float, float]:
-    """Return the variance that the mean over schemes has from single runs, and its df.
+    """Return the variance of the mean over schemes that single runs cause, and its df.
 
-    It is the residual of a table of schemes and seeds, after the effects of both.
+    It is computed from the residuals of a table of schemes by seeds, after the effects of both.
     """
     deviation = pl.col("value") - pl.col("value").mean().over("config")
     table = (
@@ -276,7 +277,7 @@ def _in_both(runs: pl.DataFrame, unit: str) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=256)
 def _chi_squared(df: float, column: int) -> Numbers:
-    """Return values of chi-squared over its degrees of freedom, which are spread like draws."""
+    """Return DRAWS quantiles of chi-squared with df degrees of freedom, divided by df."""
     found: Numbers = stats.chi2.ppf(_uniform()[:, column], df) / df
     return found
 
@@ -289,16 +290,16 @@ def _normal(column: int) -> Numbers:
 
 @functools.lru_cache(maxsize=1)
 def _uniform() -> Numbers:
-    """Return points that fill a cube of four dimensions evenly, always the same ones."""
+    """Return DRAWS points that fill the unit cube in four dimensions evenly, always the same."""
     found: Numbers = stats.qmc.Sobol(4, scramble=True, rng=0).random(DRAWS)
     return found
 
 
 def split(runs: pl.DataFrame, units: list[str]) -> dict[str, float]:
-    """Return how the variance of single runs splits, as shares that add up to 1.
+    """Split the variance of single runs into shares of its sources, which add up to 1.
 
-    The components are those of Rao's MINQUE(0), which are the usual ones in a complete design and
-    need no iteration in any other. A negative one counts as 0.
+    The variance components are estimated by Rao's MINQUE(0). In a complete design, these are the
+    usual estimates. Other designs need no iteration. A negative component counts as 0.
 
     Args:
         runs: columns scheme, config, value and those of `units`. At least one row.
@@ -310,7 +311,7 @@ def split(runs: pl.DataFrame, units: list[str]) -> dict[str, float]:
     factors: dict[str, Codes] = {}
     for name, columns in names.items():
         codes = _codes(runs.select(pl.struct(columns)).to_series())
-        # A factor that is constant, or the same as another one or as the run, has no share.
+        # A factor has no share if it is constant, or equal to another factor or to the run.
         alike = [*factors.values(), np.arange(len(runs))]
         if codes.max() > 0 and not any(_same(codes, other) for other in alike):
             factors[name] = codes
@@ -337,7 +338,7 @@ def _trace(one: Codes, other: Codes) -> float:
 
 
 def _same(one: Codes, other: Codes) -> bool:
-    """Whether two factors divide runs into the same groups."""
+    """Return whether two factors divide the runs into the same groups."""
     groups = len(np.unique(np.stack([one, other]), axis=1).T)
     return bool(groups == one.max() + 1 == other.max() + 1)
 

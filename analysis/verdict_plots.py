@@ -1,4 +1,4 @@
-"""Draw claims: their numbers, intervals and bounds, how their variance splits, specifications."""
+"""Draw claims: numbers, intervals and bounds, shares of variance, and specifications."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from analysis.chart_parts import (
     Chart,
     grey_rules,
     in_panels,
-    told,
+    tooltips,
 )
 from analysis.decisions import (
     CONTRADICTED,
@@ -37,7 +37,7 @@ def fig_claim(rows: pl.DataFrame) -> Chart:
     """Draw the numbers of one claim, run by run, with interval and bound: a panel for each part.
 
     Args:
-        rows: as analysis.claim_table.of_claims gives them, for the parts that decide one claim.
+        rows: rows of analysis.claim_table.of_claims, for the parts that decide one claim.
     """
     seeds = MOST_ROWS // 2 // max(1, rows.filter(pl.col("seed").is_null()).height)
     rank = pl.col("seed").rank("dense").over("part", "scheme", "subset")
@@ -51,7 +51,7 @@ def fig_claim(rows: pl.DataFrame) -> Chart:
         .encode(
             x=alt.X("value:Q", title=unit, scale=alt.Scale(zero=False)),
             shape=alt.Shape("subset:N", title="corpus.subset", sort=None),
-            tooltip=told("scheme:N", "subset:N", "seed:N", alt.Tooltip("value:Q", format=".4g"),
+            tooltip=tooltips("scheme:N", "subset:N", "seed:N", alt.Tooltip("value:Q", format=".4g"),
                           "trial_key:N"),
         )
     )  # fmt: skip
@@ -66,7 +66,7 @@ LEFT = alt.Header(title=None, labelAnchor="start", labelFontWeight="bold", label
 
 
 def _by_scheme(rows: pl.DataFrame) -> Chart:
-    """Begin a chart that has a line for each scheme, those of all schemes first."""
+    """Begin a chart with one row for each scheme. The row of all schemes comes first."""
     schemes = rows["scheme"].unique(maintain_order=True).to_list()
     axis = alt.Axis(labelLimit=200)
     return alt.Chart(rows).encode(y=alt.Y("scheme:N", title=None, sort=schemes, axis=axis))
@@ -76,7 +76,7 @@ BOUNDS = {"above": "has to be", "below": "has to be", "against": "contradicted b
 
 
 def _with_bounds(rows: pl.DataFrame) -> pl.DataFrame:
-    """Add rows for what a part has to be: one for each bound, in the column bound."""
+    """Add one row for each bound of a part, with the columns rule and bound."""
     bounds = (
         rows.filter(pl.col("seed").is_null())
         .unpivot(list(BOUNDS), index=["panel", "scheme"], variable_name="rule", value_name="bound")
@@ -85,14 +85,14 @@ def _with_bounds(rows: pl.DataFrame) -> pl.DataFrame:
         .unique(maintain_order=True)
     )
     return pl.concat([rows.drop(list(BOUNDS)), bounds], how="diagonal").with_columns(
-        # A centre without an interval is a point: Vega warns of a panel with nothing to draw.
+        # A centre without an interval becomes a point, because Vega warns of empty panels.
         start=pl.coalesce("low", "value"),
         end=pl.coalesce("high", "value"),
     )
 
 
 def _bounds(base: Chart) -> Chart:
-    """Draw the rows of _with_bounds: tall ticks, and short ones where a claim is contradicted."""
+    """Draw the bounds: tall ticks for support, and short ticks for contradiction."""
     size = alt.Size(
         "rule:O", legend=None,
         scale=alt.Scale(domain=list(dict.fromkeys(BOUNDS.values())), range=[18, 6]),
@@ -100,12 +100,12 @@ def _bounds(base: Chart) -> Chart:
     return (
         base.transform_filter("isValid(datum.bound)")
         .mark_tick(color=GREY, thickness=1.5)
-        .encode(x=alt.X("bound:Q"), size=size, tooltip=told("rule:N", "bound:Q"))
+        .encode(x=alt.X("bound:Q"), size=size, tooltip=tooltips("rule:N", "bound:Q"))
     )
 
 
 def _estimates(base: Chart, title: str) -> list[Chart]:
-    """Draw the centre over seeds with its interval. Colour and shape tell the verdict."""
+    """Draw the centre over seeds with the interval. Colour and shape show the verdict."""
     centres = base.transform_filter("isValid(datum.value) && !isValid(datum.seed)")
     domain = list(VERDICT_COLOURS)
     colour = alt.Color(
@@ -117,7 +117,7 @@ def _estimates(base: Chart, title: str) -> list[Chart]:
         scale=alt.Scale(domain=domain, range=[VERDICT_SHAPES[one] for one in domain]),
     )  # fmt: skip
     numbers = (alt.Tooltip(f"{one}:Q", format=".4g") for one in ("value", "low", "high"))
-    tooltip = told("scheme:N", "part:N", "verdict:N", "seeds:Q", *numbers)
+    tooltip = tooltips("scheme:N", "part:N", "verdict:N", "seeds:Q", *numbers)
     centres = centres.encode(color=colour, tooltip=tooltip)
     intervals = centres.mark_rule(strokeWidth=2)
     points = centres.mark_point(filled=True, opacity=1, size=70)
@@ -129,11 +129,11 @@ def _estimates(base: Chart, title: str) -> list[Chart]:
 
 
 def fig_forest(estimates: pl.DataFrame) -> Chart:
-    """Draw the interval of every claim under every scheme, with what it has to be.
+    """Draw the interval of every claim under every scheme, with the bounds of the claim.
 
     Args:
-        estimates: rows of analysis.claim_table.estimates. Of a claim with several parts, the part
-            that is furthest from support.
+        estimates: rows of analysis.claim_table.estimates, one part for each claim: the part that is
+            furthest from support.
     """
     some = estimates.with_columns(
         panel=pl.format("{}: {} ({})", "claim", "part", "unit"), seed=pl.lit(None, pl.Int64)
@@ -146,7 +146,7 @@ def fig_forest(estimates: pl.DataFrame) -> Chart:
 
 
 def fig_variance(shares: pl.DataFrame) -> Chart:
-    """Draw how the variance of each number splits, as shares of 1.
+    """Draw the sources of the variance of each number, as shares of 1.
 
     Args:
         shares: columns number, source, share.
@@ -160,17 +160,17 @@ def fig_variance(shares: pl.DataFrame) -> Chart:
             y=alt.Y("number:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
             color=alt.Color("source:N", title="between", sort=None,
                             scale=alt.Scale(range=COLOURS)),
-            tooltip=told("number:N", "source:N", alt.Tooltip("share:Q", format=".0%")),
+            tooltip=tooltips("number:N", "source:N", alt.Tooltip("share:Q", format=".0%")),
         )
         .properties(width=380)
     )  # fmt: skip
 
 
 def fig_specifications(specified: pl.DataFrame) -> Chart:
-    """Draw the estimate and interval of every specification, in ascending order, above its choices.
+    """Draw the estimate and interval of every specification in ascending order, and its choices.
 
     Args:
-        specified: columns seeds, value, low, high, verdict; all other columns are choices.
+        specified: columns seeds, value, low, high, verdict. All other columns are choices.
     """
     results = ["seeds", "value", "low", "high", "verdict"]
     choices = [column for column in specified.columns if column not in results]
@@ -181,7 +181,7 @@ def fig_specifications(specified: pl.DataFrame) -> Chart:
         scale=alt.Scale(domain=list(VERDICT_COLOURS), range=list(VERDICT_COLOURS.values())),
     )
     ends = (alt.Tooltip(f"{end}:Q", format=".3f") for end in ("value", "low", "high"))
-    tooltip = told(*(f"{choice}:N" for choice in choices), "verdict:N", *ends)
+    tooltip = tooltips(*(f"{choice}:N" for choice in choices), "verdict:N", *ends)
     base = alt.Chart(ranked).encode(x=x, color=verdict, tooltip=tooltip)
     points = base.mark_circle(size=30, opacity=1).encode(y=alt.Y("value:Q", title="estimate"))
     intervals = base.mark_rule().encode(y=alt.Y("low:Q"), y2=alt.Y2("high"))
@@ -195,7 +195,7 @@ def fig_specifications(specified: pl.DataFrame) -> Chart:
         alt.Chart(chosen)
         .mark_tick(thickness=3, orient="vertical")
         .encode(
-            x=x, color=verdict, tooltip=told("chosen:N", "verdict:N"),
+            x=x, color=verdict, tooltip=tooltips("chosen:N", "verdict:N"),
             y=alt.Y("chosen:N", title=None, sort=rows, axis=alt.Axis(labelLimit=0)),
         )
         .properties(width=720)

@@ -1,15 +1,13 @@
-"""From the numbers of runs to a verdict on each claim.
+"""Turn the numbers of runs into a verdict on each claim.
 
-The units are seeds, and in general schemes as well: analysis.variance is the model. A claim is
-judged both ways at once, for and against, and the chance that any verdict of a sweep is false is at
-most alpha: over all claims, and over `supported` and `contradicted` together. Holm's procedure does
-that. Most of the error rate goes first to the claims in power.HEADLINES. What a decided claim had
-goes on to the others.
+The independent units are seeds, and in general also schemes. The model is in analysis.variance.
+Every claim is tested in both directions. The probability that any `supported` or `contradicted` of
+a sweep is false is at most alpha, over all claims: Holm's procedure ensures this. At first, the
+claims in power.HEADLINES have most of the error rate. The share of a decided claim goes to the
+claims that are still undecided.
 
-A run that diverged has no number, and may have diverged because its number was unusual. A verdict
-therefore has to hold with and without these runs, each counted against it.
-
-This is one file because its functions are the steps from numbers to one verdict.
+A run that diverged has no number. It may have diverged because its number was unusual. A verdict
+therefore has to hold in two ways: without these runs, and with each of them counted against it.
 """
 
 from __future__ import annotations
@@ -28,52 +26,32 @@ from analysis.decisions import (
     SUPPORTED,
     UNDERPOWERED,
     PValues,
-    interval,
     only_bound,
     p_values,
 )
 from analysis.measures import Values
+from analysis.part_verdicts import PartFinding, judge_part, judge_units
 from analysis.power import Forecast, forecast, shares_of_error
-from analysis.stats import Estimate, holm
+from analysis.stats import holm
 from analysis.variance import (
     Spread,
     in_general,
     over_seeds,
-    prediction,
-    split,
     unit_columns,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartFinding:
-    """What runs say of one part of a claim."""
-
-    estimate: Estimate  # of 1 - alpha
-    sd: float | None  # between units
-    df: float  # degrees of freedom of the interval
-    supported_p: float  # one-sided, not adjusted
-    contradicted_p: float
-    not_supported_p: float
-    verdict: str  # on this number alone, not adjusted
-    doubts: tuple[str, ...]  # why the test is stricter, or the sign test has to agree
-    configurations: int
-    prediction: Estimate | None  # in general: where one more scheme would lie
-    variance: Mapping[str, float]  # in general: how the variance of runs splits
-    decides: bool  # as the part's rule says
-
-
-@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What runs say of one claim. Its fields are the keys of findings.json, in this order."""
+    """The result for one claim. The fields are the keys of findings.json, in the same order."""
 
     verdict: str
     verdict_of_finished: str  # without the runs that are counted against it
-    course: str | None  # transient or reversed, for a claim that follows a number through training
-    p: float | None  # two-sided: of the claim, or of its contrary; None if it is not measured
+    course: str | None  # transient or reversed; only for a claim about several steps of training
+    p: float | None  # two-sided, not adjusted; None if the claim is not measured
     p_holm: float | None = None  # p, adjusted for the number of claims (Holm)
     runs: int
-    counted_against: int  # runs without a number: diverged, or of a configuration without results
+    counted_against: int  # diverged runs, and runs of configurations without a finished run
     seeds: int
     schemes: int
     configurations: int
@@ -81,23 +59,15 @@ class Finding:
     parts: Mapping[str, PartFinding]
     forecast: Forecast | None = None
     depends_on: Mapping[str, Mapping[str, Sequence[str]]] | None = None
-    """Where the verdict depends on a knob: by knob and verdict, the values of the knob."""
+    """If the verdict depends on a knob: by knob and verdict, the values of the knob."""
 
     @classmethod
     def without_numbers(cls, verdict: str) -> Finding:
-        """Return the finding on a claim that was not judged."""
+        """Return the finding for a claim that was not judged."""
         return cls(
             verdict=verdict, verdict_of_finished=verdict, course=None, p=None, runs=0,
             counted_against=0, seeds=0, schemes=0, configurations=0, undefined_in=(), parts={},
         )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Estimate):
-    """A mean difference between two schemes, with its two-sided p-value."""
-
-    p: float
-    p_holm: float | None = None  # p, adjusted for the number of differences (Holm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +86,14 @@ class Trials:
 
     units: pl.DataFrame  # trial_key, status, config, seed, init.scheme, scheme, data_seed
     against: pl.DataFrame
-    """The rows of units that are counted against a verdict: the diverged runs, and all of a
-    configuration that has no finished run, because nothing is known of it. Other runs are missing
-    for reasons that have nothing to do with their numbers."""
+    """The rows of `units` that are counted against a verdict: the diverged runs, and all runs of a
+    configuration without a finished run, about which nothing is known. Other missing runs are left
+    out: the reason why they are missing is independent of their numbers."""
     finished: Sequence[str]  # the configurations that have a finished run
 
     @classmethod
     def of(cls, trials: pl.DataFrame) -> Trials:
-        """Add the columns of units that are not known to the trials that `judge` takes."""
+        """Select the columns of `units`. A missing scheme or data seed gets a default."""
         columns: dict[str, pl.Expr] = {}
         if "init.scheme" not in trials.columns:
             columns["init.scheme"] = pl.col("config")
@@ -152,19 +122,19 @@ def judge(
     *,
     forecasts: bool = False,
 ) -> dict[str, Finding]:
-    """Judge claims on some trials. They share one error rate.
+    """Judge several claims that share one error rate.
 
     Args:
         claims: the claims, by name.
-        values: by claim, the numbers that its measure gives. The numbers of other trials than those
-            of `trials` are left out.
-        trials: columns trial_key, status, config, seed. And, where they are known, init.scheme
-            (without it each configuration is a scheme) and corpus.data_seed.
-        general: whether schemes are units too. Without it, a verdict is about these configurations
+        values: the numbers of the measure of each claim, by the name of the claim. Numbers of
+            trials that are not in `trials` are left out.
+        trials: columns trial_key, status, config, seed. The columns init.scheme and
+            corpus.data_seed are optional. Without init.scheme, each configuration is a scheme.
+        general: whether schemes are units too. If not, the verdicts are about these configurations
             only.
-        alpha: the error rate. Intervals are of 1 - alpha, and an adjusted p-value has to be below
-            alpha.
-        forecasts: whether to forecast the seeds that would decide each underpowered claim, which
+        alpha: the error rate. Intervals have the level 1 - alpha. An adjusted p-value has to be
+            below alpha.
+        forecasts: whether to forecast how many seeds would decide each underpowered claim. This
             takes a third of the time.
     """
     judged = Trials.of(trials)
@@ -186,11 +156,11 @@ def adjusted(
     *,
     forecasts: bool = False,
 ) -> dict[Name, Finding]:
-    """Correct findings for their number (Holm) and give them their verdicts.
+    """Adjust the p-values of findings for their number (Holm), and decide the verdicts.
 
     Args:
         unadjusted: the findings that share one error rate.
-        shares: the share of the error rate that each has at first.
+        shares: the share of the error rate that each finding has at first.
         alpha: the error rate.
         forecasts: as for judge.
     """
@@ -216,7 +186,7 @@ def adjusted(
 class _Decision:
     verdict: str
     p: float  # two-sided, adjusted
-    alpha: float  # what the claim has of the error rate, for both directions
+    alpha: float  # the error rate of this claim, for both directions together
 
 
 def _verdicts(
@@ -227,7 +197,7 @@ def _verdicts(
     p_values, factors = holm(
         [one.two_sided for one in known.values()], [shares[name] for name in known]
     )
-    # A claim that stays undecided is judged with the error rate that the decided ones have left.
+    # An undecided claim is judged at the error rate that remains after the decided claims.
     left = sum(shares[name] for name, p in zip(known, p_values, strict=True) if p >= alpha)
     verdicts = {}
     for (name, one), p, factor in zip(known.items(), p_values, factors, strict=True):
@@ -241,16 +211,17 @@ def _verdicts(
 def judge_one(
     claim: Claim, values: Values, trials: Trials, general: bool, alpha: float
 ) -> Unadjusted:
-    """Judge one claim, before the correction for the number of claims.
+    """Judge one claim, without the correction for the number of claims.
 
-    All parts have to hold, so support has the largest of their p-values. One part is enough to
-    contradict, so contradiction has the smallest, times the number of parts.
+    A claim is supported if all its parts hold. Its p-value for support is therefore the largest of
+    the parts. One part is enough to contradict a claim. The p-value for contradiction is therefore
+    the smallest of the parts, times the number of parts.
     """
-    # Sorted, so that sums are added up in the same order whatever the order of runs.
+    # Sorted, so that rounding does not depend on the order of the runs.
     rows_of_trials = values.join(trials.units, on="trial_key").sort("part", "trial_key")
     against = trials.against
     parts: dict[str, PartFinding] = {}
-    tested: list[tuple[PValues, PValues]] = []  # without and with the runs counted against it
+    tested: list[tuple[PValues, PValues]] = []  # without and with the runs that count against it
     deciding_spreads: list[tuple[Part, Spread]] = []
     defined: set[str] = set()  # configurations with a number for some part that decides
     for (part,), rows in rows_of_trials.group_by("part", maintain_order=True):
@@ -286,7 +257,7 @@ def judge_one(
         ),
         tests=strict,
         of_finished=_of_claim([one for one, _ in tested], missing),
-        # Schemes are units of another kind: more seeds may not decide a claim in general.
+        # No forecast in general: more seeds do not add schemes, so they may not decide the claim.
         deciding=() if general else deciding_spreads,
     )
 
@@ -294,7 +265,7 @@ def judge_one(
 def _strict(
     rule: Part, rows: pl.DataFrame, against: pl.DataFrame, general: bool, of_finished: PValues
 ) -> PValues:
-    """Return the p-values that also hold with runs counted against each sentence."""
+    """Return the larger p-values: without the runs of `against`, or with each counted against."""
     if against.is_empty():
         return of_finished
     worst = of_finished
@@ -326,10 +297,10 @@ def _tests_of(part: PartFinding) -> PValues:
 
 
 def _of_claim(parts: Sequence[PValues], missing: bool) -> PValues | None:
-    """Return the p-values of a claim from those of the parts that decide it.
+    """Combine the p-values of the parts that decide a claim.
 
     Returns:
-        None where a part was not measured. Over bytes, for example, no token is rare.
+        None if a part was not measured. For example, no byte of a text is rare.
     """
     if missing or not parts:
         return None
@@ -340,67 +311,22 @@ def _of_claim(parts: Sequence[PValues], missing: bool) -> PValues | None:
     )
 
 
-def judge_part(rule: Part, runs: pl.DataFrame, general: bool, alpha: float = ALPHA) -> PartFinding:
-    """Judge one part of a claim, before the correction for the number of claims.
-
-    In general, numbers are averaged over seeds and schemes whatever the centre of the rule.
-
-    Args:
-        rule: the rule of the part.
-        runs: columns scheme, config, seed, data_seed, value. At least one row.
-        general: whether schemes are units too.
-        alpha: the error rate. Intervals are of 1 - alpha.
-    """
-    return judge_units(rule, runs, general, alpha)[1]
-
-
-def judge_units(
-    rule: Part, runs: pl.DataFrame, general: bool, alpha: float
-) -> tuple[Spread, PartFinding]:
-    """Judge a part as judge_part does. Return its units, too."""
-    units = unit_columns(runs)
-    if general:
-        spread = in_general(runs, units)
-        estimate = spread.interval(1 - alpha)
-        found = p_values(rule, spread, "mean")
-    else:
-        spread = over_seeds(runs, units)
-        estimate = interval(rule, spread, 1 - alpha)
-        found = p_values(rule, spread)
-    beyond = prediction(runs, units, 1 - alpha) if general else None
-    has_sd = len(spread.units) > 1 and spread.error is not None
-    return spread, PartFinding(
-        estimate=estimate.within(rule.limits),
-        sd=float(spread.units.std(ddof=1)) if has_sd else None,
-        df=spread.df,
-        supported_p=found.supported,
-        contradicted_p=found.contradicted,
-        not_supported_p=found.not_supported,
-        verdict=found.verdict(1.0, alpha),
-        doubts=spread.doubts if rule.centre == "mean" or general else (),
-        configurations=runs["config"].n_unique(),
-        prediction=beyond.within(rule.limits) if beyond else None,
-        variance=split(runs, units) if general else {},
-        decides=rule.decides,
-    )
-
-
 def course(claim: Claim, rows: pl.DataFrame, general: bool, alpha: float) -> str | None:
-    """Say what became of a number that was supported at some step of training.
+    """Say whether an effect that was there at some step of training is gone or reversed at the end.
 
-    Each earlier step is compared with the last one, run by run. The error rate is divided by the
+    The last step is compared with each earlier one, run by run. The error rate is divided by the
     number of earlier steps.
 
     Args:
-        claim: its parts are the number at several steps.
-        rows: columns part, scheme, config, seed, data_seed, value; parts in the order of names.
+        claim: a claim whose parts are one number at several steps.
+        rows: columns part, scheme, config, seed, data_seed, value; sorted by part.
         general: whether schemes are units too.
         alpha: the error rate.
 
     Returns:
-        `reversed` where the number is shown at an earlier step and its contrary at the last one,
-        `transient` where it is shown at an earlier step and shown to be smaller at the last one,
-        which does not show it. Else None.
+        `reversed` if an earlier step supports the claim and the last step contradicts it.
+        `transient` if an earlier step supports the claim, the last step does not, and the number is
+        shown to have become smaller in between. Otherwise None.
     """
     last = next((part for part in rows["part"].unique() if str(part).endswith("last step")), None)
     earlier = [part for part in rows["part"].unique().sort() if part != last]
@@ -430,14 +356,14 @@ def course(claim: Claim, rows: pl.DataFrame, general: bool, alpha: float) -> str
 
 
 def extreme(rule: Part, seen: pl.Series, *, holds: bool) -> float:
-    """Return the number that a run without one counts as.
+    """Return the number that is filled in for a run without a number.
 
-    It is as far from the bound as any run is on the other side, or further.
+    On one side of the bound, the number is at least as far away as any run is on the other side.
 
     Args:
         rule: the rule of the part.
-        seen: the numbers of runs.
-        holds: whether it counts for the claim, or against it.
+        seen: the numbers of the other runs.
+        holds: whether the number counts for the claim. If not, it counts against the claim.
     """
     if rule.centre == "share":
         return float(holds == (rule.low is not None))
@@ -450,46 +376,3 @@ def extreme(rule: Part, seen: pl.Series, *, holds: bool) -> float:
     if holds:
         return bound + sign * max(abs(min(distances)), max(distances))
     return bound + sign * min(-abs(max(distances)), min(distances))
-
-
-def compare(
-    claim: Claim,
-    values: Values,
-    trials: pl.DataFrame,
-    reference: str,
-    alpha: float = ALPHA,
-) -> dict[str, dict[str, Comparison]]:
-    """Compare the numbers of a claim between schemes, in pairs of runs.
-
-    The two runs of a pair have the same seed, subset and order of data. The p-value is that of a
-    mean difference, whatever the centre of the claim.
-
-    Args:
-        claim: the claim.
-        values: the numbers that its measure gives.
-        trials: columns trial_key, scheme, corpus.subset, corpus.data_seed, seed.
-        reference: the scheme that the others are compared with.
-        alpha: the error rate. Intervals are of 1 - alpha.
-
-    Returns:
-        By part and scheme, the mean over seeds of the scheme's number minus that of the reference.
-        The p-values are not yet adjusted.
-    """
-    pair = ["part", "seed", "corpus.subset", "corpus.data_seed"]
-    rows_of_trials = values.join(trials, on="trial_key").select("scheme", *pair, "value")
-    base = rows_of_trials.filter(scheme=reference).select(*pair, base="value")
-    pairs = (
-        rows_of_trials.filter(pl.col("scheme") != reference)
-        .join(base, on=pair)
-        .with_columns(value=pl.col("value") - pl.col("base"), config="corpus.subset")
-        .sort("part", "scheme", "seed", "corpus.subset", "corpus.data_seed")
-    )
-    rule = Part(centre="mean", low=0.0)
-    found: dict[str, dict[str, Comparison]] = {}
-    for (part, scheme), rows in pairs.group_by(["part", "scheme"], maintain_order=True):
-        rows = rows.with_columns(data_seed="corpus.data_seed")
-        spread: Spread = over_seeds(rows, unit_columns(rows))
-        estimate, two_sided = spread.interval(1 - alpha), p_values(rule, spread).two_sided
-        comparison = Comparison(**vars(estimate), p=two_sided)
-        found.setdefault(str(part), {})[str(scheme)] = comparison
-    return found

@@ -127,9 +127,10 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
 
 def time_phases(folder: Path) -> dict[str, float]:
     """Measure the seconds of reading a sweep, and of its statistics and verdicts."""
-    from analysis.findings import find, measured
+    from analysis.findings import find
     from analysis.frames import frames_of_runs, with_scheme
     from analysis.runs import read_sweeps
+    from analysis.sweep_verdicts import measured
 
     start = time.perf_counter()
     sweep = read_sweeps(store_in(folder), ["scale"], None, Path("unused"))

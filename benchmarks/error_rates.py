@@ -30,8 +30,9 @@ from analysis.claims import CLAIMS, Claim, Part
 from analysis.decisions import CONTRADICTED, SUPPORTED
 from analysis.depth_gradient import gradient_tau
 from analysis.interim import plan_interim
+from analysis.part_verdicts import judge_part
 from analysis.stats import Estimate
-from analysis.verdicts import judge, judge_part
+from analysis.verdicts import judge
 
 SEEDS = (4, 8, 12, 20, 40)
 Numbers = NDArray[np.float64]

@@ -26,10 +26,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis.decisions import CONTRADICTED, DEPENDS, NOT_SUPPORTED, SUPPORTED
-from analysis.findings import claim_findings, measured
 from analysis.frames import with_scheme
 from analysis.power import HEADLINES
 from analysis.runs import ReadTables, RunTables, read_sweeps
+from analysis.sweep_verdicts import claim_findings, measured
 from tracking.address import store_address
 from tracking.store import Store
 

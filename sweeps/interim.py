@@ -11,10 +11,10 @@ from dataclasses import replace
 from rich.console import Console
 
 from analysis.claims import CLAIMS
-from analysis.findings import judge_sweep
 from analysis.frames import with_scheme
 from analysis.interim import InterimPlan, find_sweep, plan_interim, read_interim_plan
 from analysis.runs import read_sweeps
+from analysis.sweep_verdicts import judge_sweep
 from gptcore.config import InputError
 from sweeps.plan import Plan
 from sweeps.session import Session

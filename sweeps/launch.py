@@ -192,12 +192,12 @@ def command_line(
     )  # fmt: skip
     parser.add_argument(
         "--claims", nargs="+", default=[], metavar="CLAIM",
-        help="ask only these claims: the error rate and the power of the sweep are for them alone",
+        help="ask only these claims, which then share the whole error rate of the sweep",
     )  # fmt: skip
     parser.add_argument(
         "--watch", action="store_true",
-        help="print a link to a page of this machine that draws the main pictures again as trials "
-        "finish, until the sweep ends",
+        help="print a link to a page on this machine that shows the main figures while trials run, "
+        "until the sweep ends",
     )  # fmt: skip
     add_knobs(parser, "one value, or several to sweep over [default; a preset may have others]")
     args, given = parse(parser, argv)
@@ -205,7 +205,7 @@ def command_line(
         raise InputError(f"unknown preset {args.preset!r}: take {', '.join(presets)}")
     if args.watch and (args.dry_run or args.debug):
         raise InputError(
-            "--watch shows a sweep while its trials run: it does not go with --dry-run or --debug"
+            "--watch shows a running sweep: it cannot be combined with --dry-run or --debug"
         )
     check_array(args.array)
     if args.claims:
@@ -218,7 +218,7 @@ def command_line(
 def run_sweep(
     plan: Plan, args: argparse.Namespace, console: Console, first_seeds: int | None
 ) -> int:
-    """Run what is missing of the plan, then report. Return the exit code.
+    """Run the missing trials of the plan, then report. Return the exit code.
 
     Args:
         plan: all trials that the sweep may get.
@@ -267,7 +267,7 @@ def dry_run(
     console: Console,
     first_seeds: int | None,
 ) -> int:
-    """Say what is done, what is missing, and what that will take. Return the exit code."""
+    """Print which trials are missing, and what they need. Return the exit code."""
     from analysis.claims import CLAIMS
     from analysis.decisions import ALPHA
     from analysis.power import say_power
@@ -300,10 +300,10 @@ def dry_run(
 def expected(
     missing: Mapping[str, TrialConfig], args: argparse.Namespace, console: Console
 ) -> list[str]:
-    """Return lines on what the missing trials will take.
+    """Return lines about the time, memory and disk that the missing trials need.
 
-    That is measured on Ray or, with --no-estimate, read from earlier measurements, for which no Ray
-    is started.
+    These are measured on Ray. With --no-estimate, they come from earlier measurements, and Ray is
+    not started.
     """
     if not missing:
         return []

@@ -45,7 +45,7 @@ class Plan:
     trials: Mapping[str, TrialConfig]
     corpora: Mapping[str, Corpus]  # by trial key
     notes: tuple[str, ...] = ()  # what the user has to know about the plan
-    claims: tuple[str, ...] = ()  # that the sweep asks; without any, all of them
+    claims: tuple[str, ...] = ()  # the claims that the sweep asks; empty for all claims
     searched: tuple[str, ...] = ()  # knobs in which trials that are added later may differ
 
     def of_seeds(self, seeds: Sequence[int]) -> Plan:
@@ -114,10 +114,10 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space], claims: Sequence[
     """Make a plan of all trials of the spaces.
 
     Args:
-        name: of the sweep.
-        preset: its name.
+        name: the name of the sweep.
+        preset: the name of the preset.
         spaces: the values of knobs.
-        claims: that the sweep asks; without any, all of them.
+        claims: the claims that the sweep asks. Without names, all claims.
 
     Raises:
         InputError: a trial cannot run.
@@ -128,7 +128,7 @@ def make_plan(name: str, preset: str, spaces: Sequence[Space], claims: Sequence[
 
 
 def complete_seeds(trials: Iterable[TrialConfig]) -> int:
-    """Return how many seeds every configuration has."""
+    """Return the number of seeds that all configurations have."""
     configs_of: dict[int, set[str]] = {}
     for config in trials:
         flat = config.to_flat()
@@ -223,11 +223,11 @@ def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
 def names_of(plan: Plan) -> dict[str, str]:
     """Name each trial by its scheme, the other knobs in which trials differ, and its seed.
 
-    A text stands for itself, as in `gpt2, 0-0.25, seed 1`. A number has the last part of its knob
-    before it, as in `gpt2, lr 0.001, seed 1`.
+    A text has no prefix, as in `gpt2, 0-0.25, seed 1`. A number follows the last part of the name of
+    the knob, as in `gpt2, lr 0.001, seed 1`.
     """
     flats = {key: config.to_flat() for key, config in plan.trials.items()}
-    # These are in every name, or say the same.
+    # These knobs are in every name, or repeat one that is.
     known = {"init.scheme", "init.seed"}
     if all(flat["corpus.data_seed"] == flat["init.seed"] for flat in flats.values()):
         known.add("corpus.data_seed")

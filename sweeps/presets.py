@@ -44,8 +44,8 @@ def trials_of(space: Space) -> list[TrialConfig]:
 def trial_of(flat: Mapping[str, Scalar]) -> TrialConfig:
     """Return the trial with these knobs.
 
-    Its data seed follows its seed, unless it is given: a seed stands for everything that a run
-    draws, so that other seeds show all by which runs differ.
+    Unless it is given, the data seed equals the seed. A seed is then everything that a run draws at
+    random, and the spread over seeds contains all of these draws.
     """
     follows = {"corpus.data_seed": flat.get("init.seed", TrialConfig().init.seed)}
     return TrialConfig.from_flat({**follows, **flat})
@@ -54,7 +54,7 @@ def trial_of(flat: Mapping[str, Scalar]) -> TrialConfig:
 SEEDS_4, SEEDS_8 = list(range(4)), list(range(8))
 
 PRESETS: dict[str, Preset] = {
-    # What a small budget is spent on is chosen by benchmarks/quick_choice.py: see RESULTS.md there.
+    # benchmarks/quick_choice.py shows why the small budget is spent on seeds; see RESULTS.md.
     "quick": Preset(
         "a tiny model, 3 schemes x 8 seeds x 2 subsets: decides most claims, minutes on two cores",
         (

@@ -1,7 +1,8 @@
-"""The page of --watch: the two main pictures of a sweep, drawn again as its trials finish.
+"""Serve the page of --watch: the two main figures of a sweep, drawn again as trials finish.
 
-It is served by a thread of the driver, on the loopback address, behind a link that opens once.
-Another thread draws. Neither is waited for while trials run, and a failure of theirs ends nothing.
+A thread of the driver serves the page on the loopback address, behind a link that opens once.
+Another thread draws. The driver never waits for these threads while trials run. If one of them
+fails, the sweep goes on.
 """
 
 from __future__ import annotations
@@ -31,56 +32,56 @@ if TYPE_CHECKING:
     from sweeps.execution.progress import SweepProgress
 
 SHARE = 0.01
-"""Drawing takes at most this share of the time since the command began.
+"""The largest share of the time since the command began that drawing may take.
 
-What it takes is seconds of a core. Where trials use every core, drawing also waits for one, and
-takes nothing from them by that.
+The time of drawing is measured in seconds of a core. Waiting for a core does not count, because it
+takes nothing from the trials.
 """
 FIRST_DRAWING, READING = 0.4, 0.01
-"""Seconds that a drawing is taken to need before one was measured, and more for each trial."""
+"""The estimate for the first drawing in seconds: a fixed part, and a part for each trial."""
 MARGIN = 1.5
-"""How much more the next drawing is taken to need than the last one: it has more trials, and Polars
-reads them in threads that are not measured."""
-LOOK_EVERY = 1.0
-"""Seconds between two looks whether a picture is due."""
+"""The estimate for the next drawing, relative to the last one. The next drawing has more trials, and
+the threads in which Polars reads are not measured."""
+CHECK_EVERY = 1.0
+"""Seconds between two checks whether a drawing is due."""
 SECONDS_TO_CLOSE = 2.0
-"""How long the end of a sweep waits for each thread."""
+"""The longest time that the end of a sweep waits for each thread."""
 
 
 class Watch:
-    """The page of one sweep, and what is known of its trials."""
+    """The page of one sweep, and the state of the trials."""
 
     def __init__(self, sweep: str, runs_dir: Path, address: StoreAddress, console: Console) -> None:
-        """Begin to count the time of the sweep; nothing is served before `open`.
+        """Start to measure the time of the sweep. `open` starts to serve the page.
 
         Args:
-            sweep: its name.
+            sweep: the name of the sweep.
             runs_dir: the runs folder.
-            address: of the store where the sweep is recorded.
-            console: where to print the link, and why a picture cannot be drawn.
+            address: the address of the store where the sweep is recorded.
+            console: prints the link, and the reason if a figure cannot be drawn.
         """
         self.sweep, self.console = sweep, console
-        # A store of its own: the driver's is used by another thread.
+        # A separate store, because the driver uses its own store in another thread.
         self.pictures = LivePictures(Store(address), sweep, runs_dir)
         self.planned: Mapping[str, Mapping[str, Scalar]] = {}
-        self.had_result: frozenset[str] = frozenset()  # before these trials began
+        self.had_result: frozenset[str] = frozenset()  # before this command
         self.finished: frozenset[str] = frozenset()
         self.line, self.losses, self.share = "no trial has started", "", 0.0
         self.drawing, self.json = 0, "{}"
         self.drawn = (
-            f"No picture yet: drawing takes at most {SHARE:.0%} of the time, so the first picture "
-            f"comes after {clock(FIRST_DRAWING / SHARE)} or later, when a trial has finished."
+            f"There is no figure yet. Drawing may take {SHARE:.0%} of the time. So the first figures "
+            f"appear when a trial has finished, but not before {clock(FIRST_DRAWING / SHARE)}."
         )
         self.begun, self.spent, self.latest = time.monotonic(), 0.0, 0.0
         self._threads: list[threading.Thread] = []
         self._has_failed, self._closed = False, threading.Event()
 
     def open(self, plan: Plan, done: Collection[str]) -> None:
-        """Serve the page until `close`. A sweep that gets more seeds calls this again.
+        """Serve the page until `close`. If a sweep gets more seeds, call this again.
 
         Args:
             plan: all trials of the sweep.
-            done: the keys of those that have a result already.
+            done: the keys of the trials that already have a result.
         """
         self.planned = {key: config.to_flat() for key, config in plan.trials.items()}
         self.had_result = frozenset(done)
@@ -98,13 +99,13 @@ class Watch:
         for thread in self._threads:
             thread.start()
         self.console.print(
-            "--watch: this link opens the page of the sweep once, on this machine:\n"
+            "--watch: open this link on this machine. It works once, and shows the sweep:\n"
             f"  http://{HOST}:{listener.getsockname()[1]}{links[0]}",
             soft_wrap=True,
         )
 
     def close(self) -> None:
-        """Serve and draw no more."""
+        """Stop serving and drawing."""
         self._closed.set()
         if self._threads:
             self._server.should_exit = True
@@ -112,13 +113,13 @@ class Watch:
             thread.join(SECONDS_TO_CLOSE)
 
     def tell(self, progress: SweepProgress) -> None:
-        """Take over what the driver knows of the trials that run."""
+        """Copy the state of the trials from the driver."""
         self.line, self.losses = progress.line(), progress.losses()
         self.share = progress.outcomes.share_done
         self.finished = frozenset(progress.outcomes.finished)
 
     def _app(self, page: str) -> Starlette:
-        """Return what answers those who have opened the link."""
+        """Return the application that answers visitors who have opened the link."""
         fresh = {"Cache-Control": "no-store"}
 
         async def state(request: Request) -> Response:
@@ -128,26 +129,26 @@ class Watch:
         async def pictures(request: Request) -> Response:
             return Response(self.json, media_type="application/json", headers=fresh)
 
-        async def whole(request: Request) -> Response:
+        async def html(request: Request) -> Response:
             return HTMLResponse(page, headers=fresh)
 
-        routes = {"/": whole, "/state": state, "/pictures": pictures}
+        routes = {"/": html, "/state": state, "/pictures": pictures}
         return Starlette(routes=[Route(path, answer) for path, answer in routes.items()])
 
     def _draw_until_closed(self) -> None:
-        while not self._closed.wait(LOOK_EVERY):
+        while not self._closed.wait(CHECK_EVERY):
             if self.is_due():
                 self.draw()
 
     def is_due(self) -> bool:
-        """Return whether there is something new to draw, and time for it."""
+        """Return whether there are new trials to draw, and drawing may take more time."""
         new = (self.had_result | self.finished) - self.pictures.read
         expected = MARGIN * self.latest or FIRST_DRAWING + READING * len(new)
         allowed = SHARE * (time.monotonic() - self.begun) - self.spent
         return bool(new) and expected <= allowed
 
     def draw(self) -> None:
-        """Draw the pictures of the trials that have a result, and measure how long it takes."""
+        """Draw the figures of the trials with a result, and measure how long this takes."""
         begun = time.thread_time()
         try:
             self.json = self.pictures.draw(self.had_result | self.finished, self.planned)
@@ -155,7 +156,7 @@ class Watch:
             if not self._has_failed:
                 self._has_failed = True
                 self.console.print(
-                    f"--watch: the pictures cannot be drawn, and the sweep goes on: "
+                    "--watch: the figures cannot be drawn (the sweep goes on): "
                     f"{one_line(str(error) or type(error).__name__)}",
                     soft_wrap=True,
                 )
@@ -165,7 +166,7 @@ class Watch:
         self.spent += self.latest
         elapsed = time.monotonic() - self.begun
         self.drawn = (
-            f"The pictures are of {self.pictures.shown} of "
-            f"{counted(len(self.planned), 'trial')}, as of {time.strftime('%H:%M:%S')}. Drawing "
-            f"took {self.spent / elapsed:.2%} of the time so far."
+            f"At {time.strftime('%H:%M:%S')}, the figures show {self.pictures.shown} of "
+            f"{counted(len(self.planned), 'trial')}. Drawing has taken {self.spent / elapsed:.2%} of "
+            "the time."
         )

@@ -1,4 +1,4 @@
-"""The first screen: the question, the answer, the matrix, the source's numbers, what to do next."""
+"""The first screen: question, answer, matrix, the source's numbers, and the next commands."""
 
 import json
 import re
@@ -11,19 +11,20 @@ from analysis import answers
 from analysis.claim_table import ALL, estimates, weakest_part
 from analysis.claims import CLAIMS
 from analysis.decisions import CONTRADICTED, SUPPORTED, UNDERPOWERED
-from analysis.findings import find, measured
+from analysis.findings import find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.next_steps import next_steps, with_flags
 from analysis.power import HEADLINES
 from analysis.replication import replication
 from analysis.runs import read_sweeps
+from analysis.sweep_verdicts import measured
 from helpers.store import store_in
 from sweeps.command_line import add_knobs, parse, sweep_parser
 
 
 @pytest.fixture(scope="module")
 def read(two_sweeps):
-    """A sweep, its findings and the statistics of its runs."""
+    """Read a sweep. Return the sweep, the findings and the statistics of the runs."""
     sweep = read_sweeps(store_in(two_sweeps), ["one"], None, two_sweeps / "cache")
     sweep = replace(sweep, trials=with_scheme(sweep.trials))
     by_run = frames_of_runs(sweep)
@@ -42,7 +43,7 @@ def with_verdicts(findings, name, **verdicts):
     return replace(findings, claims=claims)
 
 
-def test_the_question_is_the_one_that_the_sweep_asked(read):
+def test_the_question_is_the_question_of_the_sweep(read):
     sweep, findings, _ = read
     said = answers.question(sweep, findings)
     for word in ("14 claims", "n_layer", *sweep.trials["init.scheme"].unique(), "seed"):
@@ -77,31 +78,31 @@ def test_the_matrix_has_a_cell_for_every_claim_and_scheme_with_one_number_in_a_r
     assert answers.matrix(findings, ["order"], most=1).left_out == 1
 
 
-def test_no_verdict_is_said_of_all_schemes_where_one_has_another(read):
+def test_there_is_no_verdict_for_all_schemes_if_one_scheme_has_another_verdict(read):
     _, findings, _ = read
     first, second = findings.claims.by["scheme"]
     for other in (CONTRADICTED, UNDERPOWERED):
         split = with_verdicts(findings, "order", **{first: SUPPORTED, second: other})
         (row,) = answers.matrix(split, ["order"], most=24).rows
-        assert row.pooled.seeds == "as a mean"
+        assert row.pooled.remark == "as a mean"
         assert [cell.verdict for cell in row.schemes] == [SUPPORTED, other]
         assert ALL not in estimates(split).filter(claim="order")["scheme"].to_list()
         asked = replace(split, claims=replace(split.claims, asked=["order"]))
         assert "all 2 schemes" not in answers.answer(asked)[0]
     both = with_verdicts(findings, "order", **{first: SUPPORTED, second: SUPPORTED})
     (row,) = answers.matrix(both, ["order"], most=24).rows
-    assert row.pooled.seeds != "as a mean"
+    assert row.pooled.remark != "as a mean"
 
 
-def test_a_cell_tells_of_the_number_that_it_shows(read):
+def test_the_description_of_a_cell_is_about_the_number_in_the_cell(read):
     _, findings, _ = read
     for row in answers.matrix(findings, list(CLAIMS), most=24).rows:
         part = weakest_part(findings.claims.here[row.name])
         for cell in row.schemes:
-            assert cell.effect == "" or f"{part} " in cell.told
+            assert cell.effect == "" or f"{part} " in cell.description
 
 
-def test_what_was_selected_has_no_command_of_its_own(read):
+def test_a_selection_of_trials_has_no_next_commands(read):
     sweep, findings, _ = read
     assert next_steps(replace(sweep, stamps={}), findings) == []
     once = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1 --redo all --watch",))
@@ -110,7 +111,7 @@ def test_what_was_selected_has_no_command_of_its_own(read):
         assert "--watch" not in step.command
 
 
-def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
+def test_numbers_that_agree_with_the_source_are_marked(read):
     sweep, findings, by_run = read
     rows = {row.what: row for row in replication(sweep, findings, by_run)}
     mlp = rows["std of linear weights (MLP) at the start"]
@@ -121,7 +122,7 @@ def test_the_numbers_of_the_source_are_marked_where_ours_agree(read):
     assert all(agrees == (number == "0") for number, agrees in layer.found.values())
 
 
-def test_commands_for_what_to_do_next_can_be_run(read):
+def test_the_next_commands_can_be_run(read):
     sweep, findings, _ = read
     assert next_steps(sweep, findings) == []  # the command does not name its trials
     named = replace(sweep, commands=(f"{sweep.commands[0]} --init.seed 0 1",))
@@ -143,7 +144,7 @@ def test_commands_for_what_to_do_next_can_be_run(read):
         ("python x.py", {"optim.lr": ["0.1", "0.2"]}, "python x.py --optim.lr 0.1 0.2"),
     ],
 )  # fmt: skip
-def test_a_flag_takes_the_place_of_an_earlier_one(command, flags, expected):
+def test_a_flag_replaces_an_earlier_flag_of_the_same_name(command, flags, expected):
     assert with_flags(command, **flags) == expected
 
 

@@ -64,9 +64,9 @@ def test_the_order_of_rows_does_not_matter(name, sweep):
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_every_claim_gives_runs_that_differ_numbers_that_differ(name, sweep):
-    """A measure whose rows are not read would give every run the same number, in silence."""
-    if name in ("rare_flips", "init_table"):  # of two texts; and of the start, which is drawn alike
+def test_every_claim_gives_different_numbers_to_different_runs(name, sweep):
+    """A measure that does not read its rows would silently give every run the same number."""
+    if name in ("rare_flips", "init_table"):  # needs two texts; is about the start
         return
     by_part = CLAIMS[name].measure(sweep).group_by("part").agg(pl.col("value").n_unique())
     differing = dict(by_part.rows())
@@ -74,7 +74,7 @@ def test_every_claim_gives_runs_that_differ_numbers_that_differ(name, sweep):
         assert differing[part] > 1 or CLAIMS[name].unit == "tau", part  # two layers have two taus
     if name == "untrained_level":
         return
-    # And none of them is that of the first step alone.
+    # And no number depends on the first step alone.
     first = {table: frame.filter(pl.col("step") == 0) if "step" in frame.columns else frame
              for table, frame in sweep.tables.items()}  # fmt: skip
     at_start = CLAIMS[name].measure(replace(sweep, tables=first))
@@ -133,7 +133,7 @@ def test_planted_growth_over_depth_is_found(sweep):
             assert widening[kind] == pytest.approx([growth] * 4)
 
 
-def test_growth_that_follows_from_displacement_is_told_apart(sweep):
+def test_growth_that_follows_from_displacement_is_reported_separately(sweep):
     """A weight that moves by d in random directions grows by half log(1 + (d / std)^2)."""
     moved = 0.015
     steps = pl.col("step") > 0
@@ -243,7 +243,10 @@ def test_the_digest_follows_every_margin_and_statement(monkeypatch):
 def test_the_digest_follows_the_code_that_measures_and_decides(monkeypatch):
     before = digest()
     code_of = claims._code
-    for changed in ("analysis.measures", "analysis.verdicts", "analysis.runs"):
+    for changed in (
+        "analysis.measures", "analysis.runs", "analysis.part_verdicts", "analysis.verdicts",
+        "analysis.sweep_verdicts",
+    ):  # fmt: skip
         codes = {name: code_of(name) + "x" * (name == changed) for name in
                  (*claims.RULES, "analysis.measures")}  # fmt: skip
         monkeypatch.setattr(claims, "_code", codes.__getitem__)

@@ -1,4 +1,4 @@
-"""Two sweeps side by side."""
+"""The comparison of two sweeps."""
 
 import json
 
@@ -15,7 +15,7 @@ def compared(runs_dir, out, *names):
     return {row["claim"]: row for row in rows}, (out / "report.html").read_text()
 
 
-def test_verdicts_stand_side_by_side_and_paired_runs_are_subtracted(two_sweeps, tmp_path):
+def test_a_comparison_has_both_verdicts_and_the_differences_of_pairs(two_sweeps, tmp_path):
     rows, page = compared(two_sweeps, tmp_path, "one", "two")
     assert len(rows) == 14
     assert all(len(row["sides"]) == 2 for row in rows.values())
@@ -27,7 +27,7 @@ def test_verdicts_stand_side_by_side_and_paired_runs_are_subtracted(two_sweeps, 
     assert "The sweeps differ in " in page
 
 
-def test_a_sweep_that_is_compared_with_its_own_runs_differs_in_nothing(two_sweeps, tmp_path):
+def test_the_difference_changes_its_sign_when_the_sweeps_are_exchanged(two_sweeps, tmp_path):
     rows, _ = compared(two_sweeps, tmp_path, "one", "two")
     again, _ = compared(two_sweeps, tmp_path / "back", "two", "one")
     for name, row in rows.items():
@@ -39,12 +39,15 @@ def test_a_sweep_that_is_compared_with_its_own_runs_differs_in_nothing(two_sweep
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--name", "one", "--compare"], "--compare takes the names of two sweeps"),
-        (["--name", "one", "one", "--compare"], "--compare takes the names of two sweeps"),
-        (["--name", "one", "two", "--compare", "--claims", "order"], "two sweeps whole"),
+        (["--name", "one", "--compare"], "needs the names of two different sweeps"),
+        (
+            ["--name", "one", "one", "--compare"],
+            "needs the names of two different sweeps",
+        ),
+        (["--name", "one", "two", "--compare", "--claims", "order"], "it cannot be combined"),
     ],
 )
-def test_what_cannot_be_compared_is_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
+def test_bad_input_of_a_comparison_gives_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
     code = main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path / "out"), *flags])
     said = capsys.readouterr().err
     assert (code, said.count("\n")) == (2, 1)

@@ -1,4 +1,7 @@
-"""What a sweep is said to take, from a few steps of each shape."""
+"""The estimate of the time and memory of a sweep, from a few steps of each shape.
+
+This is one file because these tests share what they measure and the machines that they invent.
+"""
 
 import json
 import re

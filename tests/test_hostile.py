@@ -1,4 +1,7 @@
-"""Stores that somebody made who means harm: they may give wrong numbers, and nothing worse."""
+"""Stores made by an attacker: they may give wrong numbers, and must not do anything worse.
+
+This is one file because every test is an attack on the same store.
+"""
 
 import json
 import re

@@ -152,8 +152,8 @@ def test_what_is_stored_of_interim_analyses_is_read_as_it_was():
 
 @pytest.mark.full
 def test_null_sweeps_with_all_interim_analyses_seldom_decide_anything(capsys):
-    """All claims at once, each at its bound, 100 sweeps of up to 60 seeds, all five analyses: at
-    most 5% have any claim supported or contradicted at any analysis."""
+    """All claims are at their bounds, in 100 sweeps of up to 60 seeds and five analyses. At most 5%
+    of the sweeps may have any claim supported or contradicted."""
     rng, sweeps, wrong, naive = np.random.default_rng(0), 100, 0, 0
     runs, planned = trials(60), plan_interim(range(60), 2, [])
     assert len(planned.schedule) == MAX_ANALYSES

@@ -73,7 +73,7 @@ def test_what_a_batch_system_or_a_closed_terminal_sends_is_like_ctrl_c(name):
 
 
 def test_a_signal_during_an_import_waits_for_its_end():
-    """An exception there could leave a lock of the import held."""
+    """An exception during an import could leave a lock of the import held."""
     code, said, _ = run(
         "try:\n"
         "    with interrupts.handled():\n"

@@ -66,8 +66,8 @@ BAD = [
         ["--model.context", "200000"],
         "a context of 200000 with 4 corpus.windows needs at least 1600008",
     ),
-    (["--watch", "--dry-run"], "--watch shows a sweep while its trials run: it does not go with"),
-    (["--watch", "--debug"], "--watch shows a sweep while its trials run: it does not go with"),
+    (["--watch", "--dry-run"], "--watch shows a running sweep: it cannot be combined with"),
+    (["--watch", "--debug"], "--watch shows a running sweep: it cannot be combined with"),
     (["--name", "../up"], "--name takes up to 100 letters"),
     (["--train.device", "cuda:7"], "train.device takes auto, cpu, cuda, not 'cuda:7'"),
 ]
@@ -357,7 +357,7 @@ def test_help_and_debug_wait_for_no_import_that_they_do_not_need():
     assert done.stdout == "set()\n"
 
 
-def test_a_claim_that_there_is_not_is_refused(runs_dir, capsys):
+def test_an_unknown_claim_is_refused(runs_dir, capsys):
     assert run("--runs-dir", str(runs_dir), "--claims", "orders") == 2
     assert "there is no claim orders: did you mean order?" in capsys.readouterr().err
     assert not runs_dir.exists()

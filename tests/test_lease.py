@@ -337,7 +337,7 @@ def test_two_drivers_with_a_server_between_them_train_each_trial_once(tmp_path, 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     server = start_server(uri, tmp_path)
     try:
-        # Trials so long that the driver that starts first is still at work when the other asks.
+        # The trials are long, so the first driver still works when the second one asks.
         config = TrialConfig.from_flat({**KILLED, "train.steps": 4000, "probes.every": 200})
         wanted = [*flags(config), "--init.seed", "0", "1", "2", "--no-estimate", "--no-report"]
         (tmp_path / "a").mkdir()

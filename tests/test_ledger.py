@@ -188,7 +188,7 @@ def plan_of(tmp_path, name):
 
 @pytest.mark.full  # five sweeps through Ray
 def test_trials_are_confirmatory_only_if_planned_before_any_result(tmp_path):
-    """The first seeds are; those that are added after a report, or known already, are not."""
+    """The first seeds are confirmatory. Seeds that are added after a report, or known before, are not."""
     tiny = [*flags(TrialConfig.from_flat(TINY)), "--no-estimate", "--runs-dir", str(tmp_path)]
     assert main("doc", PRESETS, [*tiny, "--name", "one", "--init.seed", "0", "1"]) == 0
     first = plan_of(tmp_path, "one")
@@ -206,7 +206,7 @@ def test_trials_are_confirmatory_only_if_planned_before_any_result(tmp_path):
 
 
 @pytest.mark.full
-def test_a_sweep_may_ask_some_claims_alone(tmp_path):
+def test_a_sweep_can_ask_only_some_claims(tmp_path):
     tiny = [*flags(TrialConfig.from_flat(TINY)), "--no-estimate", "--runs-dir", str(tmp_path)]
     asked = ["--claims", "order", "widening"]
     assert main("doc", PRESETS, [*tiny, "--name", "some", "--init.seed", "0", "1", *asked]) == 0

@@ -1,7 +1,7 @@
-"""`ray up` on real hosts: machines out of namespaces, each with its address, its home and its sshd.
+"""`ray up` on several hosts of one computer. A host is a namespace with an address, home and sshd.
 
-They share the file system, the cores and the clock, and nothing else: a cable can be cut, and a
-machine be switched off.
+The hosts share only the file system, the cores and the clock. A test can cut the network of a host,
+or switch a host off.
 
 One cluster serves all of these tests, because it takes a minute to start.
 """

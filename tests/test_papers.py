@@ -1,4 +1,4 @@
-"""Figures as files, tables for a paper, and the figures and formats that the command takes."""
+"""Figures as files, tables for a paper, and the options --figure and --format."""
 
 import re
 
@@ -31,7 +31,7 @@ def test_a_figure_is_as_wide_as_a_column_or_a_page(tmp_path, pixels, millimetres
     assert int.from_bytes(png[16:20]) == pytest.approx(millimetres / 25.4 * papers.DPI, abs=2)
 
 
-def test_the_type_of_a_printed_figure_has_at_least_seven_points(tmp_path):
+def test_the_text_of_a_printed_figure_has_at_least_seven_points(tmp_path):
     (file,) = papers.write_figure({**BARS, "width": 370}, tmp_path, "bars", ["svg"])
     svg = file.read_text()
     pixels = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
@@ -39,7 +39,7 @@ def test_the_type_of_a_printed_figure_has_at_least_seven_points(tmp_path):
     assert min(sizes) / pixels * papers.COLUMN / 25.4 * 72 >= 7
 
 
-def test_a_table_in_latex_escapes_what_latex_reads():
+def test_a_table_in_latex_escapes_special_characters():
     table = pl.DataFrame({"a_b": ["5% & $x$", None, "two\nlines"], "p": [0.5, None, 1e-5]})
     lines = papers.latex(table).splitlines()
     assert lines[1] == r"\begin{tabular}{lr}"
@@ -52,7 +52,7 @@ def test_a_table_in_latex_escapes_what_latex_reads():
 @pytest.mark.parametrize(
     ("weights", "data", "says"),
     [
-        ([0, 1], [0, 1], "A seed fixes the initial weights, the order of batches and the tokens"),
+        ([0, 1], [0, 1], "the order of the batches and the draws of tokens."),
         ([0, 1], [3, 3], "are the same in all trials."),
         ([0, 0, 1, 1], [2, 3, 2, 3], "have 2 seeds of their own."),
     ],
@@ -72,7 +72,7 @@ def test_one_figure_can_be_written_in_one_format(two_sweeps, tmp_path, capsys):
 
 
 def test_a_new_report_leaves_no_figure_of_an_earlier_one(two_sweeps, tmp_path):
-    """Its numbers may be others."""
+    """The numbers may have changed."""
     flags = ["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path)]
     assert main([*flags, "--figure", "losses", "--format", "svg"]) == 0
     (tmp_path / "figures" / "mine.svg").touch()
@@ -90,7 +90,7 @@ def test_a_new_report_leaves_no_figure_of_an_earlier_one(two_sweeps, tmp_path):
         (["--figure", "tau_by_rate"], "there are no numbers for the figure tau_by_rate"),
     ],
 )
-def test_an_unknown_figure_or_format_is_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
+def test_an_unknown_figure_or_format_gives_one_sentence(two_sweeps, tmp_path, capsys, flags, says):
     code = main(["--runs-dir", str(two_sweeps), "--name", "one", "--out", str(tmp_path), *flags])
     said = capsys.readouterr().err
     assert (code, said.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""What a plan says of its trials to people: their names, and their colours."""
+"""The names and colours that a plan gives to trials."""
 
 import pytest
 
@@ -28,17 +28,17 @@ def plan_of(**space):
         ),
     ],
 )
-def test_a_name_says_what_tells_the_trials_of_a_sweep_apart(space, named):
+def test_a_name_has_the_knobs_in_which_trials_differ(space, named):
     plan = plan_of(**{"init.scheme": ["gpt2"], "init.seed": [0], **space})
     assert [job.name for job in jobs_of(plan, plan.trials)] == named
 
 
-def test_no_two_knobs_have_one_name_before_a_number():
+def test_the_last_part_of_every_numeric_knob_is_unique():
     numbers = [knob.rpartition(".")[2] for knob in KNOBS if knob_type(knob) is not str]
     assert len(set(numbers)) == len(numbers)
 
 
-def test_a_text_of_ones_own_is_named_without_its_folder(tmp_path):
+def test_a_text_file_is_named_without_its_folder(tmp_path):
     texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for text in texts:
         text.write_text(f"{text.name} and nothing more. " * 300)
@@ -55,7 +55,7 @@ def test_trials_of_one_configuration_have_one_colour_in_the_order_of_the_plan():
         assert job.colour == COLOURS[place % len(COLOURS)]
 
 
-def test_a_scheme_has_all_that_is_compared_and_a_colour_of_its_own():
+def test_a_scheme_has_all_compared_knobs_and_a_colour_of_its_own():
     plan = plan_of(**{"optim.lr": [0.001, 0.01], "init.scheme": ["model5", "gpt2"]})
     jobs = jobs_of(plan, plan.trials)
     assert {job.scheme for job in jobs} == {
@@ -64,7 +64,7 @@ def test_a_scheme_has_all_that_is_compared_and_a_colour_of_its_own():
     assert [job.colour for job in jobs] == COLOURS[:4]
 
 
-def test_a_scheme_keeps_its_name_and_colour_where_only_some_trials_are_left_to_run():
+def test_a_scheme_keeps_its_name_and_colour_when_only_some_trials_are_left_to_run():
     plan = plan_of(**{"optim.lr": [0.001, 0.01], "init.scheme": ["model5"]})
     (last,) = jobs_of(plan, list(plan.trials)[1:])
     assert (last.scheme, last.colour) == ("model5, optim.lr 0.01", COLOURS[1])

@@ -1,4 +1,7 @@
-"""Every probe gives what its definition says, for one model and for several at once."""
+"""Every probe gives what its definition says, for one model and for several at once.
+
+This is one file because every probe is tested on the same models.
+"""
 
 import copy
 from dataclasses import dataclass, replace

@@ -217,7 +217,7 @@ def test_of_an_array_each_trial_is_counted_as_it_ends(shown, tmp_path):
 
 
 def of_schemes(*schemes, console=None):
-    """Progress of one trial for each scheme, whose keys are their places: "0", "1"."""
+    """Make the progress of one trial for each scheme, with the trial keys "0", "1" and so on."""
     keys = [str(place) for place in range(len(schemes))]
     outcomes = TrialOutcomes(
         dict.fromkeys(keys, 100), len(keys), dict(zip(keys, schemes, strict=True))
@@ -225,7 +225,7 @@ def of_schemes(*schemes, console=None):
     return SweepProgress(console or Console(file=io.StringIO(), width=200), outcomes)
 
 
-def test_the_last_loss_of_each_scheme_is_told_with_its_step_in_the_order_of_the_plan(clock):
+def test_the_last_loss_of_each_scheme_is_shown_with_its_step_in_the_order_of_the_plan(clock):
     shown = of_schemes("model5", "gpt2", "normal", "model5")
     assert shown.losses() == ""
     result(shown, "1", 20, loss=10.25)
@@ -235,13 +235,13 @@ def test_the_last_loss_of_each_scheme_is_told_with_its_step_in_the_order_of_the_
     assert shown.losses() == "last loss: model5 8.125 (step 100), gpt2 10.25 (step 20)"
 
 
-def test_a_loss_that_is_no_number_is_told_as_it_is(clock):
+def test_a_loss_that_is_not_a_number_is_shown(clock):
     shown = of_schemes("gpt2")
     result(shown, "0", 7, loss=float("nan"), status="diverged")
     assert shown.losses() == "last loss: gpt2 nan (step 7)"
 
 
-def test_of_many_schemes_eight_are_named(clock):
+def test_only_eight_schemes_are_named(clock):
     shown = of_schemes(*(f"scheme {place}" for place in range(11)))
     for place in range(11):
         result(shown, str(place), 1, loss=1.0)
@@ -274,7 +274,7 @@ def test_a_bar_is_not_drawn_at_every_report_but_at_every_event(clock):
     assert told[-1].startswith("1 of 2 finished")
 
 
-def test_lines_of_a_file_have_the_losses_from_time_to_time(clock):
+def test_a_file_gets_the_losses_from_time_to_time(clock):
     shown = of_schemes("gpt2", "gpt2")
     for step in range(40):
         clock.seconds += 1

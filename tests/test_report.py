@@ -1,4 +1,7 @@
-"""The report of a small sweep: its files, its numbers, its sentences, and bad input."""
+"""The report of a small sweep: files, numbers, sentences, and bad input.
+
+This is one file because all of these tests use the report of one sweep.
+"""
 
 import json
 import re
@@ -157,7 +160,7 @@ def test_every_table_that_it_rests_on_is_written_as_parquet(report):
 
 
 def test_every_figure_of_runs_has_the_schemes_in_one_order(report):
-    """The colours of schemes follow it."""
+    """Colours are given to schemes in this order."""
     schemes = pl.read_parquet(report / "trials.parquet")["scheme"].unique(maintain_order=True)
     for name in {FIGURES[figure].frame for figure in FIGURES} & {*RunFrames.__annotations__}:
         found = pl.read_parquet(report / f"{name}.parquet")["scheme"].unique(maintain_order=True)
@@ -192,15 +195,15 @@ def test_every_claim_has_a_verdict_a_sentence_and_a_place_on_the_page(report):
         assert findings["here"][name]["verdict"] in line.lower()
     # Two seeds cannot decide on a median, and the report says how many would.
     assert findings["here"]["depth_gradient"]["verdict"] == UNDERPOWERED
-    assert re.search(r"\d+ seeds would decide it in half of all cases", summary)
-    assert "In general: too few schemes or seeds to say (2 schemes; it takes 3" in summary
+    assert re.search(r"\d+ seeds would decide the claim in half of all cases", summary)
+    assert "In general: too few schemes or seeds (2 schemes; at least 3" in summary
     assert list(findings["by"]) == ["scheme"]
 
 
 def test_claims_that_changed_after_the_first_trial_are_exploratory(
     finished_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("analysis.findings.digest", lambda asked=(): "another")
+    monkeypatch.setattr("analysis.sweep_verdicts.digest", lambda asked=(): "another")
     assert main(["--runs-dir", str(finished_sweep), "--out", str(tmp_path)]) == 0
     findings = json.loads((tmp_path / "findings.json").read_text())["claims"]
     assert findings["standing"] == "exploratory"
@@ -346,7 +349,7 @@ def test_claims_can_be_chosen_and_stay_corrected_for_all(finished_sweep, tmp_pat
     assert list(linked) == ["order", "widening"]
     summary = (tmp_path / "summary.md").read_text()
     assert summary.count("\n- ") == 2
-    assert f"Note: 2 of {len(CLAIMS)} claims are shown, corrected for all of them." in summary
+    assert f"Note: 2 of {len(CLAIMS)} claims are shown, corrected for all claims." in summary
     findings = json.loads((tmp_path / "findings.json").read_text())
     assert set(findings["claims"]["here"]) == set(CLAIMS)
 
@@ -383,12 +386,12 @@ def test_a_sweep_over_bytes_says_what_cannot_be_measured(tmp_path, capsys):
     folder = tmp_path / "reports" / "over-bytes"
     found = json.loads((folder / "findings.json").read_text())["claims"]["here"]
     without = {name for name, one in found.items() if one["verdict"] == NOT_MEASURED}
-    # Few bytes of a text are rare.
+    # Hardly any byte of a text is rare.
     assert without == {"order", "rare_falls", "rare_flips", "never_suppressed"}
     assert list(found["never_suppressed"]["parts"]) == [NEVER_100, UNUSED]
     assert found["depth_gradient"]["parts"]["tau"]["estimate"]["seeds"] == 2
     page = (folder / "report.html").read_text()
-    assert "Not measured: no finished run has the numbers for it" in page
+    assert "Not measured: no finished run has the numbers that the claim needs" in page
 
 
 def of(**knobs):
@@ -422,7 +425,7 @@ ODD_SWEEPS = {
         for odd in ODD_SWEEPS
     ],
 )
-def test_every_sweep_with_a_result_gives_a_report_in_which_nothing_is_missing(odd, tmp_path):
+def test_every_sweep_with_a_result_gives_a_complete_report(odd, tmp_path):
     make_sweep(store_address(tmp_path).uri, tmp_path, "odd", ODD_SWEEPS[odd], base=TINY)
     assert main(["--runs-dir", str(tmp_path), "--name", "odd"]) == 0
     folder = tmp_path / "reports" / "odd"

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 
 
 def wait_until_drawn(page):
-    """Wait until every figure of a report is there: they are drawn one after another."""
+    """Wait until all figures of a report are drawn, one after another."""
     page.wait_for_function("document.documentElement.dataset.drawn === 'all'")
 
 
@@ -23,7 +23,7 @@ def test_a_browser_draws_every_figure_without_a_network(two_sweeps, tmp_path, pa
     wait_until_drawn(page)
     found = page.eval_on_selector_all(".chart", "charts => charts.map(chart => chart.id)")
     assert sorted(found) == sorted(set(FIGURES) - {"tau_by_rate"})  # these have one learning rate
-    for name in found:  # each has marks, and a name for those who cannot see it
+    for name in found:  # each figure has marks and an accessible name
         assert page.locator(f"#{name} svg.marks path, #{name} svg.marks line").count() > 5, name
         label = page.locator(f"#{name} [role=graphics-document]").get_attribute("aria-label")
         assert label == FIGURES[name].caption
@@ -70,9 +70,7 @@ def test_the_page_can_be_used_by_keyboard(two_sweeps, tmp_path, page):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
-def test_those_who_cannot_see_the_page_lack_nothing_and_no_width_is_exceeded(
-    two_sweeps, tmp_path, page, scheme, width
-):
+def test_the_page_is_accessible_and_fits_every_width(two_sweeps, tmp_path, page, scheme, width):
     assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), "--name", "one"]) == 0
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
@@ -84,7 +82,7 @@ def test_those_who_cannot_see_the_page_lack_nothing_and_no_width_is_exceeded(
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
-def test_a_printed_report_cuts_no_figure_and_folds_nothing(two_sweeps, tmp_path, page):
+def test_a_printed_report_cuts_no_figure_and_shows_all_folded_parts(two_sweeps, tmp_path, page):
     assert main(["--runs-dir", str(two_sweeps), "--out", str(tmp_path), "--name", "one"]) == 0
     page.goto((tmp_path / "report.html").as_uri())
     wait_until_drawn(page)

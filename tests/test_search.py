@@ -10,7 +10,7 @@ import pytest
 from analysis.claims import CLAIMS
 from analysis.counterexamples import distance, seeds_to_contradict, sentences
 from analysis.decisions import ALPHA, CONTRADICTED
-from analysis.verdicts import judge_part
+from analysis.part_verdicts import judge_part
 from gptcore.config import TrialConfig
 from helpers.driving import kill, outcome, start, wait_for
 from helpers.store import runs_of

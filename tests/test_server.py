@@ -1,4 +1,7 @@
-"""The cluster's tracking server: a real MLflow over a real PostgreSQL, with many writers."""
+"""The cluster's tracking server: a real MLflow over a real PostgreSQL, with many writers.
+
+This is one file because one server serves most of these tests. It takes long to start.
+"""
 
 import hashlib
 import os

@@ -501,7 +501,7 @@ def test_what_a_job_cannot_use_is_said_in_one_sentence_before_anything_is_traine
         "gpu": ("--train.device cuda", "train.device is cuda, but "),
     }
     jobs = {}
-    # No other test has this seed: a trial that is done already would need no GPU.
+    # No other test has this seed. A trial that is already done would need no GPU.
     for why, (flag, _) in wrong.items():
         more = {"PATH": f"{shadowed['env']}/bin:/usr/bin:/bin"} if why == "python" else {}
         options = f"--nodes={1 if why == 'gpu' else 2} --cpus-per-task=1"

@@ -75,7 +75,7 @@ def test_a_baseline_shifts_what_it_says(sweep, specified):
 
 
 def curve(rng, n_seeds, effect, ways=40):
-    """Specifications that agree with each other, because they measure the same seeds."""
+    """Draw specifications that agree with each other, because they measure the same seeds."""
     seeds = rng.normal(effect, 1, n_seeds)
     return [
         over_units(
@@ -87,7 +87,7 @@ def curve(rng, n_seeds, effect, ways=40):
     ]
 
 
-def test_specifications_that_agree_by_chance_are_not_taken_for_many_findings():
+def test_specifications_that_agree_by_chance_do_not_count_as_many_findings():
     rng, rule = np.random.default_rng(0), Part(centre="mean", low=0.0)
     by_chance = [joint_p(rule, curve(rng, 8, 0.0)) for _ in range(200)]
     assert np.mean(np.array(by_chance) <= 0.05) == pytest.approx(0.05, abs=0.05)

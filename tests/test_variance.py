@@ -1,4 +1,4 @@
-"""The model of variance: exact where a design is complete, and right where runs are missing."""
+"""The model of variance: exact for complete designs, and correct with missing runs."""
 
 import numpy as np
 import polars as pl
@@ -6,15 +6,15 @@ import pytest
 from scipy import stats
 
 from analysis.claims import Part
+from analysis.part_verdicts import judge_part
 from analysis.skew import NOMINAL, SIZES, guarded
 from analysis.variance import in_general, over_seeds, over_units, prediction, split, unit_columns
-from analysis.verdicts import judge_part
 
 RULE = Part(centre="mean", low=0.0)
 
 
 def frame(numbers, keep=None, own_seeds=False):
-    """Runs of schemes x configurations x seeds, of which `keep` may leave some out."""
+    """Make runs of schemes x configurations x seeds. `keep` selects runs."""
     scheme, config, seed = np.nonzero(np.ones(numbers.shape) if keep is None else keep)
     per_scheme, n_seeds = numbers.shape[1:]
     return pl.DataFrame(
@@ -40,7 +40,7 @@ def test_in_a_complete_sweep_the_interval_is_students_of_the_seed_means():
 
 
 def test_configurations_with_seeds_of_their_own_are_independent():
-    """Two of them are then Welch's samples: variances and degrees of freedom add up as his do."""
+    """Two configurations then are two samples of Welch's test, with the same variance and df."""
     numbers = np.random.default_rng(0).normal(size=(2, 1, 6))
     found = over_units(frame(numbers, own_seeds=True))
     variances = numbers[:, 0].var(1, ddof=1) / 6
@@ -48,8 +48,8 @@ def test_configurations_with_seeds_of_their_own_are_independent():
     assert found.df == pytest.approx(10)  # for equal variances
 
 
-def test_schemes_that_alone_differ_are_students_sample():
-    """No seed matters: the interval in general is that of the scheme means."""
+def test_if_only_schemes_differ_the_interval_is_students_of_the_scheme_means():
+    """If seeds do not matter, the interval in general is Student's interval of the scheme means."""
     schemes = np.random.default_rng(0).normal(size=7)
     numbers = np.broadcast_to(schemes[:, None, None], (7, 1, 4))
     found = in_general(frame(numbers), ["seed"])
@@ -93,11 +93,11 @@ SHARES = {
     "seeds": (0.05, 0.05, 1.0, 0.3),
     "even": (0.2, 0.2, 0.2, 0.4),
 }
-"""Variances of schemes, configurations in schemes, seeds, and runs."""
+"""The variances of schemes, of configurations in schemes, of seeds and of runs."""
 
 
 def drawn(rng, shape, variances):
-    """Runs, and the truths about them: here, of the first scheme, in general, of a new scheme."""
+    """Draw runs. Return them with the true means: here, first scheme, in general, new scheme."""
     n_schemes, n_configs, n_seeds = shape
     of_scheme, of_config, of_seed, of_run = np.sqrt(variances)
     base = rng.normal(0, of_scheme, (n_schemes, 1)) + rng.normal(0, of_config, shape[:2])
@@ -119,7 +119,7 @@ def drawn(rng, shape, variances):
         ),
     ],
 )
-def test_intervals_cover_the_truth_that_they_are_about(shape, missing, sweeps, variances, capsys):
+def test_intervals_cover_the_true_mean(shape, missing, sweeps, variances, capsys):
     rng, covered, known = np.random.default_rng(0), np.zeros(4), np.zeros(4)
     for _ in range(sweeps):
         numbers, truths = drawn(rng, shape, SHARES[variances])
@@ -131,7 +131,7 @@ def test_intervals_cover_the_truth_that_they_are_about(shape, missing, sweeps, v
             general.estimate,
             general.prediction,
         )
-        # A single scheme of four seeds may have lost all but one.
+        # A scheme of four seeds may have lost all seeds but one.
         known += [one.low is not None for one in estimates]
         covered += [one.low is not None and one.low <= truth <= one.high
                     for one, truth in zip(estimates, truths, strict=True)]  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_single_run_shows_no_variance():
 @pytest.mark.parametrize("sd", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize("n", [4, 8, 20])
 def test_a_guarded_test_keeps_its_error_rate_of_both_directions_on_skewed_numbers(n, sd):
-    """Lognormal numbers, as skewed as the guard assumes and less. Gamma ones are beyond it."""
+    """The numbers are lognormal, at most as skewed as the guard assumes."""
     units = np.exp(np.random.default_rng(n).normal(0, sd, (200_000, n)))
     t, _ = stats.ttest_1samp(units, np.exp(sd**2 / 2), axis=1)
     for level in (0.04, 0.004):

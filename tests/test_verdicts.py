@@ -1,4 +1,7 @@
-"""Verdicts on planted numbers: effects are found, and nothing is found where there is none."""
+"""Verdicts on planted numbers: a planted effect is found, and nothing is found without an effect.
+
+This is one file because all of these tests plant numbers with the same helpers.
+"""
 
 from dataclasses import replace
 
@@ -16,10 +19,12 @@ from analysis.decisions import (
     UNDERPOWERED,
     p_values,
 )
+from analysis.differences import compare
+from analysis.part_verdicts import judge_part
 from analysis.power import MAX_SEEDS, detectable, forecast, least_seeds
 from analysis.stats import holm, sign_p
 from analysis.variance import SKEW, TIES, over_units
-from analysis.verdicts import compare, judge, judge_part
+from analysis.verdicts import judge
 
 NUMBERS = [0.02, -0.01, 0.05, 0.03, 0.01, 0.04]
 ABOVE = Part(centre="mean", low=1.0, against=0.0)
@@ -59,7 +64,7 @@ def values(runs, numbers, part="x"):
 
 
 def rows(numbers, config="only"):
-    """Runs of one configuration, as judge_part takes them."""
+    """Make runs of one configuration, for judge_part."""
     return pl.DataFrame(
         {"scheme": config, "config": config, "seed": range(len(numbers)), "data_seed": 0,
          "value": [float(number) for number in numbers]}
@@ -108,7 +113,7 @@ def test_a_planted_effect_is_supported_or_contradicted_by_its_sign():
     assert verdict_of(Part(centre="share", low=0.8), np.ones(30)).verdict == SUPPORTED
 
 
-def test_too_few_seeds_are_called_so_with_the_numbers_that_would_do():
+def test_too_few_seeds_are_underpowered_with_a_forecast():
     found = verdict_of(replace(ABOVE, centre="median"), [2.0, 2.1, 1.9])
     assert found.verdict == UNDERPOWERED  # three seeds that agree have p = 1 / 8
     assert found.p == 2 / 8
@@ -122,7 +127,7 @@ def test_too_few_seeds_are_called_so_with_the_numbers_that_would_do():
 
 @pytest.mark.parametrize("effect", [0.6, 1.0])
 def test_a_forecast_comes_true_about_as_often_as_it_says(effect):
-    """Where eight seeds leave a claim undecided, so many more decide it in most sweeps."""
+    """If eight seeds leave a claim undecided, the forecast number decides it in most sweeps."""
     rng, rule, came, said = np.random.default_rng(0), Part(centre="mean", low=0.0), [], 0
     for _ in range(300):
         numbers = rng.normal(effect, 1, 1200)
@@ -156,7 +161,7 @@ def test_many_claims_need_more_seeds_than_one():
 
 
 def test_headline_claims_are_asked_first():
-    """Six seeds that agree decide the first one, among claims that they cannot decide."""
+    """Six seeds that agree decide the first headline claim, but not the other claims."""
     runs = trials(6)
     numbers = values(runs, 2 + np.random.default_rng(0).normal(0, 0.1, 6))
     names = ["depth_gradient", *(f"claim {i}" for i in range(12))]
@@ -170,7 +175,9 @@ def test_what_holds_for_one_configuration_of_three_does_not_hold_in_general():
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.normal(centre, 0.1, 10) for centre in (9, 0, 0)])
     given = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs
-    assert judge(*given, general=False)["it"].verdict == SUPPORTED  # for these three, on average
+    assert (
+        judge(*given, general=False)["it"].verdict == SUPPORTED
+    )  # for these three configurations, on average
     found = judge(*given)["it"]
     assert found.verdict == UNDERPOWERED
     assert (found.schemes, found.configurations) == (3, 3)
@@ -201,7 +208,7 @@ def test_a_diverged_run_counts_against_any_verdict():
     assert (found.verdict, found.verdict_of_finished) == (UNDERPOWERED, CONTRADICTED)
 
 
-def test_a_run_that_failed_has_nothing_to_do_with_its_number():
+def test_a_failed_run_does_not_count_against_a_verdict():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     runs = trials(9, configs=("a", "b")).with_columns(
         status=pl.when(pl.col("seed") == 4).then(pl.lit("failed")).otherwise("status")
@@ -212,7 +219,7 @@ def test_a_run_that_failed_has_nothing_to_do_with_its_number():
     assert (found.verdict, found.counted_against) == (SUPPORTED, 0)
 
 
-def test_a_scheme_of_which_nothing_finished_counts_against_the_others():
+def test_a_scheme_without_a_finished_run_counts_against_the_verdict():
     numbers = 2 + np.random.default_rng(0).normal(0, 0.1, 8)
     runs = trials(8, configs=("a", "b")).with_columns(
         status=pl.when(pl.col("config") == "b").then(pl.lit("failed")).otherwise("status")
@@ -232,7 +239,7 @@ def test_a_configuration_without_the_number_is_named():
 
 
 @pytest.mark.parametrize("lacks", ["one seed in each", "half of one"])
-def test_what_is_there_is_used_where_runs_are_missing(lacks):
+def test_all_other_runs_are_used_if_runs_are_missing(lacks):
     rng, configs = np.random.default_rng(0), [f"config {i}" for i in range(8)]
     runs = trials(8, configs=configs)
     gone = (
@@ -250,7 +257,7 @@ def test_what_is_there_is_used_where_runs_are_missing(lacks):
     there = runs.filter(~gone)
     found = judge({"it": claim(x=ABOVE)}, {"it": numbers}, there, general=False)["it"]
     assert (found.verdict, found.seeds, found.configurations) == (SUPPORTED, 8, 8)
-    # Configurations differ by far more than seeds: a mean over those that a seed has would show it.
+    # Configurations differ far more than seeds, so a mean over the wrong runs would be visible.
     assert found.parts["x"].estimate.value == pytest.approx(of_config.mean(), abs=0.2)
     assert found.parts["x"].sd < 0.5
 
@@ -312,7 +319,7 @@ def test_the_order_of_runs_does_not_matter():
 
 
 def null_numbers(part, rng, n_configs, n_seeds):
-    """Numbers of runs at a part's bound, with effects that seeds and configurations share."""
+    """Draw numbers of runs at the bound of a part, with shared effects of seeds and configurations."""
     bound = part.low if part.low is not None else part.high
     if part.centre == "share":
         return (rng.random((n_configs, n_seeds)) < bound).astype(float).ravel()
@@ -331,7 +338,7 @@ def null_numbers(part, rng, n_configs, n_seeds):
     ],
 )
 def test_sweeps_in_which_nothing_holds_seldom_decide_anything(n_configs, n_seeds, sweeps, capsys):
-    """All claims at once, each at its bound: at most 5% of sweeps have any verdict."""
+    """All claims are at their bounds. At most 5% of sweeps may support or contradict any claim."""
     runs = trials(n_seeds, configs=[f"config {i}" for i in range(n_configs)])
     rng = np.random.default_rng(0)
     wrong = 0
@@ -374,7 +381,7 @@ def test_schemes_are_compared_on_the_same_seed_and_subset():
     students = ttest_1samp(differences, 0).pvalue
     assert students < found["x"]["b"].p < 10 * students
     assert list(found["x"]) == ["b"]
-    # Differences of ranks and shares come in steps, and a few of them are soon all alike.
+    # Differences of ranks and shares have few values, so a few of them are often all equal.
     alike = numbers.with_columns(value=pl.col("trial_key").str.starts_with("b").cast(float))
     assert compare(claim(x=ABOVE), alike, trials, "a")["x"]["b"].p == 2 * 2**-4
 
@@ -437,7 +444,7 @@ def test_holm_is_holms():
 
 
 def test_p_and_interval_test_the_same_sentence():
-    """On normal numbers p is at most 0.025 only where the 95% interval lies beyond the bound."""
+    """For normal numbers, p is at most 0.025 only if the 95% interval lies beyond the bound."""
     rng = np.random.default_rng(0)
     for centre in ("mean", "median"):
         rule = Part(centre=centre, low=0.3, against=0.0)
@@ -468,7 +475,7 @@ def test_p_of_a_mean_is_students_guarded_against_skew():
     assert p_values(rule, spread([1.0])).supported == 1.0
 
 
-def test_in_doubt_the_exact_test_has_to_agree():
+def test_with_equal_numbers_the_sign_test_has_to_agree():
     rule = Part(centre="mean", low=0.0)
     ties = judge_part(rule, rows([1.0, 1.0, 1.001, 0.999]), general=False)
     assert ties.doubts == (TIES,)
@@ -504,7 +511,7 @@ def test_what_was_there_and_is_gone_is_transient_or_reversed(first, last, says):
 
 
 def test_a_number_that_is_only_no_longer_significant_is_not_called_transient():
-    """The same mean at every step, once with little noise and at the end with much."""
+    """The mean is the same at every step. The noise is small at first and large at the end."""
     runs, rng, called = trials(8), np.random.default_rng(0), 0
     rule = replace(claim(**{"*": Part(centre="mean", low=0.0)}), course=True)
     for _ in range(100):

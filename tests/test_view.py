@@ -53,7 +53,7 @@ def test_runs_that_are_not_grouped_have_the_colours_of_the_report(server_sweep, 
     page.goto(store.address.chart_page(experiment).replace(f"&viewStateShareKey={VIEW}", ""))
     page.wait_for_function(f"{LINES}.length >= 4", timeout=60_000)
     lines = page.evaluate(f"{LINES}.map(line => [line.name, line.marker?.color])")
-    # What follows the colour of a line makes the band around it transparent.
+    # The digits after the colour of a line make the band around the line transparent.
     trials = [str(colour)[:7] for name, colour in lines if "seed" in str(name)]
     assert len(trials) >= 4, lines
     assert set(trials) == {COLOURS[0]}, lines
@@ -75,7 +75,7 @@ def test_mlflow_opens_on_the_sweep_with_its_charts(server_sweep, page):
     assert "4 matching runs" in text
     assert "Group by: init.scheme" in text
     assert "share key" not in text  # of an error
-    assert "Model registry" in text  # which is about training
-    assert "Prompts" not in text  # which are of language-model applications
+    assert "Model registry" in text  # a page about training
+    assert "Prompts" not in text  # a page for language-model applications
     titles = ("loss/val", "qkv_std/layer_00", "logprob/never_used")
     assert all(title in text for title in titles)

@@ -1,4 +1,4 @@
-"""The page of --watch: what it draws and when, who may see it, and that it harms no sweep."""
+"""The page of --watch: what it draws and when, who can open it, and that the sweep goes on."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tracking.sweep_run import read_plan
 
 @pytest.fixture
 def planned(finished_sweep):
-    """By trial key the knobs of the sweep `small`."""
+    """The knobs of the trials of the sweep `small`, by trial key."""
     store = store_in(finished_sweep)
     trials = read_plan(store, store.sweep_runs()["small"]).trials
     return {key: trial.params for key, trial in trials.items()}
@@ -33,7 +33,7 @@ def planned(finished_sweep):
 
 @pytest.fixture
 def ended(finished_sweep):
-    """By status the keys of its trials, in the order of the plan."""
+    """The keys of the trials by status, in the order of the plan."""
     keys = {}
     for key, run in reversed(store_in(finished_sweep).trial_runs().items()):
         keys.setdefault(trial_status(run), []).append(key)
@@ -46,7 +46,7 @@ def pictures(finished_sweep):
 
 
 def rows_of(drawn, name="qkv_std"):
-    """All rows of data of a picture."""
+    """Return all rows of data of a figure."""
     return [row for rows in json.loads(drawn)[name]["datasets"].values() for row in rows]
 
 
@@ -77,11 +77,11 @@ def test_the_tables_of_a_trial_are_read_once(finished_sweep, planned, ended, tmp
 
 @pytest.fixture
 def watching(finished_sweep, planned, monkeypatch):
-    """A page of the sweep `small`, served, of which no trial has ended as yet.
+    """Serve a page of the sweep `small`, without any ended trial.
 
-    It draws when the test says so, and not by itself.
+    The page draws only when the test calls `draw`.
     """
-    monkeypatch.setattr(watch, "LOOK_EVERY", 600)
+    monkeypatch.setattr(watch, "CHECK_EVERY", 600)
     store = store_in(finished_sweep)
     console = Console(record=True, width=200)
     shown = Watch("small", finished_sweep, store.address, console)
@@ -96,7 +96,7 @@ def link_of(shown):
 
 
 def opened(shown):
-    """A visitor who has opened the link, and the address of the page."""
+    """Open the link. Return the session of the visitor, and the address of the page."""
     visitor, link = requests.Session(), link_of(shown)
     assert visitor.get(link, timeout=30).status_code == 200
     return visitor, link.partition("open?")[0]
@@ -123,7 +123,7 @@ def test_the_page_is_private(watching):
     assert [at.ip for at in listening if at.port == port] == ["127.0.0.1"]
 
 
-def test_the_link_is_printed_once_and_the_page_is_gone_when_it_is_closed(watching):
+def test_the_link_is_printed_once_and_the_page_ends_when_it_is_closed(watching):
     watching.open(SimpleNamespace(trials={}), [])  # more seeds
     _, page = opened(watching)
     assert watching.console.export_text(clear=False).count("http://") == 1
@@ -134,11 +134,11 @@ def test_the_link_is_printed_once_and_the_page_is_gone_when_it_is_closed(watchin
         requests.get(page, timeout=5)
 
 
-def test_it_draws_only_what_is_new_and_within_its_share_of_the_time(watching, ended):
+def test_it_draws_only_new_trials_and_only_within_its_share_of_the_time(watching, ended):
     assert not watching.is_due()
     watching.begun -= 30
     watching.finished = frozenset(ended["finished"][:1])
-    assert not watching.is_due()  # the first drawing is taken to need 0.4 s
+    assert not watching.is_due()  # the estimate for the first drawing is 0.4 s
     watching.begun -= 60
     assert watching.is_due()
     watching.draw()
@@ -146,13 +146,13 @@ def test_it_draws_only_what_is_new_and_within_its_share_of_the_time(watching, en
     assert not watching.is_due()
     watching.finished = frozenset(ended["finished"])
     watching.begun = time.monotonic() - 2 * watching.spent / SHARE
-    assert not watching.is_due()  # another one as long would be too much
+    assert not watching.is_due()  # another drawing of this length would be too long
     watching.begun -= watching.spent / SHARE
     assert watching.is_due()
 
 
 def test_it_draws_by_itself_when_a_trial_has_finished(finished_sweep, planned, ended, monkeypatch):
-    monkeypatch.setattr(watch, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(watch, "CHECK_EVERY", 0.01)
     shown = Watch("small", finished_sweep, store_in(finished_sweep).address, Console(record=True))
     shown.begun -= 1000
     trials = {key: TrialConfig.from_flat(params) for key, params in planned.items()}
@@ -164,14 +164,14 @@ def test_it_draws_by_itself_when_a_trial_has_finished(finished_sweep, planned, e
     assert shown.drawing == 2
 
 
-def test_what_cannot_be_drawn_is_said_once_and_tried_again(watching, ended, monkeypatch):
+def test_a_failure_to_draw_is_printed_once_and_drawing_is_tried_again(watching, ended, monkeypatch):
     watching.finished = frozenset(ended["finished"])
     with monkeypatch.context() as broken:
         broken.setattr(watch.LivePictures, "draw", lambda *_: 1 / 0)
         for _ in range(2):
             watching.draw()
     said = watching.console.export_text(clear=False)
-    assert said.count("the pictures cannot be drawn, and the sweep goes on: division by zero") == 1
+    assert said.count("the figures cannot be drawn (the sweep goes on): division by zero") == 1
     assert watching.drawing == 0
     watching.draw()
     assert watching.drawing == 1
@@ -180,7 +180,7 @@ def test_what_cannot_be_drawn_is_said_once_and_tried_again(watching, ended, monk
 @pytest.mark.browser
 def test_a_browser_sees_the_pictures_change_without_a_reload(watching, ended, page):
     page.goto(link_of(watching))
-    page.get_by_text("No picture yet: drawing takes at most 1% of the time").wait_for()
+    page.get_by_text("Drawing may take 1% of the time").wait_for()
     counts = []
     for count in (1, 4):
         watching.finished = frozenset(ended["finished"][:count])
@@ -188,7 +188,7 @@ def test_a_browser_sees_the_pictures_change_without_a_reload(watching, ended, pa
         watching.draw()
         page.wait_for_function(f"document.documentElement.dataset.drawn == {watching.drawing}")
         page.get_by_text(f"{count} of 6 finished, 1:40 min left").wait_for()
-        page.get_by_text(f"The pictures are of {count} of 6 trials").wait_for()
+        page.get_by_text(f"the figures show {count} of 6 trials").wait_for()
         counts.append(page.locator("#qkv_std svg path").count())
     assert counts[0] < counts[1]
     assert page.locator("svg.marks").count() == 2
@@ -197,13 +197,13 @@ def test_a_browser_sees_the_pictures_change_without_a_reload(watching, ended, pa
     assert page.asked == []
     assert [said for said in page.said if "401" not in said] == []  # the icon of the link's page
     watching.close()
-    page.get_by_text("This page is closed: its sweep has ended or was stopped").wait_for()
+    page.get_by_text("This page is closed, because the sweep has ended or was stopped").wait_for()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
 def test_the_page_of_a_real_sweep_is_closed_with_it(tmp_path, ends):
-    """Ray takes some seconds to start, and a trial that is stopped has to be under way."""
+    """Slow, because Ray takes seconds to start, and Ctrl-C has to come while a trial runs."""
     knobs = TINY if ends == "by itself" else {**KILLED, "train.steps": 10**6}
     process = start(
         "init_sweep.py", tmp_path / "runs", "--watch", "--no-estimate", "--no-report",

@@ -1,4 +1,4 @@
-"""What stops a sweep from outside: Ctrl-C, the end of a time limit, a terminal that is gone."""
+"""Stop a sweep on a signal: Ctrl-C, the end of a time limit, a terminal that is closed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Handle the signals, again where Tune has set a handler of its own."""
+        """Set the signal handlers. Call this again after Tune has set its own."""
         for number in self._installed:
             signal.signal(number, self._receive)
 

@@ -77,9 +77,9 @@ def start_apart() -> None:
 def leave_signals() -> None:
     """Keep Ray from handling SIGTERM in the driver.
 
-    Reason: from ray.init on it would end the driver by SystemExit with exit code 15, or not at all,
-    where the exception is raised in code that swallows it. sweeps.execution.interrupts handles
-    signals.
+    Reason: after ray.init, SIGTERM would raise SystemExit, and the exit code would be 15. If the
+    exception were raised in code that catches it, the driver would not end at all.
+    sweeps.execution.interrupts handles signals instead.
     """
     ray._private.utils.set_sigterm_handler = lambda _: None
 

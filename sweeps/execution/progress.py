@@ -1,4 +1,4 @@
-"""How far a sweep is: what became of each trial, a bar, and lines about all of them."""
+"""Show the progress of a sweep: the outcome of each trial, a bar, and lines of text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sweeps.execution.trainable import TrialReport
 from tracking.job import Job
 
 LINE_EVERY = 15.0
-"""Seconds between lines where the console is no terminal."""
+"""Seconds between two lines, if the output is not a terminal."""
 REDRAW_EVERY = 0.5
-"""Seconds between two pictures of the same bar: a cluster reports more often than anybody reads."""
+"""Seconds between two updates of the bar. A cluster may report more often."""
 MOST_SCHEMES = 8
-"""The line of losses names no more schemes."""
+"""The largest number of schemes in the line of losses."""
 BAR_WIDTH = 40
 
 
@@ -33,7 +33,7 @@ class StopTune(Exception):
 
 
 class TrialOutcomes:
-    """Keeps what became of each trial, from the reports of workers and the callbacks of Tune.
+    """The outcome of each trial, from the reports of workers and the callbacks of Tune.
 
     Methods for an event return the line to print, or an empty text.
     """
@@ -44,35 +44,35 @@ class TrialOutcomes:
         """Begin with no trial started.
 
         Args:
-            steps: updates that each trial will make, by its key; a search adds its own later.
-            trials: how many trials there will be.
-            schemes: the scheme of each trial, by its key; a search adds its own later.
+            steps: the number of updates of each trial, by trial key. A search adds trials later.
+            trials: the number of trials.
+            schemes: the scheme of each trial, by trial key. A search adds trials later.
         """
         self.steps, self.trials, self.schemes = dict(steps), trials, dict(schemes or {})
-        # By scheme the latest step and loss that a trial of it has told, in the order of the plan.
+        # The latest reported step and loss of each scheme, in the order of the plan.
         self.losses: dict[str, tuple[int, float] | None] = dict.fromkeys(self.schemes.values())
-        self.done = dict.fromkeys(steps, 0)  # the last step that was heard of
-        self.first_step: dict[str, int] = {}  # the first one, far from 0 after a checkpoint
+        self.done = dict.fromkeys(steps, 0)  # the last step that was reported
+        self.first_step: dict[str, int] = {}  # the first step that was reported
         self.running: set[str] = set()
         self.finished: set[str] = set()
-        self.pruned: dict[str, str] = {}  # by trial key, at which step
-        self.failed: dict[str, str] = {}  # by trial key, why
-        self.retried: dict[str, list[str]] = {}  # by trial key, why, each time
-        self.fault = ""  # of the sweep: every other trial would fail in the same way
+        self.pruned: dict[str, str] = {}  # by trial key, the step as text
+        self.failed: dict[str, str] = {}  # by trial key, the reason
+        self.retried: dict[str, list[str]] = {}  # by trial key, the reason of each retry
+        self.fault = ""  # the reason that would make every other trial fail, too
 
     @property
     def ended(self) -> int:
-        """How many trials have ended by themselves or were pruned, well or not."""
+        """The number of trials that have finished, failed or were pruned."""
         return len(self.finished) + len(self.pruned) + len(self.failed)
 
     @property
     def steps_made(self) -> int:
-        """Steps that this driver has heard being made."""
+        """The number of steps that were made since this driver started."""
         return sum(self.done[key] - step for key, step in self.first_step.items())
 
     @property
     def steps_left(self) -> int:
-        """Steps still to make, by trials that run, and by those not known yet."""
+        """The number of steps that remain, including trials that a search has not suggested yet."""
         known = sum(
             total - self.done[key]
             for key, total in self.steps.items()
@@ -82,39 +82,39 @@ class TrialOutcomes:
 
     @property
     def _steps_unknown(self) -> int:
-        """Steps of the trials that a search has not suggested yet."""
+        """The number of steps of the trials that a search has not suggested yet."""
         return (self.trials - len(self.steps)) * max(self.steps.values(), default=0)
 
     @property
     def share_done(self) -> float:
-        """Which share of all steps needs no work any more."""
+        """The share of all steps that need no more work."""
         every = sum(self.steps.values()) + self._steps_unknown
         return 1 - self.steps_left / every if every else 0.0
 
     def started(self, jobs: Sequence[Job]) -> None:
-        """Note that a worker was given trials."""
+        """Note that a worker starts trials."""
         for job in jobs:
             if job.key in self.finished or job.key in self.failed:
-                continue  # the array goes on without it
+                continue  # the array continues without this trial
             self.running.add(job.key)
             self.steps.setdefault(job.key, int(job.params["train.steps"]))
             self.done.setdefault(job.key, 0)
             self.schemes.setdefault(job.key, str(job.params["init.scheme"]))
 
     def reported(self, report: TrialReport) -> str:
-        """Take a worker's report on one trial."""
+        """Process the report of a worker about one trial."""
         key, status = report.trial_key, report.status
         if report.ends_sweep:
             self.fault = report.reason or ""
         if key in self.finished or key in self.failed:
-            return ""  # Tune repeats a batch's last report, and a retried batch its first
+            return ""  # Tune repeats the last report of a batch; a retried batch repeats the first
         if status:
             self.running.discard(key)
         if status == "failed":
             self.failed[key] = report.reason or ""
             return f"trial {key} failed: {self.failed[key]}"
         step = report.step or 0
-        # A trial that was not heard of before its end was too short to begin far from there.
+        # A trial without an earlier report was too short for a checkpoint, so it began at step 0.
         self.first_step.setdefault(key, 0 if status else step)
         self.done[key] = self.steps[key] if status == "diverged" else step
         if report.loss is not None:
@@ -124,20 +124,20 @@ class TrialOutcomes:
         return f"trial {key} {status}" if status else ""
 
     def unfinished(self, jobs: Sequence[Job]) -> list[str]:
-        """List the keys of trials that have no result."""
+        """List the keys of the trials without a result."""
         keys = [job.key for job in jobs]
         return [key for key in keys if key not in self.finished and key not in self.failed]
 
     def stopped_at(self, jobs: Sequence[Job], step: int) -> str:
         """Note that a search pruned the trials of a worker."""
-        # A fault of the sweep also leaves trials without results, and that is no pruning.
+        # After a fault of the sweep, trials also have no result, but they were not pruned.
         keys = [] if self.fault else self.unfinished(jobs)
         self.running.difference_update(keys)
         self.pruned.update(dict.fromkeys(keys, f"pruned at step {step}"))
         return "\n".join(f"trial {key} {self.pruned[key]}" for key in keys)
 
     def lost_worker(self, jobs: Sequence[Job], why: str) -> str:
-        """Note that a worker died, and that its trials continue in another one."""
+        """Note that a worker died, and that its trials continue in another worker."""
         keys = self.unfinished(jobs)
         self.running.difference_update(keys)
         for key in keys:
@@ -145,11 +145,11 @@ class TrialOutcomes:
         return "\n".join(f"trial {key} continues in another worker: {why}" for key in keys)
 
     def may_be_harmful(self, jobs: Sequence[Job]) -> bool:
-        """Return whether trials have cost two workers: one of them is then to fail alone."""
+        """Return whether two workers died with these trials. The trials are then separated."""
         return any(len(self.retried.get(key, ())) > 1 for key in self.unfinished(jobs))
 
     def gave_up(self, jobs: Sequence[Job], why: str) -> str:
-        """Note that Tune does not try a batch again."""
+        """Note that Tune does not run a batch again."""
         keys = self.unfinished(jobs)
         self.running.difference_update(keys)
         self.failed.update(dict.fromkeys(keys, why))
@@ -157,9 +157,9 @@ class TrialOutcomes:
 
 
 class SweepProgress(tune.Callback):
-    """Shows how far the sweep is: a bar on a terminal, lines from time to time anywhere else.
+    """The progress of a sweep: a bar on a terminal, or else a line from time to time.
 
-    The time left is that of the steps that remain, at the pace of all steps so far.
+    The time left assumes that the remaining steps are as fast as the steps so far.
     """
 
     def __init__(
@@ -170,13 +170,13 @@ class SweepProgress(tune.Callback):
         take_signals: Callable[[], object] = lambda: None,
         tell: Callable[[SweepProgress], object] = lambda progress: None,
     ) -> None:
-        """Show what becomes of trials.
+        """Start with no trial.
 
         Args:
-            console: where to.
+            console: prints the progress.
             outcomes: records every event.
-            errors: what was raised where Tune keeps it to itself: raised at the next step.
-            take_signals: called at each step of Tune's loop, because Tune takes SIGUSR1 for itself.
+            errors: errors that Tune would hide. The first one is raised at the next step of Tune.
+            take_signals: called at each step of Tune's loop, because Tune handles SIGUSR1, too.
             tell: called whenever there is something new to show.
         """
         self.console, self.outcomes, self.errors = console, outcomes, errors
@@ -196,7 +196,7 @@ class SweepProgress(tune.Callback):
         self.live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune pickles its callbacks, and nobody reads that."""
+        """Return nothing. Tune pickles its callbacks, but the result is never read."""
         return {}
 
     def line(self) -> str:
@@ -215,17 +215,17 @@ class SweepProgress(tune.Callback):
         return f"{counts}, {clock(int(outcomes.steps_left * pace))} left"
 
     def losses(self) -> str:
-        """Return `last loss: model5 9.81 (step 60), gpt2 10.2 (step 80)`, empty without any."""
-        told = [
+        """Return `last loss: model5 9.81 (step 60), gpt2 10.2 (step 80)`, or an empty text."""
+        known = [
             f"{scheme} {last[1]:.4g} (step {last[0]})"
             for scheme, last in self.outcomes.losses.items()
             if last
         ]
-        more = f", and {len(told) - MOST_SCHEMES} more" if len(told) > MOST_SCHEMES else ""
-        return f"last loss: {', '.join(told[:MOST_SCHEMES])}{more}" if told else ""
+        more = f", and {len(known) - MOST_SCHEMES} more" if len(known) > MOST_SCHEMES else ""
+        return f"last loss: {', '.join(known[:MOST_SCHEMES])}{more}" if known else ""
 
     def bar(self) -> Group:
-        """Return what a terminal shows: a bar, and the lines about the sweep."""
+        """Return the bar and the lines that a terminal shows."""
         bar, share = Table.grid(padding=(0, 1)), self.outcomes.share_done
         bar.add_row(ProgressBar(total=1, completed=share, width=BAR_WIDTH), f"{share:.0%}")
         return Group(bar, *filter(None, (self.line(), self.losses())))
@@ -245,16 +245,16 @@ class SweepProgress(tune.Callback):
         self.tell(self)
 
     def interrupt(self) -> None:
-        """End at the next step of Tune's loop."""
+        """Stop at the next step of Tune's loop."""
         self.interrupted = True
         self._show("stopping; Ctrl-C again stops at once")
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **_: Any) -> None:
-        """Take back the signals that Tune has taken."""
+        """Set the signal handlers again, because Tune sets its own."""
         self.take_signals()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **_: Any) -> None:
-        """Raise what Tune keeps to itself, or StopTune where the sweep is to end."""
+        """Raise an error that Tune would hide, or StopTune if the sweep has to end."""
         if self.errors:
             raise self.errors[0]
         if self.outcomes.fault or self.interrupted:
@@ -275,7 +275,7 @@ class SweepProgress(tune.Callback):
         result: dict[str, Any],
         **_: Any,
     ) -> None:
-        """Take what a worker reported."""
+        """Process the report of a worker."""
         if self.first_report is None:
             self.first_report = time.monotonic()
         said = self.outcomes.reported(TrialReport.of(result))
@@ -285,7 +285,7 @@ class SweepProgress(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any
     ) -> None:
-        """Count unfinished trials of a batch that has ended as pruned."""
+        """Count the unfinished trials of an ended batch as pruned."""
         step = (trial.last_result or {}).get("step") or 0
         if said := self.outcomes.stopped_at(trial.config["batch"], step):
             self._show(said)
@@ -308,18 +308,18 @@ class SweepProgress(tune.Callback):
 
 
 def reason_of(text: str) -> str:
-    """Return one sentence for an error of Tune's, which need not say that a worker died."""
+    """Return one sentence for an error text of Tune."""
     if memory := re.search("Memory on the node .*", text):
         held = re.search("Selected to kill:.*actual memory used=([^,]*)", text)
         own = f"; it held {held[1]}" if held else ""
         return f"out of memory, the worker was killed by Ray: {memory[0]}{own}"
     why = text.splitlines()[-1].strip()
-    # A machine that is gone is `unavailable` for as long as Ray is not sure.
+    # Ray first calls a lost machine `unavailable`, until it is sure.
     gone = "The actor died" in text or re.search(r"The actor \w+ is unavailable", text)
     return f"the worker died: {why}" if gone else why
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """Return the key of the first trial that a worker is given, known before the trial is."""
+    """Return the key in the config of a Tune trial: that of the first trial of a batch."""
     key: str = config["key"]
     return key

@@ -194,11 +194,11 @@ def await_ray(trials: Collection[TrainConfig], console: Console) -> None:
     """Wait for the machines of a cluster, and say where trials run.
 
     Args:
-        trials: how the trials that are to run train.
-        console: for the line on where they run.
+        trials: the training knobs of the trials that will run.
+        console: prints where the trials run.
 
     Raises:
-        InputError: a trial asks for a GPU, and there is none.
+        InputError: a trial needs a GPU, and there is none.
     """
     if address := cluster_address():
         await_machines(address, console)
