@@ -1,11 +1,15 @@
-"""How often are verdicts false, how often are effects found, and do intervals cover?
+"""How often are verdicts false, how often are effects found, and do intervals cover the truth?
 
     python benchmarks/error_rates.py [--sweeps 1000] [errors] [power] [interim] [coverage]
 
-Simulates the numbers of runs: every claim at its bound under noise of several kinds, effects of
-several sizes, and sweeps whose variance lies between schemes, between seeds, or both. Takes some
-hours for 1,000 sweeps of everything. No run is trained. Each line is printed as it is known, in the
-order of the table, and one process works for each --core.
+Simulates the numbers of runs, without any training. The studies are:
+
+- errors: every claim is at its bound, with several kinds of noise;
+- power: the effects have several sizes;
+- interim: sweeps with --until-decided;
+- coverage: the variance lies between schemes, between seeds, or both.
+
+All studies with 1,000 sweeps take some hours. Lines are printed in the order of the tables.
 """
 
 from __future__ import annotations
@@ -40,12 +44,12 @@ Draw = Callable[[np.random.Generator, int], Numbers]
 
 
 def lognormal(sd: float, sign: int) -> Draw:
-    """Return a draw of lognormal numbers with the mean 0, skewed to the side of `sign`."""
+    """Return a function that draws lognormal numbers with mean 0, skewed to the side of `sign`."""
     return lambda rng, n: sign * (np.exp(sd * rng.standard_normal(n)) - np.exp(sd**2 / 2))
 
 
 def taus(rng: np.random.Generator, n: int) -> Numbers:
-    """Draw taus of six layers that grow in any order."""
+    """Draw taus of models with six layers that grow in random order."""
     layers = pl.DataFrame({"run": np.repeat(np.arange(n), 6), "layer": np.tile(np.arange(6), n)})
     growth = layers.with_columns(growth=pl.Series(rng.random(6 * n)))
     return gradient_tau(growth, ["run"])["tau"].to_numpy()
@@ -66,15 +70,15 @@ MEDIANS = {
     for sign in ("", "-")
     for name, sd in ((".5", 0.5), ("1", 1.0))
 }
-"""The medians of noise whose median is not 0."""
+"""The medians of the kinds of noise with a median other than 0."""
 
 
 def bound_of(part: Part, at: str) -> float:
-    """Return the number at which a rule is neither shown nor contradicted: a bound of it."""
+    """Return the bound of a rule, or its bound against the claim."""
     if at == "against" and part.against is not None:
         return part.against
     bound = part.high if part.low is None else part.low
-    assert bound is not None, "a rule has a bound"
+    assert bound is not None, "every rule has a bound"
     return bound
 
 
@@ -86,12 +90,13 @@ def null_sweep(
     Args:
         noise: a key of NOISE.
         n: the number of seeds.
-        rng: draws.
+        rng: the source of random numbers.
         share: the correlation between claims.
-        at: `bound`, or `against` for the bound of contradiction.
+        at: `bound`, or `against` for the bound against the claim.
 
     Returns:
-        By claim the numbers of its measure; and what all claims share of each seed.
+        The numbers of the measure of each claim, by claim. The noise that all claims share, one
+        number for each seed.
     """
     shared = NOISE[noise](rng, n)
     values: dict[str, pl.DataFrame] = {}
@@ -111,18 +116,18 @@ def null_sweep(
 
 
 def deciding(claim: Claim) -> dict[str, Part]:
-    """Return the parts that decide a claim. Others do not change a verdict."""
+    """Return the parts that decide a claim."""
     return {label: part for label, part in claim.parts.items() if part.decides}
 
 
 def numbers_of(part: str, numbers: Numbers) -> pl.DataFrame:
-    """Return the numbers of a part, run by run, as a measure gives them."""
+    """Return the numbers of a part in the form of a measure."""
     keys = [str(seed) for seed in range(len(numbers))]
     return pl.DataFrame({"trial_key": keys, "part": part, "value": numbers})
 
 
 def trials_of(status: Sequence[str]) -> pl.DataFrame:
-    """Return the trials of one configuration that ended so."""
+    """Return the trials of one configuration, with these statuses."""
     seeds = list(range(len(status)))
     return pl.DataFrame(
         {"trial_key": list(map(str, seeds)), "status": status, "config": "only", "seed": seeds}
@@ -138,13 +143,13 @@ def false_verdicts(
     missing: float = 0.0,
     diverging: float = 0.0,
 ) -> float:
-    """Return the share of sweeps in which any claim is supported or contradicted, all at a bound.
+    """Return the share of sweeps with any false verdict, if all claims are at a bound.
 
     Args:
         noise, n, share, at: as for null_sweep.
-        sweeps: how many.
+        sweeps: the number of sweeps.
         missing: the share of runs that failed, at random.
-        diverging: the share of runs that diverged, those with the lowest numbers.
+        diverging: the share of runs that diverged: the runs with the lowest numbers.
     """
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(sweeps):
@@ -170,11 +175,11 @@ CASES: dict[str, Mapping[str, float | str]] = {
 
 
 Line = Callable[[], str]
-"""Computes a line of a table. It can be sent to another process."""
+"""A function that computes a line of a table. It can be sent to another process."""
 
 
 def errors(sweeps: int) -> Iterator[Line]:
-    """Yield the lines of how often any verdict is false, in percent."""
+    """Yield the lines of the error rates, in percent."""
     yield functools.partial(str, f"any false verdict, % of sweeps, by number of seeds {SEEDS}")
     for case in CASES:
         for noise in NOISE if case.startswith("at") else ("normal", "lognormal .5", "taus"):
@@ -188,7 +193,7 @@ def errors_of(case: str, noise: str, sweeps: int) -> str:
 
 
 def power(sweeps: int) -> Iterator[Line]:
-    """Yield the lines of how often claims are supported whose numbers lie beyond their bounds."""
+    """Yield the lines of the power: how often true claims are supported."""
     yield functools.partial(
         str, "supported, %: depth_gradient / never_suppressed / mean of all others, 4 to 20 seeds"
     )
@@ -212,7 +217,7 @@ def power_of(effect: float, sweeps: int) -> str:
 
 
 def planted(effect: float, n: int, rng: np.random.Generator) -> dict[str, pl.DataFrame]:
-    """Draw the numbers of all claims of n seeds, each so many standard deviations beyond."""
+    """Draw the numbers of n seeds for all claims, `effect` standard deviations beyond a bound."""
     return {
         name: pl.concat(
             [
@@ -225,7 +230,7 @@ def planted(effect: float, n: int, rng: np.random.Generator) -> dict[str, pl.Dat
 
 
 def beyond(part: Part, effect: float, rng: np.random.Generator, n: int) -> Numbers:
-    """Draw numbers whose centre is so many standard deviations on the claim's side of the bound."""
+    """Draw numbers with a centre that is `effect` standard deviations beyond the bound."""
     noise = rng.standard_normal(n)
     if part.centre == "share":
         return np.ones(n)
@@ -242,7 +247,7 @@ MOST = (20, 60)
 
 
 def interim(sweeps: int) -> Iterator[Line]:
-    """Yield the lines of sweeps with --until-decided: what they decide, and with how many seeds."""
+    """Yield the lines of --until-decided: errors, power and numbers of seeds."""
     yield functools.partial(
         str, f"--until-decided: any claim decided, % of sweeps / claims supported, % / mean seeds, "
              f"for at most {MOST} seeds",
@@ -254,7 +259,7 @@ def interim(sweeps: int) -> Iterator[Line]:
 
 
 def interim_of(noise: str, effect: float, sweeps: int) -> str:
-    """Return the line of one kind of noise at the bounds, or of one effect beyond them."""
+    """Return the line of one kind of noise without an effect, or of one effect."""
     cells = []
     for most in MOST:
         rng, decided, supported, seeds = np.random.default_rng(0), 0, 0.0, 0
@@ -283,11 +288,11 @@ SPLITS = {
     "seeds": (0.05, 0.05, 1.0, 0.3),
     "even": (0.2, 0.2, 0.2, 0.4),
 }
-"""Variances of schemes, of configurations in a scheme, of seeds, and of runs."""
+"""The variances of schemes, of configurations in a scheme, of seeds and of runs."""
 
 
 def coverage(sweeps: int) -> Iterator[Line]:
-    """Yield the lines of how often 95% intervals cover what they are about."""
+    """Yield the lines of the coverage: how often 95% intervals contain the true mean."""
     yield functools.partial(
         str, "covered, %: here / one scheme / in general / another scheme, for 2, 4, 8, 16 seeds"
     )
@@ -348,12 +353,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="[all of them]")
-    parser.add_argument("--sweeps", type=int, default=1000, help="of each kind [1000]")
-    parser.add_argument("--cores", type=int, default=2, help="processes at work [2]")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="[all]")
+    parser.add_argument(
+        "--sweeps", type=int, default=1000, help="simulated sweeps of each kind [1000]"
+    )
+    parser.add_argument("--cores", type=int, default=2, help="number of processes [2]")
     args = parser.parse_args()
     lines = itertools.chain(*(STUDIES[name](args.sweeps) for name in args.studies or STUDIES))
-    # Polars has threads, which a forked process would lack.
+    # Not fork: Polars has threads, which a forked process would lack.
     with multiprocessing.get_context("spawn").Pool(args.cores) as pool:
         for line in pool.imap(computed, lines):
             print(line, flush=True)

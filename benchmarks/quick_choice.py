@@ -1,11 +1,11 @@
-"""What should a small budget be spent on: seeds, schemes, subsets or steps?
+"""Should a small budget be spent on seeds, schemes, subsets or steps?
 
     python benchmarks/quick_choice.py --runs-dir runs --name large [--steps 50 100 200] [--draws 8]
 
-Reads a recorded sweep that is larger than a first run can be, and judges parts of it: fewer seeds,
-fewer schemes, one subset, fewer steps (the learning rate is constant, so the first steps of a run
-are a shorter run). Prints how many claims each part decides, as a mean over draws of seeds, and how
-often it decides the two headline claims. No run is trained.
+Reads a large recorded sweep and judges parts of it, without any training. A part has fewer seeds,
+schemes, subsets or steps. The learning rate is constant, so the first steps of a run equal a
+shorter run. Prints how many claims each part decides, as a mean over draws of seeds, and how often
+a part decides both headline claims.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DECIDED = (SUPPORTED, CONTRADICTED, DEPENDS, NOT_SUPPORTED)
 
 
 def cut(sweep: RunTables, steps: int) -> RunTables:
-    """Return a sweep as it was after some steps."""
+    """Return a sweep with only its first steps."""
     tables = {
         name: table.filter(pl.col("step") <= steps) if "step" in table.columns else table
         for name, table in sweep.tables.items()
@@ -47,7 +47,7 @@ def cut(sweep: RunTables, steps: int) -> RunTables:
 
 def part(sweep: RunTables, seeds: Sequence[int], schemes: Sequence[str], subsets: Sequence[str]
          ) -> RunTables:  # fmt: skip
-    """Return some trials of a sweep."""
+    """Return a sweep with only some trials."""
     trials = sweep.trials.filter(
         pl.col("init.seed").is_in(seeds), pl.col("init.scheme").is_in(schemes),
         pl.col("corpus.subset").is_in(subsets),
@@ -64,10 +64,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--name", required=True, help="of the recorded sweep")
+    parser.add_argument("--name", required=True, help="name of the recorded sweep")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 6, 7, 8])
-    parser.add_argument("--draws", type=int, default=8, help="of seeds, for each part [8]")
+    parser.add_argument("--draws", type=int, default=8, help="draws of seeds for each part [8]")
     args = parser.parse_args()
     store = Store(store_address(args.runs_dir))
     sweep = read_sweeps(store, [args.name], None, args.runs_dir / "cache")

@@ -1,4 +1,4 @@
-"""Compute the table of analysis/skew.py: how often a t-test errs on skewed numbers.
+"""How often does a t-test err on skewed numbers? Computes the table of analysis/skew.py.
 
     python benchmarks/skew_guard.py
 
@@ -20,17 +20,17 @@ if __name__ == "__main__":
 from analysis.skew import ERRORS, NOMINAL, SIZES
 
 SAMPLES = {12: 8_000_000, 40: 3_000_000, 100: 1_000_000}
-"""How many samples are drawn, up to a number of units."""
+"""The number of samples to draw, by the largest number of units for which it holds."""
 AT_ONCE = 200_000
 
 
 def error_rates(n: int, sd: float, rng: np.random.Generator) -> list[float]:
-    """Return how often Student's test of the mean finds it too low, at each of NOMINAL.
+    """Return how often Student's test wrongly finds the mean too low, for each p-value of NOMINAL.
 
     Args:
         n: the number of units in a sample.
-        sd: of the logarithm of a number.
-        rng: draws the samples.
+        sd: the standard deviation of the logarithm of a number.
+        rng: the source of random numbers.
     """
     critical = stats.t.isf(NOMINAL, n - 1)
     samples = next(count for most, count in SAMPLES.items() if n <= most)

@@ -154,8 +154,8 @@ class CorpusConfig:
         "all", "part of the text: `all`, a section such as `part-1`, or fractions such as `0-0.25`"
     )
     data_seed: int = knob(
-        0, "seed of the batches, and of draws among tokens of equal count; in a sweep init.seed "
-        "unless given", low=0,
+        0, "seed of the batches, and of draws among tokens of equal count; in a sweep, the same as "
+        "init.seed unless given", low=0,
     )  # fmt: skip
     windows: int = knob(
         4, "sequences in each of the two fixed texts, probe and held_out", low=1, high=10**6

@@ -7,8 +7,8 @@ measured after it, by update_rows.
 A probe measures K models at once. It returns tensors, and a function that makes rows of their
 values once these have come from the device. Shapes are those of gptcore.array.
 
-This is one file because all probes share the tensors of one moment, and a new one is like those
-before it.
+This is one file because all probes share the tensors of one step, and a new probe resembles the
+others.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Repeat a function on fixed memory: on a GPU, as one CUDA graph.
+"""Repeat a function on fixed memory. On a GPU, the function becomes one CUDA graph.
 
-A training step of a small model is hundreds of operations. To issue one of them from Python takes
-longer than the GPU needs to compute it. CUDA can record the operations of a function in a graph,
-and then repeat them all by one call, on the same memory.
+A training step of a small model has hundreds of operations. Python needs longer to start one of
+them than the GPU needs to compute it. CUDA can record the operations of a function in a graph, and
+then repeat all of them by one call, on the same memory.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ class Graphs(Protocol):
     """A way to record functions, for all functions that work on one array."""
 
     def warm_up(self, function: Callable[[], T]) -> T:
-        """Run the function, so that all that it sets up once exists before it is recorded."""
+        """Run the function once before it is recorded, so that it can do its setup."""
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """Record the function without running it.
 
         Returns:
-            What it returned, whose tensors hold their values after each repetition, and what
-            repeats it.
+            The result of the function, and a function that repeats it. After each repetition, the
+            tensors of the result have new values.
         """
 
 
 class CudaGraphs:
-    """Records functions in CUDA graphs, which share their memory: they never run at once."""
+    """Records functions in CUDA graphs. The graphs share memory, so only one may run at a time."""
 
     def __init__(self) -> None:
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
 
     def warm_up(self, function: Callable[[], T]) -> T:
-        """Run the function on another stream than the default, as PyTorch asks for."""
+        """Run the function on a stream that is not the default stream, as PyTorch requires."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function()
@@ -55,11 +55,11 @@ class CudaGraphs:
 
 
 GRAPHS: dict[str, Callable[[], Graphs]] = {"cuda": CudaGraphs}
-"""How functions are recorded, by type of device. On other devices they run as they are."""
+"""The way to record functions, by type of device. On other devices, functions are not recorded."""
 
 
 def graphs_for(device: torch.device) -> Graphs | None:
-    """Return a new way to record functions on a device; None where they run as they are."""
+    """Return a new recorder of functions for a device. None if functions are not recorded there."""
     make = GRAPHS.get(device.type)
     return make() if make else None
 
@@ -73,14 +73,14 @@ def replayed(
 ) -> Callable[[], T]:
     """Return a function that is recorded after some calls, and then repeated.
 
-    What it reads and writes has to stay in the same memory. It must not wait for the GPU, and what
-    it does in Python alone happens only in the calls before. Tensors that it returns hold until the
+    The function has to read and write the same memory in every call. It must not wait for the GPU.
+    Its Python code runs only until it is recorded. Tensors that it returns are overwritten by the
     next call.
 
     Args:
-        function: what to record. Without `graphs`, it is returned as it is.
-        graphs: what records it.
-        warm_up_calls: calls before it is recorded.
+        function: the function to record. Without `graphs`, it is returned unchanged.
+        graphs: records the function.
+        warm_up_calls: the number of calls before the function is recorded.
     """
     return _Replayed(function, graphs, warm_up_calls) if graphs else function
 

@@ -180,7 +180,7 @@ class Training:
         self.unread: Segment | None = None
 
     def may_go_on(self, step: int) -> bool:
-        """Save what is due before a step, and return whether no trial has diverged so far."""
+        """Save due checkpoints before a step. Return False if a trial has diverged."""
         if self._has_diverged():
             return False
         if is_save_due(self.members):
@@ -203,7 +203,7 @@ class Training:
         return any(member.status == "diverged" for member in self.members)
 
     def run_segment(self, first_step: int) -> int:
-        """Run the steps up to the next that is measured, or to the next read from the device.
+        """Run a segment: the steps up to the next probes, or to the next read from the device.
 
         Returns:
             The next step to compute.
@@ -232,14 +232,14 @@ class Training:
         values = [packed.values_KX for packed in segment.packed]
         segment.on_the_way = OnTheWay([stats_M3K, *values])
         if self.runs_ahead:
-            self.read()  # the segment before, while the device works on this one
+            self.read()  # the previous segment, while the device computes this one
         self.unread = segment
         if not self.runs_ahead:
             self.read()
         return stop
 
     def read(self) -> None:
-        """Wait for the values of the segment that has not been read, and log its rows."""
+        """Wait for the values of the last unread segment, and log its rows."""
         if self.unread is not None:
             self._log(self.unread)
             self.unread = None

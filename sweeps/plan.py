@@ -223,8 +223,8 @@ def jobs_of(plan: Plan, keys: Iterable[str]) -> list[Job]:
 def names_of(plan: Plan) -> dict[str, str]:
     """Name each trial by its scheme, the other knobs in which trials differ, and its seed.
 
-    A text has no prefix, as in `gpt2, 0-0.25, seed 1`. A number follows the last part of the name of
-    the knob, as in `gpt2, lr 0.001, seed 1`.
+    A text has no prefix, as in `gpt2, 0-0.25, seed 1`. A number follows the last part of the name
+    of the knob, as in `gpt2, lr 0.001, seed 1`.
     """
     flats = {key: config.to_flat() for key, config in plan.trials.items()}
     # These knobs are in every name, or repeat one that is.

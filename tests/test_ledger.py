@@ -188,7 +188,7 @@ def plan_of(tmp_path, name):
 
 @pytest.mark.full  # five sweeps through Ray
 def test_trials_are_confirmatory_only_if_planned_before_any_result(tmp_path):
-    """The first seeds are confirmatory. Seeds that are added after a report, or known before, are not."""
+    """Seeds that were planned after a report, or had a result before, are exploratory."""
     tiny = [*flags(TrialConfig.from_flat(TINY)), "--no-estimate", "--runs-dir", str(tmp_path)]
     assert main("doc", PRESETS, [*tiny, "--name", "one", "--init.seed", "0", "1"]) == 0
     first = plan_of(tmp_path, "one")

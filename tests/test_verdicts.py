@@ -175,9 +175,7 @@ def test_what_holds_for_one_configuration_of_three_does_not_hold_in_general():
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.normal(centre, 0.1, 10) for centre in (9, 0, 0)])
     given = {"it": claim(x=ABOVE)}, {"it": values(runs, numbers)}, runs
-    assert (
-        judge(*given, general=False)["it"].verdict == SUPPORTED
-    )  # for these three configurations, on average
+    assert judge(*given, general=False)["it"].verdict == SUPPORTED  # on average over these three
     found = judge(*given)["it"]
     assert found.verdict == UNDERPOWERED
     assert (found.schemes, found.configurations) == (3, 3)
@@ -319,7 +317,7 @@ def test_the_order_of_runs_does_not_matter():
 
 
 def null_numbers(part, rng, n_configs, n_seeds):
-    """Draw numbers of runs at the bound of a part, with shared effects of seeds and configurations."""
+    """Draw numbers of runs at the bound of a part, with effects of seeds and configurations."""
     bound = part.low if part.low is not None else part.high
     if part.centre == "share":
         return (rng.random((n_configs, n_seeds)) < bound).astype(float).ravel()

@@ -128,10 +128,10 @@ class StoreAddress:
 
 
 def chart_path(experiment_id: str) -> str:
-    """Return the path of an experiment's page of charts, in the view of tracking.view.
+    """Return the path of the page of charts of an experiment, in the view of tracking.view.
 
-    MLflow 3.17.2 shows every experiment as one of language-model applications, whatever its tag
-    says, unless the address asks for that of model training.
+    MLflow 3.17.2 ignores the kind of the experiment. Without `workflowType` in the address, it
+    shows every experiment as a language-model application.
     """
     return (
         f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"

@@ -13,11 +13,11 @@ class Job:
     """One trial as a worker is given it."""
 
     key: str
-    name: str  # for people, such as `model5, seed 0`; nothing reads it
+    name: str  # for readers, such as `model5, seed 0`; no code reads it
     params: Mapping[str, Scalar]  # every knob by its dotted key
     tags: Mapping[str, str]  # what the driver knows and the run is to keep
-    scheme: str = ""  # the configuration that it is compared by, as the report names it
-    colour: str = ""  # of its lines, such as `#0072B2`; without one, MLflow chooses
+    scheme: str = ""  # the scheme of the trial, as named in the report
+    colour: str = ""  # of its lines in charts, such as `#0072B2`; if empty, MLflow chooses
 
     def with_tags(self, **tags: str) -> Job:
         """Return the job with more tags."""

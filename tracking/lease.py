@@ -13,7 +13,7 @@ sees both, and whoever works has to own all that it sees.
 Clocks of different machines are never compared. A lease has run out when a process that watches it
 has seen no renewal for SECONDS_TO_EXPIRE of its own clock.
 
-This is one file because a lease of a sweep and one of a trial follow the same rules.
+This is one file because the leases of sweeps and of trials follow the same rules.
 """
 
 from __future__ import annotations

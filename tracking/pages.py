@@ -92,10 +92,10 @@ def behind_link(
         app: what answers those who have opened a link.
         page: where a link leads, below the application.
         announce: called with the path and query of each new link, the first one at once.
-        printed_by: the command that prints the links, for those who are refused.
+        printed_by: the command that prints the links. It is named when a visitor is refused.
     """
     refused = PlainTextResponse(
-        f"these pages ask for the link that `{printed_by}` has printed last: each link opens "
+        f"these pages need the link that `{printed_by}` has printed last: each link opens only "
         "once\n",
         status_code=401,
     )
@@ -155,7 +155,7 @@ def behind_link(
 
 
 def tidying_only(app: ASGIApp) -> ASGIApp:
-    """Have an application answer the requests of ALLOWED alone."""
+    """Wrap an application so that it answers only the requests of ALLOWED."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         asked = f"{scope['method'].replace('HEAD', 'GET')} {scope['path']}"
@@ -203,10 +203,10 @@ def listen(port: int) -> socket.socket:
 
 
 def quiet_server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:
-    """Return a server of an application, which writes down no request: links would be in it."""
-    import uvicorn  # not at the top: MLflow takes a process that has it for a server
+    """Return a server that logs no requests, because they contain the secret links."""
+    import uvicorn  # not at the top: MLflow thinks that a process with uvicorn is a server
 
-    # No lifespan: MLflow's would look for containers of its assistant.
+    # Without lifespan, because MLflow's lifespan would look for containers of its assistant.
     settings = uvicorn.Config(
         app, log_level=log_level, access_log=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=2,

@@ -164,18 +164,18 @@ def download_file(repository: ArtifactRepository, name: str, file: Path) -> None
 
 
 KIND_OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-"""The experiment tag that says that its runs train models.
+"""The tag of an experiment whose runs train models.
 
-Reason: an experiment is to be shown as what it is, and MLflow has no call for that. Servers of
-other versions read the tag; the page of 3.17.2 reads its address instead (chart_path).
+Reason: MLflow has no call that sets the kind of an experiment. Servers of other versions read this
+tag. The page of version 3.17.2 reads the address instead (chart_path).
 """
 
 
 RUN_COLOUR_TAG = "mlflow.runColor"
-"""The run tag that has the colour of a run on MLflow's pages.
+"""The tag of a run with the colour of the run on MLflow's pages.
 
-Reason: a scheme is to have one colour in the report and there. The page gives groups of runs
-colours of its own choice, and the tag of no run changes that.
+Reason: a scheme has the same colour in the report and on these pages. The colours of groups of runs
+cannot be set: MLflow chooses them.
 """
 
 

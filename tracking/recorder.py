@@ -111,7 +111,7 @@ def make_run(store: Store, experiment_id: str, job: Job) -> Run:
     """Make a run for a trial, which is then under way; delete_twins may have to follow."""
     # A run has the tags that readers need from the start: a worker may die at any moment.
     first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
-    # Set only once: a user may choose another colour.
+    # Set only once, because a user may choose another colour.
     colour = {RUN_COLOUR_TAG: job.colour} if job.colour else {}
     attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
     return store.client.create_run(

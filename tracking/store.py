@@ -160,8 +160,8 @@ class Store:
             name: of the sweep. Its experiment may have been renamed in MLflow.
             runs_dir: a new experiment of a database keeps its files in there; a server keeps them
                 in its own folder.
-            tags: set on the experiment; its other tags stay. One without a kind is marked as one
-                of training runs.
+            tags: set on the experiment. Other tags stay. An experiment without a kind gets the kind
+                of model training.
 
         Raises:
             InputError: the experiment was deleted, or its files cannot be reached from here.
@@ -199,7 +199,7 @@ class Store:
                 f"the experiment {name} of the tracking store keeps its files at {location}, not "
                 f"at {own}: take another --name"
             )
-        # A kind that is there may be the user's choice.
+        # An existing kind may be the choice of the user.
         kind = {} if KIND_OF_TRAINING.keys() & experiment.tags.keys() else KIND_OF_TRAINING
         for tag, value in {**kind, **(tags or {})}.items():
             self.client.set_experiment_tag(experiment_id, tag, value)

@@ -32,8 +32,8 @@ class RecordedTrial:
     params: Mapping[str, Scalar]  # every knob that there was when it was planned
     corpus_digest: str
     stamp: str = ""
-    """The digest of the claims when the trial was planned. It is empty if a result was seen by
-    then: of the trial itself, or in a report of the sweep."""
+    """The digest of the claims when the trial was planned. It is empty if a result was seen before:
+    the result of the trial itself, or a report of the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class RecordedPlan:
     notes: tuple[str, ...]  # what the user has to know
     tags: Mapping[str, str]  # of every run of the sweep
     trials: Mapping[str, RecordedTrial]  # by trial key
-    claims: tuple[str, ...] = ()  # that the sweep asks; without any, all of them
+    claims: tuple[str, ...] = ()  # the claims that the sweep asks; empty for all claims
 
     @classmethod
     def from_json(cls, stored: JsonObject) -> RecordedPlan:
