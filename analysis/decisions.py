@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy import special
 
 from analysis.claims import Part
 from analysis.skew import SEEN, guarded
@@ -122,7 +122,7 @@ def p_beyond(centre: str, spread: Spread, bound: float, sign: int) -> float:
     if spread.error == 0:
         return sign_p(distances)
     t = sign * (spread.mean - bound) / spread.error
-    students = float(stats.t.sf(t, spread.df))
+    students = float(special.stdtr(spread.df, -t))
     p = guarded(students, spread.df)
     if SKEW in spread.doubts:
         p = max(p, guarded(students, spread.df, SEEN))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 import jinja2
@@ -34,8 +37,9 @@ from analysis.sentences import (
     scope_of,
     short,
 )
-from gptcore.config import KNOBS, spelling, varying_knobs
-from gptcore.files import Json, JsonObject
+from gptcore.cache import cache_dir, write_to_cache
+from gptcore.config import KNOBS, InputError, spelling, varying_knobs
+from gptcore.files import Json, JsonObject, is_trusted
 from tracking.sweep_run import SEARCH_GOALS
 
 SECTIONS = {
@@ -242,5 +246,19 @@ def _coded(column: list[Json]) -> Json:
 
 @functools.cache
 def javascript_of_figures() -> str:
-    """Return the JavaScript that draws figures. Making it takes a second, so it is made once."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    """Return the JavaScript that draws figures. It is cached, because making it takes a second.
+
+    A file that is damaged, or that another account may have written, is made anew.
+    """
+    name = f"vega-{importlib.metadata.version('vl-convert-python')}.js"
+    with contextlib.suppress(InputError, OSError):
+        file = cache_dir() / name
+        digest, _, kept = file.read_bytes().partition(b"\n") if is_trusted(file) else [b""] * 3
+        if digest == sha256(kept).hexdigest().encode():
+            return kept.decode()
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    encoded = script.encode()
+    kept = b"%s\n%s" % (sha256(encoded).hexdigest().encode(), encoded)
+    with contextlib.suppress(InputError):  # a report needs no cache
+        write_to_cache(cache_dir() / name, lambda temporary: temporary.write_bytes(kept))
+    return script

@@ -24,8 +24,8 @@ COLUMN, PAGE = 85, 170
 """The width of a column of a paper, and of the text on a page, in millimetres."""
 WIDEST_IN_A_COLUMN = 420
 """The widest figure of one column, in pixels. A wider figure takes both columns of a page."""
-DPI = 300
-"""The resolution of a PNG, in pixels per inch."""
+PRINT_DPI, SCREEN_DPI = 300, 150
+"""The resolution of a PNG for a paper, and for a page on a screen, in pixels per inch."""
 MM_PER_INCH = 25.4
 
 PRINTED = {
@@ -38,7 +38,9 @@ PRINTED = {
 """Font sizes of figures in files. Scaled to a column, all text has at least 7 points."""
 
 
-def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+def write_figure(
+    spec: JsonObject, folder: Path, name: str, formats: Sequence[str], dpi: int = PRINT_DPI
+) -> list[Path]:
     """Write a figure as files, as wide as a column of a paper or as the text on a page.
 
     Args:
@@ -46,6 +48,7 @@ def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[st
         folder: the folder of the files. It is made if needed.
         name: the name of the files, without an ending.
         formats: some of FORMATS.
+        dpi: the resolution of a PNG, in pixels per inch.
 
     Returns:
         The paths of the files.
@@ -74,7 +77,7 @@ def write_figure(spec: JsonObject, folder: Path, name: str, formats: Sequence[st
             # vl_convert takes a pixel for a point.
             file.write_bytes(vl_convert.svg_to_pdf(sized(72 / MM_PER_INCH, "")))
         else:
-            file.write_bytes(vl_convert.svg_to_png(sized(72 / MM_PER_INCH, ""), ppi=DPI))
+            file.write_bytes(vl_convert.svg_to_png(sized(72 / MM_PER_INCH, ""), ppi=dpi))
         files.append(file)
     return files
 

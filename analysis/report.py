@@ -35,7 +35,7 @@ from analysis.findings import Findings, find
 from analysis.frames import frames_of_runs, with_scheme
 from analysis.jsonable import to_json
 from analysis.page import render, render_comparison
-from analysis.papers import FORMATS, tables_of, write_figure, write_tables
+from analysis.papers import FORMATS, SCREEN_DPI, tables_of, write_figure, write_tables
 from analysis.rare_tokens import shuffled_labels
 from analysis.reading import UNREADABLE
 from analysis.runs import read_sweeps
@@ -128,10 +128,11 @@ def build_report(
         page = render(sweep, charts, groups, by_run, findings, shown, runs_dir)
         contents = json.dumps(to_json(findings), indent=2, allow_nan=False)
     with writing(folder) as new:
-        for name in charts if figures else charts.keys() & MAIN_FIGURES:
-            kinds = formats if figures else ["png"]
-            write_figure(charts[name], new / "figures", name, kinds)
+        for name in figures and charts:
+            write_figure(charts[name], new / "figures", name, formats)
         if not figures:
+            for name in charts.keys() & MAIN_FIGURES:
+                write_figure(charts[name], new / "figures", name, ["png"], SCREEN_DPI)
             (new / "report.html").write_text(page, encoding="utf-8")
             (new / "findings.json").write_text(contents)
             (new / "summary.md").write_text(summary(findings, shown), encoding="utf-8")

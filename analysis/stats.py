@@ -103,7 +103,7 @@ def share_p(shares: Sequence[float], bound: float, sign: int) -> float:
     n, held = len(shares), math.fsum(shares)
     if sign < 0:
         n, held, bound = n, n - held, 1 - bound
-    return float(stats.binom.sf(math.floor(held + 1e-9) - 1, n, bound))
+    return binomial_p(math.floor(held + 1e-9), n, bound)
 
 
 def sign_p(values: Sequence[float]) -> float:
@@ -111,8 +111,13 @@ def sign_p(values: Sequence[float]) -> float:
 
     It is exact for every distribution (Conover 1999, section 3.4). A value of 0 counts as below 0.
     """
-    above = sum(value > 0 for value in values)
-    return float(stats.binom.sf(above - 1, len(values), 0.5))
+    return binomial_p(sum(value > 0 for value in values), len(values), 0.5)
+
+
+@functools.lru_cache(maxsize=4096)
+def binomial_p(successes: int, n: int, share: float) -> float:
+    """Return the probability of at least so many successes of n, each with probability `share`."""
+    return float(stats.binom.sf(successes - 1, n, share))
 
 
 def holm(

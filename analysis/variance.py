@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from analysis.stats import LEVEL, Estimate
 
@@ -78,7 +78,7 @@ class Spread:
         """Return the mean with Student's interval."""
         if self.error is None:
             return Estimate(seeds=len(self.units), value=self.mean, low=None, high=None)
-        half = self.error * float(stats.t.ppf((1 + level) / 2, self.df))
+        half = self.error * float(special.stdtrit(self.df, (1 + level) / 2))
         return Estimate(
             seeds=len(self.units), value=self.mean, low=self.mean - half, high=self.mean + half
         )

@@ -79,7 +79,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
     from analysis.claims import digest
     from gptcore.experiment import run_trial
     from tracking.job import Job
-    from tracking.recorder import MlflowRecorder, run_of
+    from tracking.recorder import MlflowRecorder, make_run
     from tracking.sweep_run import RecordedPlan, SweepRun
 
     store = store_in(folder)
@@ -87,7 +87,7 @@ def make_store(folder: Path, trials: Mapping[str, TrialConfig], n_history: int) 
     experiment_id = store.open_experiment("scale", folder)
     config = model_trial()
     job = Job("first", "first", config.to_flat(), {"sweep": "scale"})
-    first = MlflowRecorder(store, run_of(store, experiment_id, job), job)
+    first = MlflowRecorder(store, make_run(store, experiment_id, job), job)
     run_trial(config, first)
     with sqlite3.connect(folder / "mlflow.db") as database:
         columns = {

@@ -217,7 +217,7 @@ def power_of(effect: float, sweeps: int) -> str:
 
 
 def planted(effect: float, n: int, rng: np.random.Generator) -> dict[str, pl.DataFrame]:
-    """Draw numbers of n seeds for all claims, `effect` standard deviations beyond the bounds."""
+    """Draw the numbers of n seeds for all claims, `effect` standard deviations beyond a bound."""
     return {
         name: pl.concat(
             [

@@ -292,7 +292,11 @@ class Session:
         from sweeps.execution.trainable import Recording
 
         recording = Recording(
-            self.store.address, self.sweep_run.experiment_id, self.runs_dir, self._owner
+            self.store.address,
+            self.sweep_run.experiment_id,
+            self.runs_dir,
+            self._owner,
+            tuple(self.store.experiment_ids()) if self._owner else (),
         )
         tell = {"tell": self.watch.tell} if self.watch else {}
         return RunContext(self.store, recording, self.texts, self.console, self._interrupts, **tell)

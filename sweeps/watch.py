@@ -40,8 +40,8 @@ takes nothing from the trials.
 FIRST_DRAWING, READING = 0.4, 0.01
 """The estimate for the first drawing in seconds: a fixed part, and a part for each trial."""
 MARGIN = 1.5
-"""The estimate for the next drawing, relative to the last one. It is above 1 for two reasons: there
-are more trials, and the threads in which Polars reads are not measured."""
+"""The estimate for the next drawing, relative to the last one. It is above 1 because the next
+drawing has more trials, and because the threads in which Polars reads are not measured."""
 CHECK_EVERY = 1.0
 """Seconds between two checks whether a drawing is due."""
 SECONDS_TO_CLOSE = 2.0
@@ -69,8 +69,9 @@ class Watch:
         self.line, self.losses, self.share = "no trial has started", "", 0.0
         self.drawing, self.json = 0, "{}"
         self.drawn = (
-            f"There is no figure yet. Drawing may take {SHARE:.0%} of the time. The first figures "
-            f"appear when a trial has finished, after {clock(FIRST_DRAWING / SHARE)} or later."
+            f"There is no figure yet. Drawing may take {SHARE:.0%} of the time, so the first "
+            "figures appear when a trial has finished, but not before "
+            f"{clock(FIRST_DRAWING / SHARE)}."
         )
         self.begun, self.spent, self.latest = time.monotonic(), 0.0, 0.0
         self._threads: list[threading.Thread] = []

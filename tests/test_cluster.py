@@ -128,6 +128,30 @@ def test_as_many_trials_run_at_a_time_as_cores_and_memory_suffice_for(started):
     assert started["fits"] == [started["cpus"], started["cpus"], 1, 1]
 
 
+SLOW = """
+from sweeps.execution import faults, ray_cluster
+
+def init(**_):
+    raise Exception("The current node timed out during startup. This could happen because")
+
+ray_cluster.ray.init = init
+try:
+    ray_cluster.start_ray()
+except faults.Fault as fault:
+    print(fault)
+finally:
+    ray_cluster.stop_ray()
+"""
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_sentence():
+    """As on a machine where many processes wait for each core."""
+    command = [sys.executable, "-c", SLOW]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("Ray has not started within 30 seconds, ")
+    assert said.endswith(": run the same command again to continue\n")
+
+
 def test_a_cluster_of_another_version_is_told_from_ours(started):
     assert "runs Ray 2.60.0 and Python " in started["other_version"]
     assert "this command Ray 2.0.0 and Python " in started["other_version"]

@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -122,6 +123,39 @@ def test_of_several_drivers_that_wait_for_a_new_sweep_each_has_it_alone(shared, 
     assert len(Store(shared[0]).search("tags.lease_of = 'sweep'", shared[1])) == 1
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_driver_whose_new_run_another_one_took_is_told_so(shared, hasty, monkeypatch, wait):
+    """Both ask at once, and the run that this one has made is the only one there is."""
+    real, held, said = lease._runs_of_sweep, ExitStack(), []
+    looks = iter(range(1000))
+
+    def runs_of_sweep(*arguments):
+        found = real(*arguments)
+        if next(looks) == 1:  # it has made a run, and does not own it yet
+            monkeypatch.setattr(lease, "_runs_of_sweep", real)
+            held.enter_context(leased(shared))
+        return found
+
+    def asks():
+        try:
+            with leased(shared, wait=wait, say=said.append):
+                said.append("mine")
+        except InputError as error:
+            said.append(str(error))
+
+    monkeypatch.setattr(lease, "_runs_of_sweep", runs_of_sweep)
+    asking = threading.Thread(target=asks, daemon=True)
+    asking.start()
+    try:
+        wait_for(lambda: said, 20)
+        assert f"sweep sweep is being run by process {os.getpid()} on " in said[0]
+        assert ("waiting for it" if wait else "wait for it (--wait)") in said[0]
+    finally:
+        held.close()
+        asking.join(20)
+    assert said[1:] == ["mine"] * wait
+
+
 def _hold(shared, ready):
     with leased(shared):
         ready.set()
@@ -207,7 +241,11 @@ def _train(shared, sweep, keys, job, trained, begin):
         for key in keys:
             mine = job_of(job, key)
             run = own_trial(
-                store, key, held.owner, lambda mine=mine: make_run(store, experiment_id, mine)
+                store,
+                key,
+                held.owner,
+                lambda mine=mine: make_run(store, experiment_id, mine),
+                is_new=store.find_run("trial", trial_key=key) is None,
             )
             if run is None:
                 continue
@@ -270,6 +308,26 @@ def test_a_run_that_a_killed_process_made_twice_is_set_aside(shared, tiny):
         (run,) = store.find_runs("trial", trial_key=job.key)
         assert run.info.status == "RUNNING"
         assert len(store.search("tags.kind = 'replaced'")) == 1
+
+
+def test_a_worker_that_does_not_know_of_a_newer_experiment_trains_nothing_twice(shared, tiny):
+    """It makes a run, finds the one with the result, and deletes its own."""
+    address, experiment_id = shared
+    store, job = Store(address), job_of(tiny, "2" * 12)
+    known = tuple(store.experiment_ids())
+    newer = store.client.create_experiment("newer")
+    done = make_run(store, newer, job)
+    store.set_tags(done.info.run_id, trial_status="finished")
+    store.client.set_terminated(done.info.run_id, "FINISHED")
+    assert store.find_run("trial", trial_key=job.key, known=known) is None
+
+    def make():
+        return make_run(store, experiment_id, job)
+
+    with leased(shared) as held:
+        assert own_trial(store, job.key, held.owner, make, is_new=True) is None
+    (run,) = store.search(f"tags.trial_key = '{job.key}'")
+    assert run.info.run_id == done.info.run_id
 
 
 @pytest.mark.full

@@ -28,7 +28,7 @@ def test_a_figure_is_as_wide_as_a_column_or_a_page(tmp_path, pixels, millimetres
     assert b"currentColor" not in svg
     points = float(re.search(rb"/MediaBox\s*\[0 0 ([\d.]+)", pdf)[1])
     assert points / 72 * 25.4 == pytest.approx(millimetres, rel=0.01)
-    assert int.from_bytes(png[16:20]) == pytest.approx(millimetres / 25.4 * papers.DPI, abs=2)
+    assert int.from_bytes(png[16:20]) == pytest.approx(millimetres / 25.4 * papers.PRINT_DPI, abs=2)
 
 
 def test_the_text_of_a_printed_figure_has_at_least_seven_points(tmp_path):

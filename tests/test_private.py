@@ -27,6 +27,7 @@ from sweeps.launch import main
 from sweeps.presets import PRESETS
 from tracking.access import is_shared, private_files, share, write_for
 from tracking.address import store_address
+from tracking.arguments import check_writable
 from tracking.store import Store
 
 OTHER = 12345
@@ -101,6 +102,16 @@ def test_only_its_owner_can_share_a_folder(tmp_path):
     os.chown(tmp_path, OTHER, OTHER)
     with pytest.raises(InputError, match="belongs to another account, which alone can share it"):
         share(tmp_path)
+
+
+def test_a_new_runs_folder_is_private_whatever_the_umask_was(tmp_path):
+    """A job of Slurm makes it before the command does."""
+    before = os.umask(0)
+    try:
+        check_writable(tmp_path / "runs")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "runs").stat().st_mode) == 0o700
 
 
 def test_files_are_made_for_those_who_share_the_folder(tmp_path, careless):

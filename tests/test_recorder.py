@@ -91,7 +91,7 @@ import polars as pl
 from gptcore.config import TrialConfig
 from gptcore.experiment import run_trial
 from tracking.job import Job
-from tracking.recorder import MlflowRecorder, run_of
+from tracking.recorder import MlflowRecorder, make_run
 from tracking.address import StoreAddress
 from tracking.store import Store
 
@@ -107,7 +107,7 @@ def write_four_and_a_half(frame, file, **options):
 pl.DataFrame.write_parquet = write_four_and_a_half
 uri, experiment_id, trial = json.loads(sys.argv[1])
 store, job = Store(StoreAddress(uri)), Job(**trial)
-recorder = MlflowRecorder(store, run_of(store, experiment_id, job), job)
+recorder = MlflowRecorder(store, make_run(store, experiment_id, job), job)
 run_trial(TrialConfig.from_flat(trial["params"]), recorder)
 """
 

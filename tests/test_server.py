@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from helpers.paths import ROOT
 from helpers.servers import free_port
 from helpers.store import open_store
 from tracking import server as tracking_server
-from tracking.server import USER, end_server_of, main
+from tracking.server import SERVER_WORKERS, USER, end_server_of, main
 
 BATCHES, BATCH = 6, 1000
 PASSWORD = "a-secret-that-nobody-guesses-0123456789"
@@ -242,6 +243,26 @@ def test_after_a_kill_it_starts_again_with_all_it_had_and_stops_whole(tmp_path, 
         assert main(["--address", "127.0.0.1:1", "--folder", str(folder), "--artifacts", "x",
                      "--password-file", str(folder / "password")]) == 2  # fmt: skip
     assert of_folder(folder) == []
+
+
+@pytest.mark.full
+def test_a_process_that_is_slow_to_answer_is_not_killed(tmp_path):
+    """On a busy machine; uvicorn kills what has not answered it for 5 seconds."""
+    with serving(tmp_path) as (uri, server):
+
+        def workers():
+            """What answers requests, with the names under which multiprocessing starts it."""
+            found = psutil.Process(server.pid).children(recursive=True)
+            return [one for one in found if "spawn_main" in " ".join(one.cmdline())]
+
+        before = wait_for(lambda: len(found := workers()) == SERVER_WORKERS and found)
+        for worker in before:
+            worker.suspend()
+        time.sleep(8)  # seconds; after 5 of them it would be killed
+        for worker in before:
+            worker.resume()
+        wait_for(lambda: answers(uri), 60)
+        assert workers() == before
 
 
 @pytest.mark.full

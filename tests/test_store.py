@@ -16,8 +16,8 @@ from sweeps import launch
 from sweeps.presets import PRESETS
 from tracking.address import StoreAddress, sqlite_address, store_address
 from tracking.private_api import KIND_OF_TRAINING
-from tracking.recorder import close_cut_off, close_runs, delete_twins
-from tracking.store import Store
+from tracking.recorder import close_cut_off, close_runs
+from tracking.store import Store, delete_twins
 from tracking.tags import say_incomplete
 
 
@@ -81,7 +81,8 @@ def test_a_server_with_thousands_of_experiments_hides_no_run_and_none_is_deleted
     # Even where the run that exists were not found, another one does not delete it.
     recorder = recorder_of(store, experiment_id, job_of(tiny, "new", sweep="served"))
     store.client.set_tag(recorder.run_id, "trial_key", key)
-    delete_twins(store, store.client.get_run(recorder.run_id))
+    runs = store.search(f"tags.trial_key = '{key}'")
+    delete_twins(store, store.client.get_run(recorder.run_id), runs)
     assert {one.info.run_id for one in store.search(f"tags.trial_key = '{key}'")} == {
         run.info.run_id,
         recorder.run_id,

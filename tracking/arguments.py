@@ -113,7 +113,8 @@ def check_writable(folder: Path, shared: bool = False) -> None:
         InputError: nothing can be written into it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # The mode, because the umask may still be the account's own.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shared:
             share(folder)
         write_for(folder)

@@ -33,7 +33,7 @@ from mlflow.exceptions import MlflowException
 from gptcore.config import InputError
 from tracking.health import server_answers
 from tracking.holder import Holder
-from tracking.store import DONE, MADE_BY, Store, set_aside, trial_status
+from tracking.store import DONE, MADE_BY, Store, delete_twins, set_aside, trial_status
 
 SECONDS_TO_RENEW = 5.0
 """How often a driver renews its lease."""
@@ -284,6 +284,8 @@ def sweep_lease(
         if made and (delete_twin(store, made, me) or made not in [run.info.run_id for run in runs]):
             made = ""  # another process has made one at the same time
         holder = _holder(other, latest_claim(other).number)
+        if holder and made == other.info.run_id:
+            made = ""  # another driver was faster to own it, and now works with it
         by = str(holder or "another process")
         if made:
             pass  # another process owns it for a moment
@@ -367,7 +369,9 @@ def _lease_is_over(store: Store, owner: str, watch: Watch | None) -> bool:
     return watch.has_run_out(sweep_run, int(number))
 
 
-def own_trial(store: Store, key: str, me: str, make: Callable[[], Run]) -> Run | None:
+def own_trial(
+    store: Store, key: str, me: str, make: Callable[[], Run], *, is_new: bool = False
+) -> Run | None:
     """Own the run of a trial, unless it has a result. Wait while another driver trains it.
 
     Args:
@@ -375,6 +379,8 @@ def own_trial(store: Store, key: str, me: str, make: Callable[[], Run]) -> Run |
         key: of the trial.
         me: the owner that this driver is.
         make: makes a run for the trial.
+        is_new: whether the trial had no run a moment ago. A run is then made before any is looked
+            for, which saves two requests.
 
     Returns:
         The run; None where the trial has a result, perhaps since a moment ago.
@@ -386,10 +392,12 @@ def own_trial(store: Store, key: str, me: str, make: Callable[[], Run]) -> Run |
         return run.info.status != "RUNNING" or _lease_is_over(store, latest_claim(run).owner, watch)
 
     while True:
-        runs = store.find_runs("trial", trial_key=key)
+        runs = [] if is_new else store.find_runs("trial", trial_key=key)
         if not runs:
-            made = make().info.run_id
-            runs = store.find_runs("trial", trial_key=key)
+            new = make()
+            made = new.info.run_id
+            runs = delete_twins(store, new, store.find_runs("trial", trial_key=key))
+        is_new = False
         open_runs = [run for run in runs if trial_status(run) not in DONE]
         if len(open_runs) == len(runs):
             for run in runs:

@@ -23,7 +23,7 @@ from tracking.charts import chart_points
 from tracking.job import Job
 from tracking.lease import works_elsewhere
 from tracking.private_api import RUN_COLOUR_TAG
-from tracking.store import DONE, MADE_BY, Store, cut_tags
+from tracking.store import DONE, MADE_BY, Store, cut_tags, delete_twins
 from tracking.tables import write_tables
 
 FLUSH_AT = 1000
@@ -107,38 +107,18 @@ class MlflowRecorder(MemoryRecorder):
         self.metrics.clear()
 
 
-def run_of(store: Store, experiment_id: str, job: Job) -> Run:
-    """Find the run of a trial, in whichever sweep, or make it in this experiment."""
-    return store.find_run("trial", trial_key=job.key) or make_run(store, experiment_id, job)
-
-
 def make_run(store: Store, experiment_id: str, job: Job) -> Run:
-    """Make a run for a trial, which is then under way."""
+    """Make a run for a trial, which is then under way; delete_twins may have to follow."""
     # A run has the tags that readers need from the start: a worker may die at any moment.
     first = {"kind": "trial", "trial_key": job.key, "trial_status": "running", **MADE_BY}
     # Set only once, because a user may choose another colour.
     colour = {RUN_COLOUR_TAG: job.colour} if job.colour else {}
     attempt = {"attempt": uuid.uuid4().hex} if store.address.is_server else {}
-    run = store.client.create_run(
+    return store.client.create_run(
         experiment_id,
         run_name=job.name,
         tags={**first, **colour, **attempt, **cut_tags(job.tags)},
     )
-    if attempt:
-        delete_twins(store, run)
-    return run
-
-
-def delete_twins(store: Store, run: Run) -> None:
-    """Delete other runs that the same request has made.
-
-    A server that dies after it has made a run, and before its answer, is asked again by MLflow and
-    then makes another one. Both have the tag of this attempt, which no other run has.
-    """
-    condition = f"tags.attempt = '{run.data.tags['attempt']}'"
-    for twin in store.search(condition, run.info.experiment_id):
-        if twin.info.run_id != run.info.run_id:
-            store.client.delete_run(twin.info.run_id)
 
 
 RUNNING = "tags.kind = 'trial' and attributes.status = 'RUNNING'"
@@ -223,6 +203,7 @@ def close_runs(
         if run is None:
             if key in failed:
                 run = make_run(store, experiment_id, job)
+                delete_twins(store, run, store.find_runs("trial", experiment_id, trial_key=key))
                 MlflowRecorder(store, run, job).fail(failed[key])
         elif run.info.status == "RUNNING" and not (owner and works_elsewhere(store, run, owner)):
             status: Unfinished = (

@@ -74,6 +74,9 @@ SETTINGS = {
     # every thread of a process (40) has a connection. PostgreSQL's default is 100 in all.
     "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "40",
     "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "8",
+    # One that does not answer in time is killed, in the middle of its requests or before it has
+    # begun. By default that is after 5 seconds, which is little on a machine that is busy.
+    "UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60",
 }
 
 

@@ -216,14 +216,17 @@ class Store:
         return self.search(f"tags.kind = '{kind}'")
 
     @understood
-    def search(self, condition: str, experiment_id: str | None = None) -> list[Run]:
+    def search(
+        self, condition: str, experiment_id: str | None = None, *, known: Sequence[str] = ()
+    ) -> list[Run]:
         """List all runs that are not deleted and for which a condition holds, newest first.
 
         Args:
             condition: in MLflow's search syntax.
             experiment_id: look into this experiment alone.
+            known: else look into these experiments alone; without any, into all that there are now.
         """
-        experiments = [experiment_id] if experiment_id else self.experiment_ids()
+        experiments = [experiment_id] if experiment_id else known or self.experiment_ids()
         found: list[Run] = []
         for start in range(0, len(experiments), EXPERIMENTS_A_REQUEST):
             some = experiments[start : start + EXPERIMENTS_A_REQUEST]
@@ -239,20 +242,37 @@ class Store:
             )
         return sorted(known_runs(found), key=lambda run: -run.info.start_time)
 
-    def find_run(self, kind: str, experiment_id: str | None = None, **tags: str) -> Run | None:
+    def find_run(
+        self,
+        kind: str,
+        experiment_id: str | None = None,
+        *,
+        known: Sequence[str] = (),
+        **tags: str,
+    ) -> Run | None:
         """Return the run that counts of a kind (trial, sweep) with the given tags.
 
-        It has its params and metrics too.
+        It has its params and metrics too. `known` is as for search.
         """
-        return next(iter(self.find_runs(kind, experiment_id, **tags)), None)
+        return next(iter(self.find_runs(kind, experiment_id, known=known, **tags)), None)
 
-    def find_runs(self, kind: str, experiment_id: str | None = None, **tags: str) -> list[Run]:
-        """Return all runs of a kind with the given tags, with params, the one that counts first."""
+    def find_runs(
+        self,
+        kind: str,
+        experiment_id: str | None = None,
+        *,
+        known: Sequence[str] = (),
+        **tags: str,
+    ) -> list[Run]:
+        """Return all runs of a kind with the given tags, with params, the one that counts first.
+
+        `known` is as for search.
+        """
         wanted = {"kind": kind, **tags}
         if not all(re.fullmatch(r"[\w. -]+", value) for value in wanted.values()):
             raise InputError(f"no {kind} has the tags {tags}")  # they would be read as a condition
         clauses = [f"tags.{name} = '{value}'" for name, value in wanted.items()]
-        found = self._complete(kind, self.search(" and ".join(clauses), experiment_id))
+        found = self._complete(kind, self.search(" and ".join(clauses), experiment_id, known=known))
         return _what_counts_first(found)
 
     def trial_runs(self) -> dict[str, Run]:
@@ -400,6 +420,21 @@ def _what_counts_first(runs: Iterable[Run]) -> list[Run]:
 def cut_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Cut the values of tags to the length that MLflow takes."""
     return {name: value[:MAX_TAG_LENGTH] for name, value in tags.items()}
+
+
+def delete_twins(store: Store, run: Run, found: Sequence[Run]) -> list[Run]:
+    """Delete, of some runs, those that the same request has made as `run`. Return the others.
+
+    A server that dies after it has made a run, and before its answer, is asked again by MLflow and
+    then makes another one. Both have the tag of this attempt, which no other run has.
+    """
+    attempt = run.data.tags.get("attempt")
+    twins = {
+        one.info.run_id for one in found if attempt and one.data.tags.get("attempt") == attempt
+    } - {run.info.run_id}
+    for twin in twins:
+        store.client.delete_run(twin)
+    return [one for one in found if one.info.run_id not in twins]
 
 
 def set_aside(store: Store, run: Run) -> None:

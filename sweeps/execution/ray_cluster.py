@@ -23,6 +23,7 @@ from rich.console import Console
 
 from gptcore.config import InputError, TrainConfig
 from gptcore.corpus import read_text
+from sweeps.execution.faults import Fault
 from sweeps.execution.limits import usable_cpus
 from sweeps.execution.private_api import (
     CHATTY_LOGGERS,
@@ -44,6 +45,7 @@ from sweeps.execution.resources import (
     schedulable_machines,
 )
 from tracking.address import BUCKET, StoreAddress, bucket
+from tracking.health import GO_ON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +144,7 @@ def start_ray() -> None:
 
     Raises:
         InputError: the cluster cannot be joined.
+        Fault: Ray does not start here in time.
     """
     leave_signals()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
@@ -168,15 +171,23 @@ def start_ray() -> None:
             close_to_others(token_file())
         folder = _ray_folder.make()
         _at_stop.enter_context(own_token(folder.parent))
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            num_cpus=usable_cpus(),
-            _memory=memory_for_trials(),
-            _temp_dir=str(folder),
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                num_cpus=usable_cpus(),
+                _memory=memory_for_trials(),
+                _temp_dir=str(folder),
+                **quiet,
+            )
+        except Exception as error:  # Ray raises no narrower one
+            if "timed out during startup" not in str(error):
+                raise
+            raise Fault(
+                "Ray has not started within 30 seconds, as happens on a machine that is very "
+                f"busy: {GO_ON}"
+            ) from error
 
 
 def await_ray(trials: Collection[TrainConfig], console: Console) -> None:

@@ -35,7 +35,7 @@ from tracking.charts import chart_points
 from tracking.health import wait_for_server
 from tracking.job import Job
 from tracking.lease import own_trial
-from tracking.recorder import MlflowRecorder, make_run, run_of
+from tracking.recorder import MlflowRecorder, make_run
 from tracking.store import DONE, Store, trial_status
 from tracking.untrusted import check_no_link
 
@@ -76,6 +76,9 @@ class Recording:
     runs_dir: Path
     owner: str | None = None
     """The name by which the driver owns trials; None in the runs folder's own store."""
+    known: tuple[str, ...] = ()
+    """Experiments of a store that several folders share. A worker looks for its trials there first,
+    and in newer ones once it has made a run."""
 
 
 def run_batch(
@@ -134,18 +137,28 @@ def run_missing(
     store = Store(recording.address)
     with trial_locks([job.key for job in batch], recording.runs_dir) as release:
 
-        def missing() -> list[Job]:
-            return [job for job in batch if not _is_done(job, store, recording.runs_dir)]
+        def missing(known: Sequence[str] = ()) -> dict[str, Run | None]:
+            """Return by key the run of each trial without a result; None where it has no run."""
+            found = {
+                job.key: store.find_run("trial", trial_key=job.key, known=known) for job in batch
+            }
+            return {
+                job.key: found[job.key]
+                for job in batch
+                if not _is_done(job, found[job.key], recording.runs_dir)
+            }
 
-        jobs = missing()
-        owned = {job.key: _own(job, store, recording) for job in _in_order(jobs)}
+        left = missing(recording.known)
+        jobs = [job for job in batch if job.key in left]
+        owned = {job.key: _own(job, left[job.key], store, recording) for job in _in_order(jobs)}
         if not all(owned.values()):  # another driver has trained some of them meanwhile
-            jobs = missing()
-        if len(jobs) > 1:
+            left = missing()
+        if len(left) > 1:
+            jobs = [job for job in batch if job.key in left]
             if run_together(jobs, owned, store, recording, metric, texts, release):
                 return
-            jobs = missing()  # which of them broke the array is not known: each goes on by itself
-        for job in jobs:
+            left = missing()  # which of them broke the array is not known: each goes on by itself
+        for job in [job for job in batch if job.key in left]:
             run_together([job], owned, store, recording, metric, texts, release)
 
 
@@ -154,24 +167,28 @@ def _in_order(jobs: Sequence[Job]) -> list[Job]:
     return sorted(jobs, key=lambda job: job.key)
 
 
-def _own(job: Job, store: Store, recording: Recording) -> Run | None:
-    """Return the trial's run, which no other driver writes into; None where it has a result.
+def _own(job: Job, run: Run | None, store: Store, recording: Recording) -> Run | None:
+    """Return a run for the trial that no other driver writes into; None where it has a result.
 
     The locks of trials are enough for a store that no other runs folder uses.
+
+    Args:
+        job: the trial.
+        run: that of the trial, which has no result; None where it has no run.
+        store: where trials are recorded.
+        recording: how.
     """
+
+    def make() -> Run:
+        return make_run(store, recording.experiment_id, job)
+
     if recording.owner:
-        return own_trial(
-            store,
-            job.key,
-            recording.owner,
-            lambda: make_run(store, recording.experiment_id, job),
-        )
-    return run_of(store, recording.experiment_id, job)
+        return own_trial(store, job.key, recording.owner, make, is_new=run is None)
+    return run or make()
 
 
-def _is_done(job: Job, store: Store, runs_dir: Path) -> bool:
-    """Return whether the trial has its result, perhaps from another sweep; tell the driver so."""
-    run = store.find_run("trial", trial_key=job.key)
+def _is_done(job: Job, run: Run | None, runs_dir: Path) -> bool:
+    """Return whether a trial has its result, perhaps from another sweep, and report it if so."""
     status = trial_status(run)
     if status in DONE:
         _try_to_delete(checkpoint_file(runs_dir, job.key))  # a worker may have died before

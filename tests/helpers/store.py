@@ -55,9 +55,10 @@ def store_in(runs_dir: Path) -> Store:
 
 def recorder_of(store: Store, experiment_id: str, job: Job) -> MlflowRecorder:
     """Begin to record a trial, in its run if it has one."""
-    from tracking.recorder import MlflowRecorder, run_of
+    from tracking.recorder import MlflowRecorder, make_run
 
-    return MlflowRecorder(store, run_of(store, experiment_id, job), job)
+    found = store.find_run("trial", trial_key=job.key)
+    return MlflowRecorder(store, found or make_run(store, experiment_id, job), job)
 
 
 def job_of(
