@@ -2,23 +2,25 @@
 
     python benchmarks/gpu.py [--seconds 280] [--only arrays peers ...] [--profile] [--quick]
 
-Prints Markdown tables, as RESULTS.md has them, and names what there was no time for. Runs with
-torch, numpy and tiktoken alone, also on a CPU; `--quick` takes tiny models, to see that everything
-runs. The peers are:
+Prints the Markdown tables of RESULTS.md, and names the tables for which there was no time. Needs
+only torch, numpy and tiktoken, and also runs on a CPU. `--quick` checks with tiny models that
+everything runs. The peers are:
 
-- GPT2LMHeadModel of Hugging Face, or a plain GPT in PyTorch where transformers is not installed,
+- GPT2LMHeadModel of Hugging Face, or a plain GPT in PyTorch if transformers is not installed, both
   eager and under torch.compile(mode="reduce-overhead"), with a fused AdamW;
 - the same GPT in JAX, vmap over models and lax.scan over steps (benchmarks/jax_peer.py).
 
-Our side is the median of gptcore's step_seconds. A peer in PyTorch is the median of 20 steps after
-5, and waits for the GPU after each step, as ours does. JAX is the median of five loops of ten
-steps, and waits after a loop. All clip the gradient at 1. JAX draws its batches within the step;
-for the others the batch is on the device already.
+Our time is the median of gptcore's step_seconds. The time of a peer in PyTorch is the median of 20
+steps after 5 warm-up steps. Both wait for the GPU after each step. The time of JAX is the median of
+five loops of ten steps, with one wait after each loop. All clip the gradient at 1. JAX draws the
+batch within the step. For the others, the batch is already on the device.
 
-The floor of a step is the larger of two times. One is that of moving weights, gradients and Adam's
-two moments once each, and the logits twice, at the rate of a large copy. The other is that of the
-arithmetic at the rate of a large product: 6 FLOP a token and parameter, without the position
-embedding, and 12 n_layer d_model T a token for attention. Both rates are measured in the same run.
+The floor of a step is the larger of two times, at rates that are measured in the same run:
+
+- at the rate of a large copy, the time to move the weights, the gradients and Adam's two moments
+  once each, and the logits twice;
+- at the rate of a large matrix product, the time of the arithmetic: per token, 6 FLOP for each
+  parameter without the position embedding, and 12 n_layer d_model T for attention.
 
 This is one file because its tables are comparable only within one run of one process.
 """
@@ -88,7 +90,7 @@ HEADER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The sizes of what is measured."""
+    """The sizes of the models and arrays that are measured."""
 
     small: dict[str, ModelConfig]  # the shapes of arrays, by name
     batch_size: int = 8  # of these
@@ -169,9 +171,9 @@ class Run:
     rates: Rates
     quick: bool
     jax_seconds: float = math.inf
-    """What the peer in JAX may take of the time. Most of it goes into compiling."""
+    """The most seconds that the peer in JAX may take. Most of them are for compiling."""
     seconds: dict[tuple[str, str, int, str, int], float] = field(default_factory=dict)
-    """Of a step, by side, shape, tokens, precision and trials."""
+    """The seconds of a step, by side, shape, tokens, precision and trials."""
     left_out: list[str] = field(default_factory=list)
 
     def small(self, name: str, precision: str) -> TrialConfig:
@@ -293,7 +295,7 @@ def median_seconds(device: str, step: Callable[[], object], warm_up: int, steps:
 
 
 def with_peak(device: str, measure: Callable[[], float]) -> tuple[float, float]:
-    """Return what is measured, and the most memory of the GPU that it held, 0 on a CPU."""
+    """Run a measurement. Return its result and its peak GPU memory, 0 on a CPU."""
     if device != "cuda":
         return measure(), 0.0
     torch.cuda.reset_peak_memory_stats()
@@ -466,7 +468,7 @@ def peers(run: Run) -> None:
 def compiled(run: Run) -> None:
     """Measure the peer in PyTorch, compiled. This comes last, because compiling takes long."""
     print_header("Peers in PyTorch, torch.compile(mode='reduce-overhead')", HEADER)
-    # Only the ends of what precision does: every row is compiled anew.
+    # Only the two extreme precisions, because every row is compiled again.
     ends = [precision for precision in ("bf16", "float32") if precision in run.precisions]
     for precision in ends[:1] if run.quick else ends:
         for shape in run.scale.small:
@@ -536,7 +538,7 @@ def jax(run: Run) -> None:
         print("\nJAX is not installed: the peer in JAX is left out")
         return
     print_header("Peer in JAX: vmap over models, scan over steps", HEADER)
-    # The ends first, for there may be no time for all.
+    # The smallest and the largest first, because there may be no time for all.
     sizes = sorted(run.scale.sizes, key=lambda size: (size not in (1, 32), size))
     precisions = sorted(run.peer_precisions(), key=lambda precision: precision == "tf32")
     end = min(run.deadline, time.perf_counter() + run.jax_seconds)
@@ -626,7 +628,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "watching": watching,
     "compiled": compiled,
 }
-"""In order of importance: what comes last is left out where time is short."""
+"""The tables in order of importance. If time is short, the last ones are left out."""
 
 
 def versions(device: str) -> str:

@@ -1,11 +1,11 @@
-"""What does a sweep cost beside its trials?
+"""What does a sweep cost in addition to its trials?
 
     python benchmarks/orchestration.py [--finished 2000] [--quick 24]
 
-First the command on a finished sweep of many trials, when its report is built and when that is up
-to date. Then trials of the quick preset: how near the sweep comes to the sum of their times over
-the cores, and how near its own estimate was. What many trials cost that do nearly nothing, see
-scale_simulation.py.
+The first part measures the command on a finished sweep of many trials: once when the report has to
+be built, and once when it is up to date. The second part runs trials of the preset quick. It
+compares the time of the sweep with the sum of the times of trials over the cores, and with the
+estimate of the sweep. scale_simulation.py measures many trials that do almost nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(folder: Path, config: TrialConfig, seeds: int, *more: str) -> tuple[float, float]:
-    """Seconds that the command takes for so many seeds, and the peak of its driver in GB."""
+    """Return the seconds of the command, and the peak memory of the driver in GB."""
     flat = config.to_flat()
     if config.corpus.name == TrialConfig().corpus.name:
         del flat["corpus.name"]  # then it may have a stand-in

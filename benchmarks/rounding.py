@@ -2,9 +2,9 @@
 
     python benchmarks/rounding.py [--schemes model5 gpt2 xavier_normal] [--seed 0] [--steps 200]
 
-A default trial of each scheme runs twice, the second time with one weight of its first block moved
-by one unit in the last place. How far the losses of the two are apart is what any other order of
-additions, of another CPU, a GPU or an array under vmap, may change them by.
+A default trial of each scheme runs twice. In the second run, one weight of the first block is moved
+by one unit in the last place. The difference of the two losses shows how much another order of
+additions can change a trial: on another CPU, on a GPU, or in an array under vmap.
 """
 
 import argparse

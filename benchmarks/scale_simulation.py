@@ -155,7 +155,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="that Ray is told of: trials at a time"
+        "--cores",
+        type=int,
+        default=os.cpu_count(),
+        help="cores of the simulated machine, which is the number of trials at a time",
     )
     args = parser.parse_args()
     found: dict[int, dict[str, str]] = {}

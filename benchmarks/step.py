@@ -1,16 +1,16 @@
-"""How fast is a training step? Ours as it runs, with all it records by default, against others.
+"""How fast is a training step, with everything that it records by default, compared with others?
 
     python benchmarks/step.py [--shapes d64 d128 model5] [--rounds 8] [--device cpu]
                                  [--precision float32] [--profile]
 
-The others are a plain step (the same model, whole logits, cross_entropy, AdamW that loops over its
-parameters) and, where transformers is installed, GPT2LMHeadModel with AdamW. Our own side is
-run_trial itself: the recorder that it logs to takes the time between its calls, and there lets the
-others do one step each, so that a noisy machine hits all alike. A round is ten of our steps, of
-which one is looked at; ratios are taken within a round.
+One of the others is a plain step: the same model, all logits at once, cross_entropy, and an AdamW
+that loops over the parameters. If transformers is installed, GPT2LMHeadModel with AdamW is another.
+Our side is run_trial. Its recorder measures the time between two calls. In each call, the others do
+one step each, so noise of the machine affects all of them. A round is ten of our steps, one of them
+with probes. Ratios are computed within a round.
 
-The floor is what the head's three matrix products take at this machine's rate, on one thread, for
-products of 1024 x 1024, measured in the same rounds. Runs with torch, numpy and tiktoken alone.
+The floor is the time of the head's three matrix products on one thread, at the rate of products of
+1024 x 1024 in the same rounds. Needs only torch, numpy and tiktoken.
 """
 
 import argparse
@@ -48,7 +48,7 @@ GEMM = 1024
 
 
 class Interleaved:
-    """A recorder that times what logs to it, step by step, and the others in between."""
+    """A recorder that measures the time of each step, and runs the others in between."""
 
     def __init__(self, others: dict[str, Callable[[], None]], clock: Callable[[], float]) -> None:
         self.others, self.clock = others, clock
@@ -58,7 +58,7 @@ class Interleaved:
     def log(self, rows: Sequence[Row]) -> None:
         if not any(isinstance(row, TrainingRow) for row in rows):
             return
-        # On a GPU the steps of a round are told of one after another at its end.
+        # On a GPU, all steps of a round are reported at its end, one after another.
         self.times["ours"].append(self.clock() - self.resumed)
         for name, step in self.others.items():
             start = self.clock()

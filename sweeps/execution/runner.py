@@ -99,8 +99,8 @@ def run_search(suggestions: Suggestions, batch: Batch, context: RunContext) -> b
     """Run the trials that a search suggests. Return whether the user stopped them.
 
     Args:
-        suggestions: suggests trials, and is told their results.
-        batch: one trial, with the needs that all have.
+        suggestions: suggests trials, and receives their results.
+        batch: one trial, with the resources that every trial needs.
         context: where trials are recorded, and their texts.
 
     Raises:
