@@ -118,7 +118,7 @@ def test_a_link_opens_once_and_the_next_one_is_printed(served):
     assert f"Path={folder};" in cookie  # not sent to other ports, which other accounts may have
     again = requests.get(last, timeout=30)
     assert again.status_code == 401
-    assert "each link opens once" in again.text
+    assert "each link opens only once" in again.text
     assert "Set-Cookie" not in again.headers
     wait_for(lambda: len(links()) == count + 1)
     assert requests.get(links()[-1], timeout=30).status_code == 200
